@@ -1,0 +1,265 @@
+"""
+Texts in, token ids out: where the training pairs come from, how they are tokenised, and which of them form step 1234.
+
+* `docs`: the default corpus needs no download. The required packages carry tens of megabytes of real English, their own
+  docstrings: query = first paragraph, passage = the rest. `build_docs` writes them once, in the layout of a BEIR set.
+* `load_pairs`: `docs`, a local .jsonl/.csv/.tsv/.parquet file (.gz or not), or a hub name NAME[:CONFIG][:SPLIT].
+* `tokenize_pairs`, `srl_batch`: texts are tokenised once; a batch is a pure function of (seed, step), so nothing about the
+  order of the data has to be saved to resume.
+
+Next to come: `whole_word_mask` and `smae_batch` for pretrain_smae.py belong at the end of this file.
+"""
+import ast
+import csv
+import functools
+import gzip
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import re
+import sys
+import sysconfig
+import warnings
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# docs: the documentation that is on this machine, as pairs for training and as a test collection for retrieval
+
+DOCS_PACKAGES = "numpy scipy torch transformers datasets pandas sympy networkx huggingface_hub".split()
+CACHE = Path(__file__).parent / "out"   # git-ignored; deleting it loses nothing but half a minute
+
+
+def docs_folder():
+    """ Path of the docs corpus for the package versions at hand; builds it when it is not there yet. """
+    versions = " ".join([sys.version.split()[0]] + [f"{p} {importlib.metadata.version(p)}" for p in DOCS_PACKAGES])
+    folder = CACHE / f"docs-{zlib.crc32(versions.encode()):08x}"
+    return folder if folder.exists() else build_docs(folder)
+
+
+def docstrings(path):
+    """ Pairs of one source file -> [(dotted name in the file, first paragraph, the rest)]; [] if it does not parse. """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # other people's invalid escape sequences
+            tree = ast.parse(Path(path).read_text(encoding="utf-8", errors="ignore"))
+    except (SyntaxError, ValueError, RecursionError):
+        return []   # Python 2 code and the like, kept on purpose by some packages as test input
+    found, stack = [], [(tree, "")]
+    while stack:
+        node, prefix = stack.pop()
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            stack.append((child, f"{prefix}.{child.name}" if named else prefix))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            query, _, passage = (ast.get_docstring(node) or "").partition("\n\n")
+            query, passage = " ".join(query.split()), " ".join(passage.split())
+            if len(query.split()) >= 3 and len(passage.split()) >= 15:   # shorter ones ("Returns: bool") say too little
+                found.append((prefix, query, passage))
+    return sorted(found)
+
+
+def build_docs(folder):
+    """
+    Extract every docstring of the standard library and DOCS_PACKAGES and write `folder`, which doubles as a BEIR set:
+    train.jsonl {query, positive} to train on; corpus.jsonl, queries.jsonl, qrels/test.tsv (1,000 queries) and
+    qrels/dev.tsv (500). The split is by source file: a fifth of the files is held out whole, and a text that occurs in
+    both halves is kept only in the held-out one. Deterministic for given package versions. -> folder
+    """
+    roots = [Path(sysconfig.get_path("stdlib"))]
+    roots += [Path(importlib.util.find_spec(package).origin).parent for package in DOCS_PACKAGES]
+    # Third-party code below the standard library is not part of it; tests have much code and next to no prose.
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    files = [(f"{root.name}/{path.relative_to(root).as_posix()}", path)
+             for root in roots for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
+    with ProcessPoolExecutor() as pool:
+        found = list(tqdm(pool.map(docstrings, [path for _, path in files], chunksize=16), total=len(files),
+                          desc="docs: reading the docstrings of this machine's Python packages", unit=" files"))
+    held_out = [zlib.crc32(name.encode()) % 5 == 0 for name, _ in files]
+    seen, train, corpus = set(), [], []
+    for i in sorted(range(len(files)), key=lambda i: not held_out[i]):   # held-out files first: they keep shared texts
+        module = re.sub(r"(/__init__)?\.py$", "", files[i][0]).replace("/", ".")
+        for name, query, passage in found[i]:
+            keys = {re.sub(r"\W+", " ", text).strip().lower() for text in (query, passage)}
+            if not keys & seen:
+                (corpus if held_out[i] else train).append((module + name, query, passage))
+            seen |= keys
+    order = sorted(range(len(corpus)), key=lambda i: zlib.crc32(corpus[i][1].encode()))   # any fixed shuffle
+    test, dev = order[:1000], order[1000:1500]
+
+    part = folder.with_name(folder.name + ".part")   # rename at the end: an interrupted build leaves no half corpus
+    (part / "qrels").mkdir(parents=True, exist_ok=True)
+    def write(file, rows):
+        (part / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write("train.jsonl", [{"name": name, "query": query, "positive": passage} for name, query, passage in train])
+    write("corpus.jsonl", [{"_id": str(i), "title": "", "text": passage, "name": name, "query": query}
+                           for i, (name, query, passage) in enumerate(corpus)])
+    write("queries.jsonl", [{"_id": str(i), "text": corpus[i][1]} for i in test + dev])
+    for split, rows in (("test", test), ("dev", dev)):
+        lines = ["query-id\tcorpus-id\tscore\n"] + [f"{i}\t{i}\t1\n" for i in rows]
+        (part / "qrels" / f"{split}.tsv").write_text("".join(lines))
+    os.replace(part, folder)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pairs from anywhere: rows of (query, [positives], [negatives])
+
+COLUMNS = {"query": ("query", "anchor"), "positives": ("positive", "positive_passages"),
+           "negatives": ("negative", "negatives", "negative_passages")}   # and negative_1, negative_2, ...
+
+
+def load_pairs(source):
+    """
+    Training pairs -> an iterable with a len, of (query, [positive, ...], [negative, ...]); negatives may be empty.
+    source: "docs", a local .jsonl/.csv/.tsv/.parquet file (.jsonl/.csv/.tsv also .gz), or NAME[:CONFIG][:SPLIT] of the
+    Hugging Face hub or a local folder of the same layout (split "train" by default), for example
+    sentence-transformers/all-nli:triplet or Tevatron/msmarco-passage. Raises ValueError on a source it cannot read.
+    """
+    if source == "docs":
+        source = str(docs_folder() / "train.jsonl")
+    if re.search(r"\.(jsonl|csv|tsv)(\.gz)?$", source):
+        rows = read_rows(source)
+    else:
+        import datasets   # imported here: it takes 0.7 s, and the branch above does without
+        try:
+            if source.endswith(".parquet"):
+                rows = datasets.load_dataset("parquet", data_files=source, split="train")
+            else:
+                name, config, split = (source.split(":") + ["", ""])[:3]
+                rows = datasets.load_dataset(name, config or None, split=split or "train")
+        except Exception as error:   # datasets raises a dozen kinds for "not there", offline among them
+            raise ValueError(f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file nor a data set that could "
+                             f"be loaded as NAME[:CONFIG][:SPLIT] ({str(error).splitlines()[0]})") from error
+    if not len(rows):
+        raise ValueError(f"--train_pairs {source} holds no pairs; give a file with at least one row")
+    names = {kind: [column for column in rows[0] if column in known or re.sub(r"_\d+$", "", column) in known]
+             for kind, known in COLUMNS.items()}
+    if not names["query"] or not names["positives"]:
+        raise ValueError(f"--train_pairs {source} has the columns {', '.join(rows[0])}; it needs query (or anchor) and "
+                         "positive, and may have negative, negatives or negative_1, negative_2, ...")
+    return Rows(rows, names)
+
+
+class Rows:
+    """ The rows of any source, columns resolved, decoded one at a time: MS MARCO does not fit a list of strings. """
+
+    def __init__(self, rows, names):
+        self.rows, self.names = rows, names
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        for row in self.rows:
+            query = row[self.names["query"][0]]
+            yield query, *([text for name in self.names[kind] for text in as_texts(row.get(name))]
+                           for kind in ("positives", "negatives"))
+
+
+def as_texts(value):
+    """ A cell -> list of texts: None, "text", ["text", ...] or Tevatron's [{"title": ..., "text": ...}, ...]. """
+    if not value:
+        return []
+    if isinstance(value, dict):
+        return [f"{value.get('title') or ''} {value['text']}".strip()]
+    return [value] if isinstance(value, str) else [text for item in value for text in as_texts(item)]
+
+
+def read_rows(path):
+    """ .jsonl, .csv or .tsv, gzipped or not -> list of dicts. Raises ValueError that names the file and the line. """
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
+        if ".jsonl" not in Path(path).name:
+            return list(csv.DictReader(file, delimiter="\t" if ".tsv" in Path(path).name else ","))
+        rows = []
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(json.loads(line))
+                assert isinstance(rows[-1], dict)
+            except (json.JSONDecodeError, AssertionError):
+                raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
+        return rows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# token ids, once
+
+
+def train_wordpiece(texts, vocab_size):
+    """ a lower-casing WordPiece tokenizer like BERT's, trained on an iterable of texts -> transformers tokenizer """
+    from transformers import BertTokenizer   # here: importing it takes a second or two
+    return BertTokenizer().train_new_from_iterator(texts, vocab_size)
+
+
+def load_tokenizer(folder):
+    """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def tokenize(texts, tokenizer, max_length, desc="tokenising"):
+    """ list of B texts -> list of B (T,) int arrays, [CLS] ... [SEP], at most max_length long. Parallel inside. """
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32   # 12 M MS MARCO passages: 2 GB instead of 4
+    ids = []
+    for i in tqdm(range(0, len(texts), 4096), desc=desc, unit=" x 4096 texts", disable=len(texts) <= 4096):
+        chunk = tokenizer(texts[i:i + 4096], truncation=True, max_length=max_length, return_attention_mask=False,
+                          return_token_type_ids=False)["input_ids"]
+        ids += [np.array(text, dtype=dtype) for text in chunk]
+    return ids
+
+
+class Pairs(NamedTuple):
+    """ n tokenised rows. queries[i]: (T,) ids; positives[i], negatives[i]: lists of (T,) ids. """
+    queries: list
+    positives: list
+    negatives: list
+
+
+def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
+    """ What load_pairs returns -> Pairs. The strings are dropped chunk by chunk, so memory holds the ids alone. """
+    pairs, rows, bar = Pairs([], [], []), iter(rows), tqdm(total=len(rows), desc="tokenising pairs", unit=" rows")
+    while chunk := list(itertools.islice(rows, 4096)):
+        passages = [text for _, positives, negatives in chunk for text in positives + negatives]
+        queries = tokenize([query for query, _, _ in chunk], tokenizer, query_max_length)
+        passages = iter(tokenize(passages, tokenizer, passage_max_length))
+        for query, (_, positives, negatives) in zip(queries, chunk):
+            if positives:   # a row without a positive teaches nothing
+                pairs.queries.append(query)
+                pairs.positives.append([next(passages) for _ in positives])
+                pairs.negatives.append([next(passages) for _ in negatives])
+        bar.update(len(chunk))
+    bar.close()
+    return pairs
+
+# ----------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    """ (n,) the order of the rows in one epoch """
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def srl_batch(pairs, batch_size, negatives, seed, step):
+    """
+    Batch number `step` -> Q queries and P >= Q passages, lists of (T,) ids: passage i is the positive of query i, and the
+    hard negatives (at most `negatives` a query) come after the Q positives, so rows may have different numbers of them.
+    Every epoch visits every row once in an order of its own; the last, incomplete batch is dropped.
+    """
+    epoch, i = divmod(step, len(pairs.queries) // batch_size)
+    rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
+    rng = np.random.default_rng([seed, step, 1])
+    positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
+    hard = [pairs.negatives[row][k] for row in rows
+            for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
+    return [pairs.queries[row] for row in rows], positives + hard

@@ -1,0 +1,245 @@
+"""
+Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
+
+    python finetune_srl.py                          # from scratch on this machine's documentation, 2 cores, TODO
+    python finetune_srl.py --sizes 6:192            # the ordinary full-size model; --sizes 1:8 a separate small one
+    python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \\
+        --learning_rate 5e-5 --epochs 1 --query_max_length 128 --out_dir out/nli       # one GPU, the paper's STS run
+    python finetune_srl.py --init_from out/smae --train_pairs Tevatron/msmarco-passage --negatives 7 --pooling cls \\
+        --similarity dot --temperature 1 --learning_rate 1e-4 --epochs 3 --passage_max_length 196 --out_dir out/marco
+
+What comes out: OUT_DIR with an ordinary Hugging Face model, log.jsonl, args.json and eval.json (the table at the end).
+Method: arXiv 2410.13230. The loss is srl_loss below; where it departs from the paper or its reference code, the README
+says so with both values.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, pack, paper_sizes, parse_sizes, save_pretrained,
+                   size_name)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """ keep the docstring's line breaks and print every default """
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--train_pairs", default="docs", help="docs, a .jsonl/.csv/.tsv/.parquet file, or NAME[:CONFIG][:SPLIT] of the hub")
+    group.add_argument("--batch_size", type=int, default=128, help="queries a step; every passage of the batch is a candidate for each")
+    group.add_argument("--negatives", type=int, default=1, help="hard negatives a query, at most, where the pairs have any")
+    group.add_argument("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
+    group.add_argument("--passage_max_length", type=int, default=64, help="tokens, [CLS] and [SEP] included")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
+    group.add_argument("--num_layers", type=int, default=6, help="of a model from scratch")
+    group.add_argument("--hidden_size", type=int, default=192, help="of a model from scratch, a multiple of 32 (the width of a head)")
+    group.add_argument("--vocab_size", type=int, default=8192, help="of a WordPiece vocabulary from scratch, trained on the pairs")
+    group.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... trained together; by default the paper's six, in "
+                       "proportion to the model: 2:32,4:64,6:128,8:256,10:512,12:768 of a BERT-base")
+    group.add_argument("--pooling", choices=["mean", "cls"], default="mean", help="mean over the tokens, or the first token")
+    group.add_argument("--similarity", choices=["cosine", "dot"], default="cosine", help="of a query and a passage")
+    group.add_argument("--dropout", type=float, default=0.0, help="in the hidden layers and the attention (BERT was pre-trained with 0.1)")
+
+    group = parser.add_argument_group("loss")
+    group.add_argument("--temperature", type=float, default=0.05, help="divides the similarities; use 1 with --similarity dot")
+    group.add_argument("--kl_weight", type=float, default=1.0, help="of the term that pulls every size to the largest; 0 leaves it out")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--learning_rate", type=float, default=1e-3, help="peak, of AdamW")
+    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises; then it falls linearly to 0")
+    group.add_argument("--weight_decay", type=float, default=0.01, help="on the matrices alone")
+    group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    group.add_argument("--epochs", type=float, default=2.0, help="passes over the pairs")
+    group.add_argument("--max_steps", type=int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
+    group.add_argument("--seed", type=int, default=1, help="of the weights, the order of the pairs and dropout")
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--retrieval", default="docs", help="docs or a folder in BEIR layout: its dev queries are used while training, "
+                       "its test queries at the end; \"\" for none")
+    group.add_argument("--eval_interval", type=int, default=200, help="steps between two evaluations on the dev queries; 0 for none")
+
+    group = parser.add_argument_group("system")
+    group.add_argument("--out_dir", default="out/srl", help="where the model, the log and the evaluation go")
+    group.add_argument("--overwrite", action=flag, default=False, help="replace the finished run that is in --out_dir")
+    group.add_argument("--log_interval", type=int, default=10, help="steps between two lines of the log")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
+                       help="of the matrix products (autocast); the weights stay float32. By default bfloat16 where the machine multiplies it")
+    group.add_argument("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks; worth it on a GPU")
+
+    args = parser.parse_args(argv)
+    positive = "batch_size query_max_length passage_max_length num_layers hidden_size temperature learning_rate epochs log_interval"
+    for name in positive.split():
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} {getattr(args, name)}: must be above 0")
+    for name in "negatives kl_weight weight_decay grad_clip max_steps eval_interval".split():
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} {getattr(args, name)}: must be 0 or more")
+    for name in "warmup dropout".split():
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be 0 or more and below 1")
+    if args.hidden_size % 32:
+        parser.error(f"--hidden_size {args.hidden_size}: must be a multiple of 32, the width of an attention head")
+    if args.vocab_size < 100:
+        parser.error(f"--vocab_size {args.vocab_size}: too few to spell English; use 100 or more (the default is {8192})")
+    if (Path(args.out_dir) / "model.safetensors").exists() and not args.overwrite:
+        parser.error(f"--out_dir {args.out_dir} holds a finished run; choose another folder or add --overwrite")
+    return args
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the method
+
+
+def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
+    """
+    L = 1/|S| sum over sizes of CE(s, positive)  +  kl_weight * 1/|S| sum over sizes of KL(softmax(s of the full size) || softmax(s))
+    queries {layer: (Q, C)} and passages {layer: (P, C)}: pooled taps; passage i is the positive of query i, passages Q..P-1
+    are hard negatives. sizes: ((layer, dim), ...) with the full size last. -> loss, [InfoNCE per size], [KL per size]
+    Paper section 3; float32 whatever the encoder ran in: bfloat16 scores are wrong in the third digit.
+    """
+    scores = []
+    for layer, dim in sizes:
+        q, p = queries[layer][:, :dim].float(), passages[layer][:, :dim].float()   # (Q, D), (P, D): slice first ...
+        if similarity == "cosine":
+            q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)                  # ... then normalise what is left
+        scores.append(q @ p.T / temperature)                                       # (Q, P)
+    target = torch.arange(len(q), device=q.device)                                 # (Q,)
+    teacher = scores[-1].detach().softmax(-1)                                      # (Q, P), the full size learns nothing from the small
+    nce = [F.cross_entropy(s, target) for s in scores]
+    kl = [F.kl_div(s.log_softmax(-1), teacher, reduction="batchmean") for s in scores]   # exactly 0 for the full size
+    return (sum(nce) + kl_weight * sum(kl)) / len(sizes), nce, kl
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def get_lr(step, max_steps, args):
+    """ linear warm-up, then linear decay to 0 """
+    warmup_steps = max(1, round(args.warmup * max_steps))
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    return args.learning_rate * (max_steps - step) / max(1, max_steps - warmup_steps)
+
+
+def main(args):
+    start = time.time()
+    torch.manual_seed(args.seed)
+    out_dir = Path(args.out_dir)
+    device_type = args.device.split(":")[0]
+
+    # data and model
+    rows = data.load_pairs(args.train_pairs)
+    if args.init_from == "scratch":
+        print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
+        texts = (text for query, positives, negatives in rows for text in [query, *positives, *negatives])
+        tokenizer = data.train_wordpiece(texts, args.vocab_size)
+        model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
+                                num_attention_heads=args.hidden_size // 32, intermediate_size=4 * args.hidden_size,
+                                max_position_embeddings=max(args.query_max_length, args.passage_max_length),
+                                hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
+    else:
+        tokenizer = data.load_tokenizer(args.init_from)
+        model = from_pretrained(args.init_from, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout)
+    config = model.config
+    for name in ("query_max_length", "passage_max_length"):
+        if getattr(args, name) > config.max_position_embeddings:
+            raise ValueError(f"--{name} {getattr(args, name)}: {args.init_from} has {config.max_position_embeddings} positions; "
+                             "choose that or less")
+    config.sizes = check_sizes(args.sizes or paper_sizes(config), config)
+    config.pooling, config.similarity = args.pooling, args.similarity
+    tokenizer.model_max_length = args.passage_max_length   # evaluate.py and others read it
+    layers = [layer for layer, _ in config.sizes]
+    model.to(args.device).train()
+
+    pairs = data.tokenize_pairs(rows, tokenizer, args.query_max_length, args.passage_max_length)
+    batch_size = min(args.batch_size, len(pairs.queries))
+    max_steps = args.max_steps or max(1, round(args.epochs * (len(pairs.queries) // batch_size)))
+
+    # torchrun comes here: init_process_group, rank and world size, gathered embeddings (see README, todos)
+    optimizer = model.configure_optimizers(args.learning_rate, args.weight_decay)
+    autocast = torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
+    if args.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)   # in place: the names in the checkpoint stay what they are
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "args.json").write_text(json.dumps(vars(args) | {"commit": evaluate.git_commit(), "torch": torch.__version__}, indent=2) + "\n")
+    log_file = open(out_dir / "log.jsonl", "w")
+    def log(record):
+        print(json.dumps(record), file=log_file, flush=True)
+    print(f"{len(pairs.queries):,} pairs, {max_steps} steps of {batch_size} queries; sizes {', '.join(map(size_name, config.sizes))}; "
+          f"{model.num_params(config.num_hidden_layers) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
+
+    # the loop
+    clock, tokens, losses = time.time(), 0, []
+    for step in range(max_steps):
+        lr = get_lr(step, max_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        queries, passages = data.srl_batch(pairs, batch_size, args.negatives, args.seed, step)
+        batch = pack(queries + passages, args.device)
+        with autocast:
+            taps = model.encode(batch, layers)                         # {layer: (Q + P, C)}, one pass for all sizes
+        loss, nce, kl = srl_loss({n: tap[:batch_size] for n, tap in taps.items()},
+                                 {n: tap[batch_size:] for n, tap in taps.items()},
+                                 config.sizes, args.similarity, args.temperature, args.kl_weight)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+
+        tokens += len(batch.input_ids)
+        losses.append(torch.stack([loss, *nce, *kl]).detach())         # stays on the device: reading it would wait for the step
+        last = step + 1 == max_steps
+        if (step + 1) % args.log_interval == 0 or last:
+            means = torch.stack(losses).mean(0).tolist()
+            nce, kl = means[1:len(layers) + 1], means[len(layers) + 1:]
+            if not math.isfinite(means[0]):
+                raise FloatingPointError(f"step {step + 1}: the loss is {means[0]}, InfoNCE per size {nce}; nothing was saved. "
+                                         "Try a lower --learning_rate, or --dtype float32")
+            seconds = (time.time() - clock) / len(losses)
+            log({"step": step + 1, "loss": means[0], "nce": nce, "kl": kl, "learning_rate": lr, "norm": norm.item(),
+                 "ms": 1000 * seconds, "tokens_per_second": tokens / seconds / len(losses), "seconds": time.time() - start})
+            print(f"step {step + 1}/{max_steps} | loss {means[0]:.3f} | {size_name(config.sizes[0])} {nce[0]:.3f} | "
+                  f"{size_name(config.sizes[-1])} {nce[-1]:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms | "
+                  f"{tokens / seconds / len(losses) / 1000:.1f}k tok/s | eta {(max_steps - step - 1) * seconds / 60:.1f}m", flush=True)
+            clock, tokens, losses = time.time(), 0, []
+        if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last:
+            pause = time.time()
+            results = evaluate.retrieval(model, tokenizer, args.retrieval, "dev", config.sizes, args.dtype)
+            log({"step": step + 1, "dev": results})
+            print(f"step {step + 1}/{max_steps} | dev MRR@10 " + " | ".join(
+                f"{size_name((r['layer'], r['dim']))} {r['value']:.3f}" for r in results if r["metric"] == "MRR@10"))
+            model.train()
+            clock += time.time() - pause
+
+    save_pretrained(model, tokenizer, out_dir)
+    print(f"saved {out_dir}")
+    if args.retrieval:
+        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--device", args.device, "--dtype", args.dtype]))
+    print(f"{(time.time() - start) / 60:.1f} minutes in all")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:   # the user's mistakes: one line, no traceback
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,344 @@
+"""
+BERT with layer taps: one encoder that gives the hidden states of any of its layers and runs nothing above the deepest asked for.
+
+There is no padding in here. A batch of texts is a `Pack`: all their tokens in one row, sorted so that texts of the same
+length lie side by side. Whatever treats tokens one by one (linear layers, LayerNorm, GELU: nearly all the arithmetic) runs
+on that row; attention views each run of B texts of T tokens as (B, T, C). No masks, no wasted products.
+
+References: BERT (arXiv 1810.04805); Starbucks (arXiv 2410.13230), where a size is a pair (layer, dim): run the first
+`layer` blocks, pool, keep the first `dim` coordinates. Layers count from 1; layer 0 is the output of the embeddings.
+
+Shapes: B texts, T tokens of a text, N tokens of a whole pack, C channels (768), H heads, D channels of a head, V vocabulary
+"""
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sizes: (layer, dim) pairs
+
+SHARES = [(1/6, 1/24), (1/3, 1/12), (1/2, 1/6), (2/3, 1/3), (5/6, 2/3), (1, 1)]   # Demi, Short, Tall, Grande, Venti, Trenta
+
+
+def paper_sizes(config):
+    """ The paper's six sizes as shares of this model: 2:32 ... 12:768 of BERT-base, 1:8 ... 6:192 of 6 layers x 192. """
+    L, C = config.num_hidden_layers, config.hidden_size
+    return tuple(sorted({(max(1, round(L * layers)), max(1, round(C * dims))) for layers, dims in SHARES}))
+
+
+def parse_sizes(text):
+    """ "2:32,12:768" -> ((2, 32), (12, 768)); an argparse type, so it raises ArgumentTypeError """
+    try:
+        return tuple((int(layer), int(dim)) for layer, dim in (size.split(":") for size in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:DIM,LAYER:DIM,... such as 2:32,4:64") from None
+
+
+def check_sizes(sizes, config, name="the model"):
+    """ Sorted sizes, the full one last. Raises ValueError when the model does not have that many layers or channels. """
+    for layer, dim in sizes:
+        if not 1 <= layer <= config.num_hidden_layers:
+            raise ValueError(f"--sizes asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
+                             f"use a layer between 1 and {config.num_hidden_layers}")
+        if not 1 <= dim <= config.hidden_size:
+            raise ValueError(f"--sizes asks for {dim} dims but {name} has {config.hidden_size}; use 1 to {config.hidden_size}")
+    return tuple(sorted(set(sizes)))
+
+
+def size_name(size):
+    return f"{size[0]}:{size[1]}"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the batch
+
+
+class Pack(NamedTuple):
+    """ B texts, N tokens, no padding. """
+    input_ids: torch.Tensor      # (N,) texts in order of length
+    position_ids: torch.Tensor   # (N,) 0 .. T-1 in every text
+    text_ids: torch.Tensor       # (N,) which of the B texts (in the caller's order) the token belongs to
+    starts: torch.Tensor         # (B,) where each text (in the caller's order) begins: its [CLS]
+    groups: list                 # [(B, T), ...] runs of texts of equal length; the products B * T add up to N
+
+
+def pack(texts, device="cpu"):
+    """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens. """
+    lengths = np.array([len(text) for text in texts])
+    if lengths.min() == 0:
+        raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
+    order = np.argsort(lengths, kind="stable")
+    ends = lengths[order].cumsum()
+    starts = np.empty_like(lengths)
+    starts[order] = ends - lengths[order]
+    text_ids = np.repeat(order, lengths[order])
+    groups = [(int(B), int(T)) for T, B in zip(*np.unique(lengths, return_counts=True))]
+    to = lambda array: torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    return Pack(to(np.concatenate([texts[i] for i in order])), to(np.arange(ends[-1]) - starts[text_ids]), to(text_ids),
+                to(starts), groups)
+
+
+def pool(hidden, batch, pooling):
+    """ (N, C) tap of a pack -> (B, C), texts in the caller's order: the mean over a text's tokens, or its first token. """
+    if pooling == "cls":
+        return hidden[batch.starts]
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # sums of bfloat16 lose digits
+    lengths = torch.bincount(batch.text_ids, minlength=len(batch.starts))  # (B,)
+    total = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
+    return total / lengths[:, None]                                        # (B, C)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the encoder
+
+
+@dataclass
+class BertConfig:
+    """ Architecture, under the names of Hugging Face's config.json, and how the model wants to be used. """
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    sizes: tuple = ()            # ((layer, dim), ...) from small to large; () in a model that is not ours
+    pooling: str = "mean"        # or "cls"
+    similarity: str = "cosine"   # or "dot"
+
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
+
+
+def dropout(x, p):
+    """
+    F.dropout, but on CPU one 64-bit random number decides for 8 entries: F.dropout draws one each, serially, which is 13
+    times slower and was the largest single term of a step. p is rounded to a multiple of 1/256 (0.1 -> 26/256).
+    """
+    if p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p)
+    cut = round(256 * p)
+    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 8 + 1,)).view(torch.uint8)[:x.numel()]
+    return x * (bits >= cut).view(x.shape) * (256 / (256 - cut))
+
+
+def fast_dtype():
+    """ "bfloat16" where the machine multiplies it faster than float32 (GPUs, CPUs with AVX512-BF16 or AMX), else "float32" """
+    cpu = torch.cpu.get_capabilities()
+    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return "bfloat16" if fast else "float32"
+
+
+def attention(q, k, v, p):
+    """ (B, H, T, D) each -> (B, H, T, D); every text sees all of its own tokens, and no text has padding to hide """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    # Training on CPU, by hand: for texts as short as sentences the backward of torch's fused attention takes five times as
+    # long. In float32 although the rest is bfloat16: the library builds a bfloat16 kernel for every new shape (B, T), which
+    # at these sizes takes longer than the product.
+    with torch.autocast("cpu", enabled=False):
+        weights = ((q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).softmax(-1)   # (B, H, T, T)
+        return dropout(weights, p) @ v
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.hidden_size % config.num_attention_heads == 0, f"{config}"
+        self.heads = config.num_attention_heads
+        self.p = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, groups):
+        C, p = x.shape[1], self.p if self.training else 0.0
+        mixed = []
+        # split, not slices: the backward of a slice fills a tensor of the full size with zeros, once per group
+        for (B, T), qkv in zip(groups, self.qkv(x).split([B * T for B, T in groups])):
+            qkv = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
+            if x.device.type == "cpu" and torch.is_grad_enabled():
+                qkv = qkv.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+            mixed.append(attention(*qkv, p).transpose(1, 2).reshape(B * T, C))
+        return self.out(torch.cat(mixed))                                                 # (N, C)
+
+
+class Block(nn.Module):
+    """ Post-LayerNorm, as in BERT: what leaves a block is normalised, so every tap can be used as it is. """
+
+    def __init__(self, config):
+        super().__init__()
+        C, eps = config.hidden_size, config.layer_norm_eps
+        self.attention = SelfAttention(config)
+        self.norm1 = nn.LayerNorm(C, eps=eps)
+        self.up = nn.Linear(C, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, C)
+        self.norm2 = nn.LayerNorm(C, eps=eps)
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.p = config.hidden_dropout_prob
+
+    def forward(self, x, groups):
+        p = self.p if self.training else 0.0
+        x = self.norm1(x + dropout(self.attention(x, groups), p))
+        return self.norm2(x + dropout(self.down(self.act(self.up(x))), p))
+
+
+class Bert(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, C)
+        self.position = nn.Embedding(config.max_position_embeddings, C)
+        self.token_type = nn.Embedding(config.type_vocab_size, C)
+        self.norm = nn.LayerNorm(C, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.apply(self.init_weights)
+
+    def init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def embed(self, batch):
+        """ Pack -> (N, C), layer 0. We never encode pairs of texts: the segment is 0 everywhere. """
+        assert max(T for _, T in batch.groups) <= self.config.max_position_embeddings, f"{batch.groups[-1]}"
+        x = self.word(batch.input_ids) + self.position(batch.position_ids) + self.token_type.weight[0]
+        return dropout(self.norm(x), self.config.hidden_dropout_prob if self.training else 0.0)
+
+    def forward(self, batch, layers):
+        """ Pack, list of L layers (0 .. num_hidden_layers) -> list of L taps (N, C). Blocks above max(layers) do not run. """
+        assert all(0 <= n <= len(self.blocks) for n in layers), f"{layers}, and the model has {len(self.blocks)} blocks"
+        x = self.embed(batch)
+        taps = {0: x}
+        for n, block in enumerate(self.blocks[:max(layers)], start=1):
+            x = block(x, batch.groups)
+            if n in layers:
+                taps[n] = x
+        return [taps[n] for n in layers]
+
+    def encode(self, batch, layers):
+        """ Pack, list of L layers -> {layer: (B, C) pooled embeddings}, in the caller's order of texts. """
+        return {n: pool(tap, batch, self.config.pooling) for n, tap in zip(layers, self(batch, layers))}
+
+    def num_params(self, layer, dim=None):
+        """ parameters that a size needs: the embeddings (all C channels of them: dim saves none) and its first blocks """
+        used = [self.word, self.position, self.token_type, self.norm, *self.blocks[:layer]]
+        return sum(p.numel() for module in used for p in module.parameters())
+
+    def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.999)):
+        """ AdamW; decay on matrices only, not on biases and LayerNorm. fused=True updates all tensors in one kernel. """
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders in and out
+
+# our name -> theirs, by substring; q, k and v are one matrix here (one product instead of three) and three there
+NAMES = [("blocks.", "encoder.layer."), (".attention.out.", ".attention.output.dense."),
+         (".norm1.", ".attention.output.LayerNorm."), (".up.", ".intermediate.dense."), (".down.", ".output.dense."),
+         (".norm2.", ".output.LayerNorm."), ("word.", "embeddings.word_embeddings."),
+         ("position.", "embeddings.position_embeddings."), ("token_type.", "embeddings.token_type_embeddings."),
+         ("norm.", "embeddings.LayerNorm.")]
+QKV = ["attention.self.query", "attention.self.key", "attention.self.value"]
+
+
+def hf_name(name):
+    for ours, theirs in NAMES:
+        # the last four begin the name, so that "norm." does not match inside another one
+        if name.startswith(ours) or ours[0] == "." and ours in name:
+            name = name.replace(ours, theirs, 1)
+    return name
+
+
+def to_hf(state):
+    """ our state_dict -> Hugging Face's BertModel state_dict """
+    theirs = {}
+    for name, tensor in state.items():
+        if ".attention.qkv." in name:
+            for part, piece in zip(QKV, tensor.chunk(3)):
+                theirs[hf_name(name.replace("attention.qkv", part))] = piece.contiguous()
+        else:
+            theirs[hf_name(name)] = tensor
+    return theirs
+
+
+def from_hf(state, ours):
+    """ Hugging Face's state_dict (heads, pooler and prefixes and all) -> one for our model, whose names are `ours`. """
+    # The oldest checkpoints say gamma and beta; those with a head on top say bert.encoder...
+    state = {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): t for name, t in state.items()}
+    def find(name):
+        if ".attention.qkv." in name:
+            return torch.cat([state[hf_name(name.replace("attention.qkv", part))] for part in QKV])
+        return state[hf_name(name)]
+    return {name: find(name) for name in ours}
+
+
+def find_folder(name):
+    """ a local folder, or a name on the Hugging Face hub (downloaded once, then found offline too) -> Path """
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]))
+    except Exception as error:   # the hub has a dozen kinds of "not there", offline among them
+        raise ValueError(f"{name}: neither a folder nor a model of the hub that could be had "
+                         f"({str(error).splitlines()[0]})") from error
+
+
+def from_pretrained(name, **overrides):
+    """
+    Any BERT checkpoint: a local folder or a name on the Hugging Face hub -> Bert in eval mode, float32.
+    overrides: BertConfig fields to replace, for example hidden_dropout_prob. Raises ValueError if it is no BERT.
+    """
+    folder = find_folder(name)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
+    read = json.loads((folder / "config.json").read_text())
+    if read.get("model_type") != "bert" or read.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {read.get('position_embedding_type', 'absolute')} "
+                         "positions; this code is BERT with absolute positions, nothing else")
+    known = {field.name for field in fields(BertConfig)}
+    config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{name}: hidden_act {config.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
+    config.sizes = tuple(map(tuple, config.sizes))
+    if (folder / "model.safetensors").exists():
+        from safetensors.torch import load_file
+        state = load_file(folder / "model.safetensors")
+    elif (folder / "pytorch_model.bin").exists():
+        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"{name}: neither model.safetensors nor pytorch_model.bin in this folder")
+    model = Bert(config)
+    try:
+        model.load_state_dict(from_hf(state, model.state_dict()))
+    except KeyError as error:
+        raise ValueError(f"{name}: the checkpoint has no tensor {error}") from None
+    return model.float().eval()
+
+
+def save_pretrained(model, tokenizer, folder):
+    """ An ordinary Hugging Face folder: config.json, model.safetensors, tokenizer files. transformers.AutoModel loads it. """
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["BertModel"], "model_type": "bert", **asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+    save_file(to_hf(model.state_dict()), folder / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")   # never half a model

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import string
 import sys
 import sysconfig
 import warnings
@@ -197,7 +198,12 @@ def read_rows(path):
 def train_wordpiece(texts, vocab_size):
     """ a lower-casing WordPiece tokenizer like BERT's, trained on an iterable of texts -> transformers tokenizer """
     from transformers import BertTokenizer   # here: importing it takes a second or two
-    return BertTokenizer().train_new_from_iterator(texts, vocab_size)
+    # The trainer numbers what it meets in the order of a hash table, and breaks ties by number. So that the same texts give
+    # the same vocabulary, it gets the letters in a fixed order, and its pieces are sorted afterwards.
+    letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
+    trained = BertTokenizer().train_new_from_iterator(texts, vocab_size, new_special_tokens=letters, show_progress=False)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(special + sorted(set(trained.get_vocab()) - set(special)))})
 
 
 def load_tokenizer(folder):

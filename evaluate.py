@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import check_sizes, fast_dtype, from_pretrained, pack, paper_sizes, parse_sizes, size_name
+from model import check_sizes, find_folder, from_pretrained, pack, paper_sizes, parse_sizes, size_name
 
 METRICS = ("MRR@10", "nDCG@10", "Recall@100")
 NAMES = ("Demi", "Short", "Tall", "Grande", "Venti", "Trenta")
@@ -44,7 +44,8 @@ K = 100   # the deepest cut-off of the metrics
 @torch.no_grad()
 def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. Sorted by length, about batch_tokens a batch. """
-    device = model.word.weight.device
+    device, training = model.word.weight.device, model.training
+    model.eval()   # no dropout
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     embeddings = {layer: torch.empty(len(texts), model.config.hidden_size) for layer in layers}
     with tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
@@ -60,6 +61,7 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
                 embeddings[layer][rows] = tap.float().cpu()
             bar.update(len(rows))
             start = end
+    model.train(training)
     return embeddings
 
 
@@ -184,13 +186,13 @@ def milliseconds_a_query(model, tokenizer, layer, dtype):
 # search
 
 
-def search(model, tokenizer, question, size, dtype, index_dir, hits=5):
-    """ Print the documentation that answers a question. The embeddings of all docs are made once and kept in index_dir. """
+def search(model, tokenizer, question, size, dtype, model_folder):
+    """ Print the 5 docstrings that answer a question best. The embeddings of all are made once and kept beside the model. """
     layer, dim = size
     folder = data.docs_folder()
     rows = data.read_rows(str(folder / "train.jsonl")) + data.read_rows(str(folder / "corpus.jsonl"))
-    index = Path(index_dir) / f"search-{folder.name}-{layer}-{dim}.npy"
-    if index.exists():
+    index = model_folder / f"search-{folder.name}-{layer}-{dim}.npy"
+    if index.exists() and index.stat().st_mtime > (model_folder / "config.json").stat().st_mtime:   # not of an earlier model
         docs = torch.from_numpy(np.load(index))
     else:
         texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
@@ -199,7 +201,7 @@ def search(model, tokenizer, question, size, dtype, index_dir, hits=5):
         np.save(index, docs.numpy())
     query = encode(model, data.tokenize([question], tokenizer, tokenizer.model_max_length), [layer], dtype)[layer]
     scores = score(query, docs, dim, model.config.similarity)[0]
-    for value, i in zip(*torch.topk(scores, hits)):
+    for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def main(args):
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     sizes = check_sizes(args.sizes or model.config.sizes or paper_sizes(model.config), model.config, args.model)
     if args.search:
-        return search(model, tokenizer, args.search, sizes[-1], args.dtype, args.model)
+        return search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(args.model))
 
     results = retrieval(model, tokenizer, args.retrieval, args.split, sizes, args.dtype)
     n = results[0]["n"]

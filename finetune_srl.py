@@ -96,6 +96,10 @@ def parse_args(argv=None):
         parser.error(f"--hidden_size {args.hidden_size}: must be a multiple of 32, the width of an attention head")
     if args.vocab_size < 100:
         parser.error(f"--vocab_size {args.vocab_size}: too few to spell English; use 100 or more (the default is {8192})")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if (Path(args.out_dir) / "model.safetensors").exists() and not args.overwrite:
         parser.error(f"--out_dir {args.out_dir} holds a finished run; choose another folder or add --overwrite")
     return args
@@ -109,16 +113,16 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
     L = 1/|S| sum over sizes of CE(s, positive)  +  kl_weight * 1/|S| sum over sizes of KL(softmax(s of the full size) || softmax(s))
     queries {layer: (Q, C)} and passages {layer: (P, C)}: pooled taps; passage i is the positive of query i, passages Q..P-1
     are hard negatives. sizes: ((layer, dim), ...) with the full size last. -> loss, [InfoNCE per size], [KL per size]
-    Paper section 3; float32 whatever the encoder ran in: bfloat16 scores are wrong in the third digit.
+    Outside autocast, on float32 embeddings: bfloat16 scores are wrong in the third digit.
     """
     scores = []
     for layer, dim in sizes:
-        q, p = queries[layer][:, :dim].float(), passages[layer][:, :dim].float()   # (Q, D), (P, D): slice first ...
+        q, p = queries[layer][:, :dim], passages[layer][:, :dim]    # (Q, D), (P, D): slice first ...
         if similarity == "cosine":
-            q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)                  # ... then normalise what is left
-        scores.append(q @ p.T / temperature)                                       # (Q, P)
-    target = torch.arange(len(q), device=q.device)                                 # (Q,)
-    teacher = scores[-1].detach().softmax(-1)                                      # (Q, P), the full size learns nothing from the small
+            q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)   # ... then normalise what is left
+        scores.append(q @ p.T / temperature)                        # (Q, P)
+    target = torch.arange(len(q), device=q.device)                  # (Q,)
+    teacher = scores[-1].detach().softmax(-1)                       # (Q, P): the full size learns nothing from the small
     nce = [F.cross_entropy(s, target) for s in scores]
     kl = [F.kl_div(s.log_softmax(-1), teacher, reduction="batchmean") for s in scores]   # exactly 0 for the full size
     return (sum(nce) + kl_weight * sum(kl)) / len(sizes), nce, kl
@@ -140,7 +144,9 @@ def main(args):
     out_dir = Path(args.out_dir)
     device_type = args.device.split(":")[0]
 
-    # data and model
+    # data and model; whatever can be wrong with the input shows before anything is written
+    if args.retrieval:
+        evaluate.load_collection(args.retrieval)
     rows = data.load_pairs(args.train_pairs)
     if args.init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
@@ -151,8 +157,8 @@ def main(args):
                                 max_position_embeddings=max(args.query_max_length, args.passage_max_length),
                                 hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
     else:
-        tokenizer = data.load_tokenizer(args.init_from)
         model = from_pretrained(args.init_from, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout)
+        tokenizer = data.load_tokenizer(args.init_from)
     config = model.config
     for name in ("query_max_length", "passage_max_length"):
         if getattr(args, name) > config.max_position_embeddings:
@@ -227,7 +233,6 @@ def main(args):
             log({"step": step + 1, "dev": results})
             print(f"step {step + 1}/{max_steps} | dev MRR@10 " + " | ".join(
                 f"{size_name((r['layer'], r['dim']))} {r['value']:.3f}" for r in results if r["metric"] == "MRR@10"))
-            model.train()
             clock += time.time() - pause
 
     save_pretrained(model, tokenizer, out_dir)

@@ -87,9 +87,9 @@ def pack(texts, device="cpu"):
 
 def pool(hidden, batch, pooling):
     """ (N, C) tap of a pack -> (B, C), texts in the caller's order: the mean over a text's tokens, or its first token. """
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # sums and scores of bfloat16 lose digits
     if pooling == "cls":
         return hidden[batch.starts]
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # sums of bfloat16 lose digits
     lengths = torch.bincount(batch.text_ids, minlength=len(batch.starts))  # (B,)
     total = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
     return total / lengths[:, None]                                        # (B, C)
@@ -328,7 +328,9 @@ def from_pretrained(name, **overrides):
     try:
         model.load_state_dict(from_hf(state, model.state_dict()))
     except KeyError as error:
-        raise ValueError(f"{name}: the checkpoint has no tensor {error}") from None
+        raise ValueError(f"{name}: the checkpoint has no tensor {error}; is it a BERT?") from None
+    except RuntimeError as error:   # shapes: config.json and weights are of different models
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     return model.float().eval()
 
 

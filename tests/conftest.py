@@ -1,0 +1,70 @@
+""" Shared by the tests: no network, small models, small texts. """
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"   # before anything imports huggingface_hub
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from model import Bert, BertConfig
+
+
+@pytest.fixture
+def config():
+    return BertConfig(vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=80,
+                      max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                      initializer_range=0.2)   # ten times BERT's: errors show
+
+
+@pytest.fixture
+def model(config):
+    torch.manual_seed(0)
+    return Bert(config).eval()
+
+
+@pytest.fixture
+def texts():
+    """ 12 texts of 3 to 20 tokens, some of equal length, in no order of length """
+    rng = np.random.default_rng(0)
+    return [rng.integers(5, 97, size=n) for n in (7, 3, 20, 7, 12, 5, 20, 7, 9, 5, 11, 3)]
+
+
+# The nouns of a sentence say which pair it belongs to: a small model learns to match them in seconds.
+NOUNS = "apple bridge candle dragon engine forest garden hammer island jacket kitchen lantern mirror needle orange pencil".split()
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """ 64 (query, positive) rows """
+    path = tmp_path / "pairs.jsonl"
+    rows = [f'{{"query": "where is the {a} {b}", "positive": "the {a} stands beside the {b} in the morning"}}\n'
+            for a in NOUNS[:8] for b in NOUNS[8:]]
+    path.write_text("".join(rows))
+    return str(path)
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """ a BEIR folder of 4 documents: titles, grades, a document nobody judged, gz """
+    import gzip
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [("d1", "apple", "an apple is a fruit"), ("d2", "", "a bridge crosses the river"),
+              ("d3", "garden", "apple trees in the garden"), ("d4", "", "nothing of the kind")]
+    with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
+        file.writelines(f'{{"_id": "{i}", "title": "{title}", "text": "{text}"}}\n' for i, title, text in corpus)
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "apple fruit"}\n{"_id": "q2", "text": "river bridge"}\n'
+                                          '{"_id": "q3", "text": "not judged"}\n')
+    for split in ("test", "dev"):
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td3\t1\nq2\td2\t1\n")
+    return folder
+
+
+@pytest.fixture
+def tokenizer(pairs_file):
+    return data.train_wordpiece((text for query, positives, _ in data.load_pairs(pairs_file) for text in [query, *positives]), 200)

@@ -1,0 +1,159 @@
+""" Pairs come out of every kind of source the same, and a batch is a function of (seed, step). """
+import gzip
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import data
+
+ROWS = [("q one", ["p one"], ["n one"]), ("q two", ["p, two"], ["n two"]), ("q three", ["p three"], ["n three"])]
+DICTS = [{"anchor": q, "positive": p[0], "negative": n[0]} for q, p, n in ROWS]
+
+
+def write_csv(path, delimiter):
+    import csv
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="") as file:
+        writer = csv.DictWriter(file, DICTS[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(DICTS)
+
+
+def write(path):
+    import datasets
+    if ".jsonl" in path.name:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in DICTS)
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(DICTS).to_parquet(path)
+    else:
+        write_csv(path, "\t" if ".tsv" in path.name else ",")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.csv", "p.csv.gz", "p.tsv", "p.tsv.gz", "p.parquet"])
+def test_local_files(tmp_path, name):
+    """ the same three rows from every format, gzipped or not """
+    write(tmp_path / name)
+    rows = data.load_pairs(str(tmp_path / name))
+    assert len(rows) == 3 and list(rows) == ROWS == list(rows)   # twice: once for the vocabulary, once for the ids
+
+
+def test_hub_name_with_config_and_split(tmp_path, monkeypatch):
+    """ NAME[:CONFIG][:SPLIT] through datasets, on a local folder laid out like sentence-transformers/all-nli """
+    import datasets
+    monkeypatch.chdir(tmp_path)   # a relative name with a slash, as on the hub
+    for config, rows in (("triplet", DICTS), ("pair", [{"anchor": "q", "positive": "p"}])):
+        for split in ("train", "dev"):
+            datasets.Dataset.from_list(rows).to_parquet(f"sentence-transformers/all-nli/{config}/{split}-00000-of-00001.parquet")
+    with open("sentence-transformers/all-nli/README.md", "w") as file:
+        file.write("---\nconfigs:\n" + "".join(
+            f"- config_name: {config}\n  data_files:\n" + "".join(f"  - split: {split}\n    path: {config}/{split}-*\n"
+                                                                  for split in ("train", "dev")) for config in ("triplet", "pair")) + "---\n")
+    assert list(data.load_pairs("sentence-transformers/all-nli:triplet")) == ROWS
+    assert list(data.load_pairs("sentence-transformers/all-nli:pair:dev")) == [("q", ["p"], [])]
+
+
+def test_tevatron_form_of_ms_marco(tmp_path):
+    """ nested passages with titles: title and text are joined, all negatives are kept """
+    path = tmp_path / "marco.jsonl"
+    path.write_text(json.dumps({"query_id": "1", "query": "what is tea",
+                                "positive_passages": [{"docid": "7", "title": "Tea", "text": "A drink."}],
+                                "negative_passages": [{"docid": "8", "title": "", "text": "A tree."},
+                                                      {"docid": "9", "title": "Tee", "text": "A peg."}]}) + "\n")
+    assert list(data.load_pairs(str(path))) == [("what is tea", ["Tea A drink."], ["A tree.", "Tee A peg."])]
+
+
+def test_numbered_and_missing_negatives(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"query": "q", "positive": "p", "negative_1": "a", "negative_2": "b"}\n'
+                    '{"query": "r", "positive": "p", "negative_1": null, "negative_2": "b"}\n')
+    assert list(data.load_pairs(str(path))) == [("q", ["p"], ["a", "b"]), ("r", ["p"], ["b"])]
+
+
+@pytest.mark.parametrize("text, message", [('{"query": "q", "positive": "p"}\n{"query"\n', "line 2: not a JSON object"),
+                                           ("[1]\n", "line 1: not a JSON object"), ("", "holds no pairs"),
+                                           ('{"query": "q", "answer": "p"}\n', "has the columns query, answer; it needs")])
+def test_bad_files_are_named_with_the_line(tmp_path, text, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        data.load_pairs(str(path))
+
+
+@pytest.mark.parametrize("source", ["nowhere/nothing", "nowhere.jsonl", "nowhere.parquet"])
+def test_missing_sources(source):
+    with pytest.raises(ValueError, match=source):
+        data.load_pairs(source)
+
+
+def test_docs_hold_out_whole_files_and_no_text_twice(tmp_path, monkeypatch):
+    """ built from a package made here: split by file, short docstrings left out, shared texts in the held-out half only """
+    prose = "This second paragraph goes on for at least fifteen words so that it counts as a passage, number {}."
+    package = tmp_path / "site" / "fakepackage"
+    (package / "tests").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "tests" / "test_x.py").write_text(f'"""A test file is left out.\n\n{prose.format("t")}"""\n')
+    for i in range(40):
+        (package / f"m{i}.py").write_text(
+            f'class C:\n    def f(self):\n        """First  paragraph\n        number {i}.\n\n        {prose.format(i)}\n\n        And more.\n        """\n'
+            f'def shared():\n    """The same in every file.\n\n    {prose.format("shared")}"""\n'
+            f'def short():\n    """Too short here.\n\n    Returns: bool"""\n')
+    (package / "broken.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(data, "DOCS_PACKAGES", ["fakepackage"])
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda _: str(package))   # no standard library: it takes 5 s
+    folder = data.build_docs(tmp_path / "docs")
+    train, corpus = (data.read_rows(str(folder / name)) for name in ("train.jsonl", "corpus.jsonl"))
+    assert len(train) + len(corpus) == 41
+    assert sum(row["query"] == "The same in every file." for row in corpus) == 1
+    row = next(row for row in train if row["query"] == "First paragraph number 3.")
+    assert row == {"name": "fakepackage.m3.C.f", "query": "First paragraph number 3.", "positive": prose.format(3) + " And more."}
+    assert {row["name"].split(".")[1] for row in train}.isdisjoint(row["name"].split(".")[1] for row in corpus)
+    assert 0 < len(corpus) < len(train)
+    assert (folder / "train.jsonl").read_bytes() == (data.build_docs(tmp_path / "again") / "train.jsonl").read_bytes()
+
+
+@pytest.fixture
+def pairs():
+    """ row i: query [i], positives [100 + i] (and [200 + i] in even rows), i % 4 negatives """
+    ids = lambda *values: np.array(values)
+    return data.Pairs([ids(i) for i in range(10)], [[ids(100 + i)] + [ids(200 + i)] * (i % 2 == 0) for i in range(10)],
+                      [[ids(300 + 10 * i + k) for k in range(i % 4)] for i in range(10)])
+
+
+def test_a_batch_is_a_function_of_seed_and_step(pairs):
+    """ the same twice, in any order of calls; different for another seed, step or epoch """
+    batch = lambda seed, step: [text.tolist() for part in data.srl_batch(pairs, 4, 2, seed, step) for text in part]
+    first = [batch(1, step) for step in (0, 1, 2, 3)]
+    assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
+    assert batch(2, 0) != first[0] and first[0] != first[1]
+    assert sorted(first[0] + first[1]) != sorted(first[2] + first[3])   # the second epoch drops other rows
+
+
+def test_batches_align_and_cover_an_epoch(pairs):
+    """ passage i is a positive of query i; at most two negatives a query follow; two batches of 5 see every row once """
+    seen = []
+    for step in (0, 1):
+        queries, passages = data.srl_batch(pairs, 5, 2, 1, step)
+        rows = [int(query[0]) for query in queries]
+        seen += rows
+        assert [int(p[0]) % 100 for p in passages[:5]] == rows
+        assert len(passages) == 5 + sum(min(2, row % 4) for row in rows)
+        assert {(int(p[0]) - 300) // 10 for p in passages[5:]} == {row for row in rows if row % 4}
+    assert sorted(seen) == list(range(10))
+
+
+def test_tokenize_pairs(pairs_file, tokenizer):
+    """ lengths are cut, rows stay aligned, ids are the tokenizer's """
+    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), tokenizer, 5, 64)
+    assert len(pairs.queries) == 64 and max(map(len, pairs.queries)) == 5 and not any(pairs.negatives)
+    assert tokenizer.decode(pairs.positives[9][0], skip_special_tokens=True) == "the bridge stands beside the jacket in the morning"
+
+
+def test_vocabulary_is_the_same_every_time():
+    """ The trainer by itself is not: it breaks ties by the order of a hash table. """
+    texts = [f"where is the {a}dge {b}ine" for a in "bri led wed".split() for b in "eng mar sal".split()] * 3
+    vocabularies = [data.train_wordpiece(iter(texts), 120).get_vocab() for _ in range(6)]
+    assert all(v == vocabularies[0] for v in vocabularies) and vocabularies[0]["[PAD]"] == 0

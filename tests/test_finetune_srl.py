@@ -1,0 +1,173 @@
+""" The loss is the equation, gradients go where they should, and the script runs end to end or says in one line why not. """
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import finetune_srl
+from finetune_srl import get_lr, main, parse_args, srl_loss
+from model import Bert, BertConfig, from_pretrained, pack
+
+ROOT = Path(finetune_srl.__file__).parent
+
+
+def run(pairs_file, out_dir, *flags):
+    """ a whole run on 64 short pairs, a second or two """
+    main(parse_args(["--train_pairs", pairs_file, "--out_dir", str(out_dir), "--retrieval", "", "--vocab_size", "200", "--num_layers", "3",
+                     "--hidden_size", "32", "--sizes", "1:8,3:32", "--batch_size", "16", "--max_steps", "4", "--log_interval", "1",
+                     "--dtype", "float32", "--device", "cpu", "--no-compile", *flags]))
+
+
+def test_loss_by_hand():
+    """
+    2 queries, 2 positives, sizes (1, 1) and (2, 2), dot product, T = 1.
+    layer 1, first coordinate: q = (1, 0), p = (2, 1), so s = [[2, 1], [0, 0]];
+        CE: -log(e^2 / (e^2 + e)) = log(1 + 1/e) and log 2, mean m1 = (log(1 + 1/e) + log 2) / 2
+    layer 2, both coordinates: q = (1, 0), (0, 1), p = (3, 0), (0, 3), so s = [[3, 0], [0, 3]]; m2 = log(1 + e^-3)
+    KL of layer 1 from the teacher's rows (a, b), (b, a), a = 1 / (1 + e^-3), b = 1 - a:
+        row 1: a log(a / c) + b log(b / d) with c = 1 / (1 + 1/e), d = 1 - c; row 2: a log(2a) + b log(2b)
+    """
+    q = {1: torch.tensor([[1.0, 9.0], [0.0, 9.0]]), 2: torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+    p = {1: torch.tensor([[2.0, 7.0], [1.0, -7.0]]), 2: torch.tensor([[3.0, 0.0], [0.0, 3.0]])}
+    loss, nce, kl = srl_loss(q, p, ((1, 1), (2, 2)), "dot", 1.0, 0.5)
+    m1, m2 = (math.log(1 + 1 / math.e) + math.log(2)) / 2, math.log(1 + math.exp(-3))
+    a = 1 / (1 + math.exp(-3))
+    b, c = 1 - a, 1 / (1 + 1 / math.e)
+    row1 = a * math.log(a / c) + b * math.log(b / (1 - c))
+    row2 = a * math.log(2 * a) + b * math.log(2 * b)
+    assert [x.item() for x in nce] == pytest.approx([m1, m2], abs=1e-6)
+    assert [x.item() for x in kl] == pytest.approx([(row1 + row2) / 2, 0], abs=1e-6)
+    assert loss.item() == pytest.approx((m1 + m2) / 2 + 0.5 * (row1 + row2) / 4, abs=1e-6)
+
+
+def test_cosine_slices_before_it_normalises():
+    """ The score of (1, 1) is the cosine of one coordinate, so 1 or -1, whatever the second coordinate is; T divides it. """
+    q, p = {1: torch.tensor([[0.1, 5.0], [-0.1, 5.0]])}, {1: torch.tensor([[0.2, 8.0], [-0.3, 8.0]])}
+    _, nce, _ = srl_loss(q, p, ((1, 1),), "cosine", 0.5, 1.0)
+    assert nce[0].item() == pytest.approx(math.log(1 + math.exp(-4)), abs=1e-6)   # s = [[2, -2], [-2, 2]]
+
+
+def test_hard_negatives_are_candidates_of_every_query():
+    """ A third passage, equal to the positive, doubles the denominator of both queries. """
+    q, p = {1: torch.zeros(2, 4)}, {1: torch.zeros(3, 4)}
+    _, nce, _ = srl_loss(q, p, ((1, 4),), "dot", 1.0, 1.0)
+    assert nce[0].item() == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_the_teacher_learns_nothing_from_the_small_sizes():
+    """ With the InfoNCE part taken out, the gradient of the KL part is 0 at the full size and not at the small one. """
+    torch.manual_seed(0)
+    taps = {n: torch.randn(6, 8, requires_grad=True) for n in (1, 2)}
+    _, _, kl = srl_loss({n: t[:3] for n, t in taps.items()}, {n: t[3:] for n, t in taps.items()}, ((1, 4), (2, 8)), "cosine", 0.1, 1.0)
+    sum(kl).backward()
+    assert taps[2].grad is None or taps[2].grad.abs().max() < 1e-6   # the full size's KL with itself: rounding
+    assert (taps[1].grad[:, :4].abs() > 1e-4).any() and (taps[1].grad[:, 4:] == 0).all()
+
+
+def test_gradient_of_the_loss():
+    """ autograd against finite differences in float64, for the small size (the teacher is a constant to it) """
+    torch.manual_seed(0)
+    full = torch.randn(5, 6, dtype=torch.float64)
+    small = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    loss = lambda x: srl_loss({1: x[:2], 2: full[:2]}, {1: x[2:], 2: full[2:]}, ((1, 4), (2, 6)), "cosine", 0.5, 1.0)[0]
+    assert torch.autograd.gradcheck(loss, small)
+
+
+def test_overfits_one_batch(pairs_file, tokenizer):
+    """ 60 steps on the same 8 pairs bring the loss of three sizes, KL included, below 0.01 (it starts above 1.5) """
+    torch.manual_seed(0)
+    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), tokenizer, 32, 32)
+    queries, passages = data.srl_batch(pairs, 8, 0, 1, 0)
+    model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128,
+                            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    optimizer = model.configure_optimizers(1e-3, 0.01)
+    batch, losses = pack(queries + passages), []
+    for _ in range(60):
+        taps = model.encode(batch, [1, 2, 3])
+        loss, _, _ = srl_loss({n: t[:8] for n, t in taps.items()}, {n: t[8:] for n, t in taps.items()},
+                              ((1, 16), (2, 32), (3, 64)), "cosine", 0.05, 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.5 and losses[-1] < 0.01
+
+
+def test_schedule():
+    """ rises over the first tenth, falls in a line, and the last step is not wasted at 0 """
+    args = parse_args(["--learning_rate", "1", "--warmup", "0.1"])
+    rates = [get_lr(step, 100, args) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1) and rates[10] == pytest.approx(1)
+    assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
+
+
+def test_a_run_end_to_end(pairs_file, tmp_path, beir):
+    """ model, log, args and evaluation are written; the same seed gives the same weights; a new run starts from the folder """
+    run(pairs_file, tmp_path / "a", "--retrieval", str(beir), "--eval_interval", "2", "--dropout", "0.1")
+    run(pairs_file, tmp_path / "b", "--dropout", "0.1")
+    a, b = (from_pretrained(tmp_path / name) for name in "ab")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert a.config.sizes == ((1, 8), (3, 32)) and a.config.pooling == "mean"
+    records = [json.loads(line) for line in open(tmp_path / "a" / "log.jsonl")]
+    assert [r["step"] for r in records] == [1, 2, 2, 3, 4] and "dev" in records[2]
+    assert len(records[0]["nce"]) == len(records[0]["kl"]) == 2 and records[0]["learning_rate"] > 0
+    assert json.loads((tmp_path / "a" / "args.json").read_text())["sizes"] == [[1, 8], [3, 32]]
+    results = json.loads((tmp_path / "a" / "eval.json").read_text())["results"]
+    assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 32), (None, None)}
+    run(pairs_file, tmp_path / "c", "--init_from", str(tmp_path / "a"), "--passage_max_length", "16", "--pooling", "cls")
+    assert from_pretrained(tmp_path / "c").config.pooling == "cls"
+
+
+def test_one_size_alone_runs_and_trains_only_its_layers(pairs_file, tmp_path):
+    """ --sizes 1:8: the separate model. The blocks above keep their initial weights, decay and all. """
+    run(pairs_file, tmp_path / "a", "--sizes", "1:8")
+    run(pairs_file, tmp_path / "b", "--sizes", "1:8", "--max_steps", "1")
+    a, b = (from_pretrained(tmp_path / name) for name in "ab")
+    changed = [any(not torch.equal(x, y) for x, y in zip(p.parameters(), q.parameters())) for p, q in zip(a.blocks, b.blocks)]
+    assert changed == [True, False, False]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--sizes", "2:32,6"], "argument --sizes: '2:32,6' is not LAYER:DIM"),
+    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+    (["--dropout", "1"], "--dropout 1.0: must be 0 or more and below 1"),
+    (["--hidden_size", "100"], "--hidden_size 100: must be a multiple of 32"),
+    (["--max_steps", "-1"], "--max_steps -1: must be 0 or more"),
+    (["--learn", "1"], "unrecognized arguments: --learn"),
+    (["--sizes", "9:8"], "--sizes asks for layer 9 but the model has 3 layers; use a layer between 1 and 3"),
+    (["--train_pairs", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--init_from", "nowhere"], "nowhere: neither a folder nor a model of the hub"),
+    (["--retrieval", "nowhere"], "nowhere has no corpus.jsonl"),
+    (["--device", "cuda:9"], "--device cuda:9"),
+])
+def test_bad_flags_say_what_and_why_in_one_line(pairs_file, tmp_path, flags, message):
+    """ exit status 2, no traceback, the last line of stderr names flag, value and rule; nothing is written """
+    command = [sys.executable, "finetune_srl.py", "--train_pairs", pairs_file, "--out_dir", str(tmp_path / "out"), "--retrieval", "",
+               "--vocab_size", "200", "--num_layers", "3", "--hidden_size", "32", "--max_steps", "1", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_not_overwritten(pairs_file, tmp_path, capsys):
+    run(pairs_file, tmp_path / "a")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run(pairs_file, tmp_path / "a", "--seed", "2")
+    assert stop.value.code == 2 and "holds a finished run" in capsys.readouterr().err
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+    run(pairs_file, tmp_path / "a", "--seed", "2", "--overwrite")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() != before
+
+
+def test_stops_when_the_loss_is_not_a_number(pairs_file, tmp_path):
+    """ named step and remedy, and no model is saved """
+    with pytest.raises(FloatingPointError, match="step .*the loss is .*--learning_rate"):
+        run(pairs_file, tmp_path / "a", "--learning_rate", "1e30", "--grad_clip", "0")
+    assert not (tmp_path / "a" / "model.safetensors").exists()

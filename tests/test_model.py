@@ -1,0 +1,178 @@
+""" The encoder is BERT, early exit is exact, and what it saves is an ordinary Hugging Face folder. """
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from model import Bert, BertConfig, check_sizes, dropout, from_pretrained, pack, paper_sizes, pool, save_pretrained
+
+
+def hugging_face(config, **changes):
+    from transformers import BertConfig as TheirConfig, BertModel
+    from model import to_hf
+    theirs = BertModel(TheirConfig(**{**vars(config), **changes}), add_pooling_layer=False).eval()
+    return theirs, lambda model: theirs.load_state_dict(to_hf(model.state_dict()))
+
+
+def rows_of(tap, batch, texts):
+    """ (N, C) -> one (T, C) a text, in the caller's order """
+    return [tap[start:start + len(text)] for start, text in zip(batch.starts, texts)]
+
+
+@pytest.mark.parametrize("act", ["gelu", "relu", "gelu_new"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_every_layer_equals_hugging_face(config, texts, act, grad):
+    """ float64, padded there and packed here, 1e-10 at every layer: the right GELU, epsilon, mask, order. Both attentions. """
+    config.hidden_act = act
+    torch.manual_seed(0)
+    model = Bert(config).eval()
+    for p in model.parameters():   # biases and LayerNorm weights too, else errors in them hide
+        torch.nn.init.normal_(p, std=0.3)
+    theirs, load = hugging_face(config)
+    load(model)
+    model.double(), theirs.double()
+    input_ids = torch.zeros(len(texts), 20, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for i, text in enumerate(texts):
+        input_ids[i, :len(text)], mask[i, :len(text)] = torch.from_numpy(text), 1
+    batch = pack(texts)
+    with torch.set_grad_enabled(grad):
+        taps = model(batch, [0, 1, 2, 3, 4])
+    with torch.no_grad():
+        reference = theirs(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for tap, hidden in zip(taps, reference):
+        for ours, row, text in zip(rows_of(tap, batch, texts), hidden, texts):
+            torch.testing.assert_close(ours, row[:len(text)], rtol=0, atol=1e-10)
+
+
+def test_grouping_changes_nothing(model, texts):
+    """ A text alone, in a batch of equal lengths or in a mixed one: the same embedding to rounding, in the caller's order. """
+    together = model.encode(pack(texts), [2, 4])
+    for i, text in enumerate(texts):
+        alone = model.encode(pack([text]), [2, 4])
+        for layer in (2, 4):
+            torch.testing.assert_close(alone[layer][0], together[layer][i], rtol=0, atol=2e-6)
+
+
+def test_no_token_of_a_pack_is_padding(texts):
+    """ N is the sum of the lengths, and positions start anew in every text """
+    batch = pack(texts)
+    assert len(batch.input_ids) == sum(map(len, texts)) == sum(B * T for B, T in batch.groups)
+    for start, text in zip(batch.starts, texts):
+        assert batch.input_ids[start:start + len(text)].tolist() == text.tolist()
+        assert batch.position_ids[start:start + len(text)].tolist() == list(range(len(text)))
+    with pytest.raises(ValueError, match="without a single token"):
+        pack([texts[0], np.array([], dtype=np.int64)])
+
+
+def test_early_exit_is_exact_and_runs_nothing_above(model, texts):
+    """ layers=[2] equals layers=[2, 4] at layer 2 bit by bit, and the blocks above 2 do not run """
+    batch = pack(texts)
+    both = model(batch, [2, 4])
+    ran = []
+    for n, block in enumerate(model.blocks, start=1):
+        block.register_forward_hook(lambda *_, n=n: ran.append(n))
+    assert torch.equal(model(batch, [2])[0], both[0])
+    assert ran == [1, 2]
+
+
+def test_gradient_stops_at_the_tap(model, texts):
+    """ A loss on the first 8 dims of layer 2 gives nothing to blocks 3 and 4, and 0 beyond dim 8 of the last LayerNorm. """
+    model.encode(pack(texts), [2])[2][:, :8].square().sum().backward()
+    assert all(p.grad is None for block in model.blocks[2:] for p in block.parameters())
+    grad = model.blocks[1].norm2.weight.grad
+    assert (grad[:8] != 0).all() and (grad[8:] == 0).all()
+
+
+def test_pooling_by_hand():
+    """ texts of 2 and 1 tokens: the mean of rows, and the first row """
+    batch = pack([np.array([5, 6]), np.array([7])])                # packed by length: [7], then [5, 6]
+    hidden = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 60.0]])   # of tokens 7, 5, 6
+    assert pool(hidden, batch, "mean").tolist() == [[3.0, 40.0], [1.0, 10.0]]
+    assert pool(hidden, batch, "cls").tolist() == [[2.0, 20.0], [1.0, 10.0]]
+
+
+def test_dropout_rate_and_scale():
+    """ 26/256 of the entries are zero at p = 0.1, the rest grows so that the mean stays; p = 0 and eval do nothing """
+    torch.manual_seed(0)
+    y = dropout(torch.ones(1000, 1003), 0.1)
+    assert abs((y == 0).float().mean() - 26 / 256) < 2e-3 and abs(y.mean() - 1) < 2e-3
+    columns, rows = (y == 0).float().mean(0), (y == 0).float().mean(1)
+    assert columns.std() < 0.012 and rows.std() < 0.012   # binomial: sqrt(.1 * .9 / 1000) = 0.0096, so no stripes
+    x = torch.randn(5, 7)
+    assert torch.equal(dropout(x, 0.0), x)
+
+
+def test_dropout_is_on_in_training_only(config, texts):
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.5
+    model, batch = Bert(config), pack(texts)
+    assert not torch.equal(model(batch, [4])[0], model(batch, [4])[0])
+    model.eval()
+    assert torch.equal(model(batch, [4])[0], model(batch, [4])[0])
+
+
+def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
+    """ transformers.AutoModel and our own from_pretrained give the model's outputs; sizes and use are in config.json """
+    from transformers import AutoModel, AutoTokenizer
+    model.config.sizes, model.config.pooling, model.config.similarity = ((1, 8), (4, 48)), "cls", "dot"
+    save_pretrained(model, tokenizer, tmp_path / "m")
+    ours = from_pretrained(tmp_path / "m")
+    assert ours.config == model.config
+    batch = pack(texts)
+    assert torch.equal(ours(batch, [4])[0], model(batch, [4])[0])
+    theirs = AutoModel.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        for text, row in zip(texts, rows_of(model(batch, [4])[0], batch, texts)):
+            torch.testing.assert_close(theirs(torch.from_numpy(text)[None]).last_hidden_state[0], row, rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").tokenize("the apple") == tokenizer.tokenize("the apple")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["sizes"] == [[1, 8], [4, 48]]
+
+
+@pytest.mark.parametrize("form", ["head", "old names", "bin"])
+def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, form):
+    """ with the bert. prefix, heads and pooler; with gamma and beta; as pytorch_model.bin """
+    from safetensors.torch import load_file, save_file
+    save_pretrained(model, tokenizer, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    if form == "head":
+        state = {f"bert.{name}": t for name, t in state.items()} | {"cls.predictions.bias": torch.ones(97),
+                                                                    "bert.pooler.dense.weight": torch.ones(48, 48)}
+    if form == "old names":
+        state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+                 for name, t in state.items()}
+    (tmp_path / "model.safetensors").unlink()
+    if form == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(state, tmp_path / "model.safetensors")
+    batch = pack(texts)
+    assert torch.equal(from_pretrained(tmp_path)(batch, [4])[0], model(batch, [4])[0])
+
+
+@pytest.mark.parametrize("change, message", [({"model_type": "roberta"}, "model_type 'roberta'"),
+                                             ({"position_embedding_type": "relative_key"}, "relative_key positions"),
+                                             ({"hidden_act": "mish"}, "hidden_act 'mish'"),
+                                             ({"num_hidden_layers": 5}, "has no tensor 'encoder.layer.4"),
+                                             ({"vocab_size": 98}, "word.weight")])
+def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
+    """ one clear line instead of wrong embeddings """
+    save_pretrained(model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(tmp_path)
+
+
+def test_sizes_of_the_paper():
+    """ BERT-base: the six pairs and the parameter counts of the paper's table, in millions """
+    with torch.device("meta"):
+        model = Bert(BertConfig())
+    sizes = paper_sizes(model.config)
+    assert sizes == ((2, 32), (4, 64), (6, 128), (8, 256), (10, 512), (12, 768))
+    assert [round(model.num_params(layer) / 1e6, 1) for layer, _ in sizes] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]
+    assert check_sizes(((6, 128), (2, 32)), model.config) == ((2, 32), (6, 128))
+    with pytest.raises(ValueError, match="layer 14 but the model has 12 layers; use a layer between 1 and 12"):
+        check_sizes(((14, 32),), model.config)
+    with pytest.raises(ValueError, match="800 dims but the model has 768"):
+        check_sizes(((2, 800),), model.config)

@@ -165,6 +165,8 @@ def main(args):
             raise ValueError(f"--{name} {getattr(args, name)}: {args.init_from} has {config.max_position_embeddings} positions; "
                              "choose that or less")
     config.sizes = check_sizes(args.sizes or paper_sizes(config), config)
+    config.num_hidden_layers = config.sizes[-1][0]
+    del model.blocks[config.num_hidden_layers:]            # --sizes 6:128 is a separate model: no layer above 6
     config.pooling, config.similarity = args.pooling, args.similarity
     tokenizer.model_max_length = args.passage_max_length   # evaluate.py and others read it
     layers = [layer for layer, _ in config.sizes]

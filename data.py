@@ -102,9 +102,9 @@ def build_docs(folder):
     write("train.jsonl", [{"name": name, "query": query, "positive": passage} for name, query, passage in train])
     write("corpus.jsonl", [{"_id": str(i), "title": "", "text": passage, "name": name, "query": query}
                            for i, (name, query, passage) in enumerate(corpus)])
-    write("queries.jsonl", [{"_id": str(i), "text": corpus[i][1]} for i in test + dev])
+    write("queries.jsonl", [{"_id": f"q{i}", "text": corpus[i][1]} for i in test + dev])
     for split, rows in (("test", test), ("dev", dev)):
-        lines = ["query-id\tcorpus-id\tscore\n"] + [f"{i}\t{i}\t1\n" for i in rows]
+        lines = ["query-id\tcorpus-id\tscore\n"] + [f"q{i}\t{i}\t1\n" for i in rows]
         (part / "qrels" / f"{split}.tsv").write_text("".join(lines))
     os.replace(part, folder)
     return folder
@@ -127,7 +127,7 @@ def load_pairs(source):
     if source == "docs":
         source = str(docs_folder() / "train.jsonl")
     if re.search(r"\.(jsonl|csv|tsv)(\.gz)?$", source):
-        rows = read_rows(source)
+        rows = [row for _, row in read_rows(source)]
     else:
         import datasets   # imported here: it takes 0.7 s, and the branch above does without
         try:
@@ -175,21 +175,26 @@ def as_texts(value):
 
 
 def read_rows(path):
-    """ .jsonl, .csv or .tsv, gzipped or not -> list of dicts. Raises ValueError that names the file and the line. """
-    if not Path(path).exists():
+    """
+    .jsonl, .csv or .tsv with a header, gzipped or not -> yields (line number, dict); blank lines are passed over.
+    Raises ValueError that names the file and the line.
+    """
+    path = Path(path)
+    if not path.exists():
         raise ValueError(f"{path}: no such file")
-    opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8", newline="") as file:
-        if ".jsonl" not in Path(path).name:
-            return list(csv.DictReader(file, delimiter="\t" if ".tsv" in Path(path).name else ","))
-        rows = []
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+        if ".jsonl" not in path.name:
+            reader = csv.DictReader(file, delimiter="\t" if ".tsv" in path.name else ",")
+            yield from ((reader.line_num, row) for row in reader)
+            return
         for number, line in enumerate(file, start=1):
-            try:
-                rows.append(json.loads(line))
-                assert isinstance(rows[-1], dict)
-            except (json.JSONDecodeError, AssertionError):
-                raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
-        return rows
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    assert isinstance(row, dict)
+                except (json.JSONDecodeError, AssertionError):
+                    raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
+                yield number, row
 
 # ----------------------------------------------------------------------------------------------------------------------
 # token ids, once

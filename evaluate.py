@@ -1,30 +1,37 @@
 """
-How good is each size, and what does it cost? One pass over the texts gives the embeddings of all sizes.
+How good is each size of a model, and what does it cost? One pass over the texts gives the embeddings of all sizes.
 
-    python evaluate.py out/srl                                # retrieval on this machine's documentation, BM25 beside it
-    python evaluate.py out/srl --search "invert a matrix"     # ask that documentation
-    python evaluate.py out/srl --sizes 1:8 --split dev        # one size runs only its own layers
+    python evaluate.py out/srl                                   # retrieval in this machine's documentation, BM25 beside it
+    python evaluate.py out/srl --search "invert a matrix"        # ask that documentation
+    python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev --speed
+    python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid         # any BERT, layers x dims
+    python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg              # which differences are real
 
-Prints a table and writes the same numbers to MODEL/eval.json, one record a value under "results":
-{"task", "metric", "layer", "dim", "value", "n"}; the yardstick BM25 has layer and dim null.
+Prints a table and writes MODEL/eval.json (or --out): "results" has one record a value, {"task", "metric", "layer", "dim",
+"value", "n"} (BM25 has layer and dim null); "per_item" has what --compare needs.
 
-Metrics are trec_eval's: recip_rank cut at 10, ndcg_cut_10 (linear gain), recall_100, averaged over the judged queries, ties
-broken by document id. To come here: STS, other BEIR sets, comparison of models, figures.
+STS: Spearman's rank correlation of the cosine with the gold scores. Retrieval: trec_eval's recip_rank cut at 10, ndcg_cut_10
+(gain = grade) and recall_100 over the judged queries; equal scores rank by descending document id; a document with the id of
+the query is no hit. Search is exact and goes through the corpus in shards, so memory does not grow with it. MS MARCO, 8.8 M
+passages, six sizes of BERT-base (7,040 B a passage): ids 0.6 GB + a shard (25,000 x 6 taps x 3 KB) 0.5 GB + its scores for
+1,024 queries 0.1 GB + hits 0.1 GB; with --embeddings_dir 62 GB on disk.
 
-Shapes: Q queries, P passages, C channels, D dims that a size keeps, K documents ranked for a query
+Shapes: Q queries, P passages of a shard, C channels, D dims that a size keeps, K candidates kept for a query
 """
 import argparse
+import functools
 import json
 import re
 import statistics
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -32,13 +39,45 @@ from tqdm import tqdm
 import data
 from model import check_sizes, find_folder, from_pretrained, pack, paper_sizes, parse_sizes, size_name
 
-METRICS = ("MRR@10", "nDCG@10", "Recall@100")
 NAMES = ("Demi", "Short", "Tall", "Grande", "Venti", "Trenta")
-FORMATS = {"parameters": "{:,.0f}", "ms/query": "{:.1f}"}   # of the table; quality has three digits
-K = 100   # the deepest cut-off of the metrics
+METRICS = ("MRR@10", "nDCG@10", "Recall@100")
+STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)} | {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
+SHARD = 25_000   # documents in memory at a time
+K = 200          # candidates kept for a query: the deepest metric looks at 100, the rest is room for ties
 
 # ----------------------------------------------------------------------------------------------------------------------
-# embeddings
+# models and embeddings
+
+
+def load_model(name, device="cpu", max_length=None):
+    """
+    Any BERT -> model, tokenizer. Pooling, similarity and length are the model's own: from our config.json, or from the files
+    of sentence-transformers (modules.json and its folders). Raises ValueError when it needs what is not here (Dense, max pooling).
+    """
+    folder = find_folder(name)
+    modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").exists() else []
+    def settings(file):
+        return json.loads(file.read_text()) if file.exists() else {}
+    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+    if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
+        raise ValueError(f"{name}: modules.json asks for {', '.join(set(kinds) - {'Transformer', 'Pooling', 'Normalize'})}, which is not supported")
+    model = from_pretrained(folder / kinds.get("Transformer", "")).to(device)
+    tokenizer = data.load_tokenizer(folder / kinds.get("Transformer", ""))
+    if "Pooling" in kinds:
+        pooling = settings(folder / kinds["Pooling"] / "config.json")
+        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else [
+            key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]   # pooling_mode_mean_tokens
+        if modes not in (["mean"], ["cls"]):
+            raise ValueError(f"{name}: pooling {modes}; only mean or cls is supported")
+        model.config.pooling = modes[0]
+    theirs = settings(folder / kinds.get("Transformer", "") / "sentence_bert_config.json")
+    if theirs.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
+        from tokenizers.normalizers import Lowercase, Sequence
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = Sequence([Lowercase(), backend.normalizer])
+    lengths = [max_length, theirs.get("max_seq_length"), tokenizer.model_max_length]
+    tokenizer.model_max_length = min(next(length for length in lengths if length), model.config.max_position_embeddings)
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -65,6 +104,11 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
     return embeddings
 
 
+def embed(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
+    """ list of B strings -> {layer: (B, C) float32} """
+    return encode(model, data.tokenize(texts, tokenizer, tokenizer.model_max_length), layers, dtype, batch_tokens, desc)
+
+
 def score(queries, passages, dim, similarity):
     """ (Q, C), (P, C) -> (Q, P): keep the first dim coordinates, then (for cosine) normalise, then multiply """
     q, p = queries[:, :dim], passages[:, :dim]
@@ -73,40 +117,150 @@ def score(queries, passages, dim, similarity):
     return q @ p.T
 
 # ----------------------------------------------------------------------------------------------------------------------
+# STS
+
+
+def load_sts(name):
+    """ a name of STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, [s1], [s2], (n,) gold """
+    if name in STS:
+        import datasets
+        rows = enumerate(datasets.load_dataset(STS[name], split="test"), start=1)
+    elif re.search(r"\.(jsonl|csv|tsv)(\.gz)?$", name):
+        rows = data.read_rows(name)
+    else:
+        raise ValueError(f"--sts {name}: neither one of {', '.join(STS)} nor a .jsonl, .csv or .tsv file (.gz or not)")
+    first, second, gold = [], [], []
+    for line, row in rows:
+        if {"sentence1", "sentence2", "score"} - set(row):
+            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; it needs sentence1, sentence2 and score")
+        try:
+            gold.append(float(row["score"]))
+        except (TypeError, ValueError):
+            gold.append(float("nan"))
+        if not np.isfinite(gold[-1]):
+            raise ValueError(f"{name}, line {line}: the score {row['score']!r} is not a finite number")
+        first.append(row["sentence1"])
+        second.append(row["sentence2"])
+    if len(gold) < 2:
+        raise ValueError(f"{name}: {len(gold)} pairs; a correlation needs two or more")
+    return task_name(name), first, second, np.array(gold)
+
+
+def spearman(x, y):
+    """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank """
+    return float(scipy.stats.spearmanr(x, y).statistic)
+
+
+def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
+    """ -> records, per-item values (the cosine of every pair) """
+    task, first, second, gold = load_sts(name)
+    texts = list(dict.fromkeys(first + second))   # each sentence once
+    row = {text: i for i, text in enumerate(texts)}
+    layers = sorted({layer for layer, _ in sizes})
+    embeddings = embed(model, tokenizer, texts, layers, dtype, batch_tokens, task)
+    records, items = [], {"gold": gold.tolist()}
+    for layer, dim in sizes:
+        x = F.normalize(embeddings[layer][:, :dim], dim=-1)
+        cosine = (x[[row[t] for t in first]] * x[[row[t] for t in second]]).sum(-1).numpy()   # (n,)
+        records.append(record(task, "Spearman", layer, dim, spearman(cosine, gold), len(gold)))
+        items[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
+    return records, items
+
+
+def record(task, metric, layer, dim, value, n):
+    return {"task": task, "metric": metric, "layer": layer, "dim": dim, "value": value, "n": n}
+
+
+def task_name(name):
+    """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
+    return re.sub(r"\.(jsonl|csv|tsv)(\.gz)?$", "", Path(name).name)
+
+# ----------------------------------------------------------------------------------------------------------------------
 # retrieval
 
 
-class Collection(NamedTuple):
-    """ A BEIR set. qrels: {query id: {document id: grade}}, judged queries only; queries: their texts. """
-    doc_ids: list
-    docs: list
-    queries: dict
-    qrels: dict
+class Collection:
+    """
+    NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact, arguana, msmarco
+    with the splits validation = dev and test = DL19, ...). For DL20 put its qrels file into a folder's qrels/.
+    task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards() reads the corpus.
+    Raises ValueError naming file and line for what is missing, broken, unknown or there twice.
+    """
 
+    def __init__(self, name):
+        self.task = task_name(name)
+        name, _, split = name.partition(":")
+        self.name, split = name, split or "test"
+        self.folder = data.docs_folder() if name == "docs" else Path(name)
+        if self.folder.is_dir():
+            qrels_file = self.folder / "qrels" / f"{split}.tsv"
+            judgements = data.read_rows(qrels_file)
+        else:
+            qrels_file = f"BeIR/{name}-qrels"
+            judgements = enumerate(self.from_hub(qrels_file, None, split), start=2)
+        texts = {key: row["text"] for key, row in self.rows("queries")}
+        self.qrels, self.lines = {}, {}
+        for line, row in judgements:
+            try:
+                query, document, grade = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{qrels_file}, line {line}: needs the columns query-id, corpus-id and score (a whole number)") from None
+            if query not in texts:
+                raise ValueError(f"{qrels_file}, line {line}: query {query!r} is not among the queries")
+            if document in self.qrels.setdefault(query, {}):
+                raise ValueError(f"{qrels_file}, line {line}: query {query!r} and document {document!r} are judged twice")
+            self.qrels[query][document] = grade
+            self.lines.setdefault(document, line)
+        if not self.qrels:
+            raise ValueError(f"{qrels_file}: no judgements; one line a judged document is needed")
+        self.queries = {query: texts[query] for query in self.qrels}
+        self.qrels_file = qrels_file
 
-def load_collection(name, split="test"):
-    """ "docs" or a folder in BEIR layout -> Collection. Raises ValueError when something is missing. """
-    folder = data.docs_folder() if name == "docs" else Path(name)
-    def read(stem):
-        paths = [path for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if path.exists()]
-        if not paths:
-            raise ValueError(f"{folder} has no {stem}.jsonl; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/{split}.tsv")
-        return data.read_rows(str(paths[0]))
-    corpus = read("corpus")
-    texts = {str(row["_id"]): row["text"] for row in read("queries")}
-    qrels = {}
-    for row in data.read_rows(str(folder / "qrels" / f"{split}.tsv")):
-        qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    return Collection([str(row["_id"]) for row in corpus], [f"{row.get('title') or ''} {row['text']}".strip() for row in corpus],
-                      {query: texts[query] for query in qrels}, qrels)
+    def from_hub(self, name, config, split):
+        import datasets
+        try:
+            return datasets.load_dataset(name, config, split=split)
+        except Exception as error:
+            raise ValueError(f"--retrieval {self.name}: neither docs, nor a folder in BEIR layout, nor a set that could be loaded "
+                             f"from the hub as {name} ({str(error).splitlines()[0]})") from error
 
+    def rows(self, stem):
+        """ yields (id, row) of the corpus or the queries """
+        if self.folder.is_dir():
+            paths = [path for path in (self.folder / f"{stem}.jsonl", self.folder / f"{stem}.jsonl.gz") if path.exists()]
+            if not paths:
+                raise ValueError(f"{self.folder} has no {stem}.jsonl; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/test.tsv")
+            source, rows = paths[0], data.read_rows(paths[0])
+        else:
+            source, rows = f"BeIR/{self.name}", enumerate(self.from_hub(f"BeIR/{self.name}", stem, stem), start=1)
+        seen = set()
+        for line, row in rows:
+            if "_id" not in row or "text" not in row:
+                raise ValueError(f"{source}, line {line}: has the columns {', '.join(row)}; it needs _id and text")
+            key = str(row["_id"])
+            if key in seen:
+                raise ValueError(f"{source}, line {line}: the id {key!r} is there twice")
+            seen.add(key)
+            yield key, row
+        if not seen:
+            raise ValueError(f"{source} is empty; it needs one line a text")
 
-def rank(scores, doc_ids):
-    """ (P,) scores of one query -> the K best document ids; equal scores by descending id, which is what trec_eval does """
-    top = np.argpartition(-scores, min(K, len(scores) - 1))[:K]
-    worst = scores[top].min()
-    top = np.flatnonzero(scores >= worst)   # with everything that ties with the last one
-    return [doc_ids[i] for i in sorted(top, key=lambda i: (scores[i], doc_ids[i]), reverse=True)[:K]]
+    def shards(self):
+        """ yields ([ids], [title + text]) of SHARD documents at a time; checks at the end that every judged document exists """
+        missing = dict(self.lines)
+        ids, texts = [], []
+        for key, row in self.rows("corpus"):
+            ids.append(key)
+            texts.append(f"{row.get('title') or ''} {row['text']}".strip())
+            missing.pop(key, None)
+            if len(ids) == SHARD:
+                yield ids, texts
+                ids, texts = [], []
+        if ids:
+            yield ids, texts
+        if missing:
+            document, line = missing.popitem()
+            raise ValueError(f"{self.qrels_file}, line {line}: document {document!r} is not in the corpus")
 
 
 def mrr_at_10(ranked, grades):
@@ -128,23 +282,37 @@ def recall_at_100(ranked, grades):
     return len(relevant & set(ranked[:100])) / max(1, len(relevant))
 
 
-def measure(scores, collection):
-    """ (Q, P) scores -> {metric: mean over the queries} """
-    values = []
-    for row, grades in zip(scores, collection.qrels.values()):
-        ranked = rank(row, collection.doc_ids)
-        values.append((mrr_at_10(ranked, grades), ndcg_at_10(ranked, grades), recall_at_100(ranked, grades)))
-    return dict(zip(METRICS, np.mean(values, axis=0).tolist()))
+def rank(scores, hits, id_rank):
+    """
+    (Q, K) scores and document numbers, (documents,) position of each id in sorted order -> ([numbers], [scores]) of each query,
+    best first; equal scores by descending id, which is what trec_eval does; -inf marks what is no hit
+    """
+    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # the last key is the first
+    for row in range(len(scores)):
+        kept = [k for k in order[row] if scores[row, k] > -np.inf][:100]
+        yield hits[row, kept].tolist(), scores[row, kept].tolist()
+
+
+def measure(scores, hits, doc_ids, collection):
+    """ (Q, K) -> {metric: [value of each query]}, [[(document id, score), ...] of each query] """
+    id_rank = np.argsort(np.argsort(np.array(doc_ids)))
+    values, runs = {metric: [] for metric in METRICS}, []
+    for (ranked, ranked_scores), grades in zip(rank(scores, hits, id_rank), collection.qrels.values()):
+        ranked = [doc_ids[i] for i in ranked]
+        runs.append(list(zip(ranked, ranked_scores)))
+        for metric, function in zip(METRICS, (mrr_at_10, ndcg_at_10, recall_at_100)):
+            values[metric].append(function(ranked, grades))
+    return values, runs
 
 
 def bm25(docs, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> (Q, P) BM25 scores (Lucene's defaults; words are runs of letters or digits) """
+    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words are runs of letters or digits) """
     split = lambda text: re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
     words = [split(text) for text in docs]
     vocabulary = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}
     def count(texts):
         pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
-        rows, columns = np.array(pairs).reshape(-1, 2).T
+        rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
         return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(texts), len(vocabulary)))   # sums repeats
     tf = count(words)
     length = np.asarray(tf.sum(axis=1)).ravel()
@@ -152,35 +320,103 @@ def bm25(docs, queries, k1=1.2, b=0.75):
     idf = np.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
     norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))   # of each entry's document
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
-    return (count([split(text) for text in queries]) @ tf.T).toarray()
+    return count([split(text) for text in queries]) @ tf.T
 
 
-def retrieval(model, tokenizer, name, split, sizes, dtype):
-    """ Search a collection with every size -> records """
-    collection = load_collection(name, split)
-    layers = sorted({layer for layer, _ in sizes})
-    docs = encode(model, data.tokenize(collection.docs, tokenizer, tokenizer.model_max_length), layers, dtype)
-    queries = encode(model, data.tokenize(list(collection.queries.values()), tokenizer, tokenizer.model_max_length), layers, dtype)
-    records = []
-    for layer, dim in sizes:
-        scores = score(queries[layer], docs[layer], dim, model.config.similarity).numpy()
-        for metric, value in measure(scores, collection).items():
-            records.append({"task": Path(name).name, "metric": metric, "layer": layer, "dim": dim, "value": value, "n": len(scores)})
-    return records
+def stored(path, make):
+    """ the array of a .npy file; make() it first when the file is not there """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part.npy")
+        np.save(part, make())
+        part.replace(path)
+    return np.load(path)
+
+
+def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
+    """ Search a collection with every size, and with BM25 if it is one shard -> records, per-item values (of each query) """
+    collection = Collection(name)
+    depth = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # the dims needed of each tap
+    queries = embed(model, tokenizer, list(collection.queries.values()), list(depth), dtype, batch_tokens)
+    Q = len(collection.queries)
+    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}   # scores, document numbers
+    if embeddings_dir:   # a file is found by what made it: weights, pooling, length, dtype, and the texts of the shard
+        parts = [zlib.crc32(p.detach().cpu().numpy()) for p in model.parameters()]
+        made_by = f"{zlib.crc32(repr([parts, model.config.pooling, tokenizer.model_max_length, dtype]).encode()):08x}"
+    doc_ids = []
+    for number, (ids, texts) in enumerate(collection.shards()):
+        @functools.cache
+        def taps():
+            return embed(model, tokenizer, texts, list(depth), dtype, batch_tokens, f"{collection.task}, from document {len(doc_ids):,}")
+        own = {key: i for i, key in enumerate(ids) if key in collection.queries}   # queries that are themselves documents
+        for layer, dims in depth.items():
+            make = lambda: taps()[layer][:, :dims].numpy()   # (P, dims)
+            if embeddings_dir:
+                texts_key = f"{zlib.crc32(repr(texts).encode()):08x}"
+                file = f"{collection.task}-{number:04}-layer{layer}-dims{dims}-{made_by}-{texts_key}.npy"
+                passages = torch.from_numpy(stored(Path(embeddings_dir) / file, make))
+            else:
+                passages = torch.from_numpy(make())
+            for size in [size for size in sizes if size[0] == layer]:
+                for start in range(0, Q, 1024):
+                    chunk = slice(start, start + 1024)
+                    scores = score(queries[layer][chunk], passages, size[1], model.config.similarity)   # (Q, P)
+                    for q, key in enumerate(list(collection.queries)[chunk]):
+                        if key in own:
+                            scores[q, own[key]] = -np.inf
+                    keep(best[size], chunk, scores, len(doc_ids))
+        doc_ids += ids
+    if len(doc_ids) <= SHARD:
+        best[None, None] = torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)
+        scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())
+        for q, key in enumerate(collection.queries):
+            if key in own:
+                scores[q, own[key]] = -np.inf
+        keep(best[None, None], slice(0, Q), scores, 0)
+
+    records, items = [], {"ids": list(collection.queries)}
+    for (layer, dim), (scores, hits) in best.items():
+        values, runs = measure(scores.numpy(), hits.numpy(), doc_ids, collection)
+        records += [record(collection.task, metric, layer, dim, float(np.mean(each)), Q) for metric, each in values.items()]
+        label = size_name((layer, dim)) if layer else "BM25"
+        items[label] = values
+        if save_run:
+            Path(save_run).mkdir(parents=True, exist_ok=True)
+            with open(Path(save_run) / f"{collection.task}-{label}.run".replace(":", "-"), "w") as file:
+                file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n" for query, run in zip(collection.queries, runs)
+                                for i, (document, value) in enumerate(run, start=1))
+    return records, items
+
+
+def keep(best, chunk, scores, offset):
+    """ put the K best of (K kept so far, P new documents whose numbers begin at offset) into rows `chunk` of best """
+    top, hits = scores.topk(min(K, scores.shape[1]))
+    top, hits = torch.cat([best[0][chunk], top], dim=1), torch.cat([best[1][chunk], hits + offset], dim=1)   # (Q, K + K)
+    best[0][chunk], kept = top.topk(K)
+    best[1][chunk] = hits.gather(1, kept)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cost
 
 
-def milliseconds_a_query(model, tokenizer, layer, dtype):
-    """ median time to embed one query of ordinary length with `layer` blocks, tokenising included """
-    times = []
-    for _ in range(30):
+def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
+    """ -> records: ms to embed one short query, tokenising included (median, 95th percentile of 50), texts a second in batches """
+    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of ordinary words "
+             "so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
+    records = []
+    for layer, dim in sizes:
+        times = []
+        for _ in range(53):
+            start = time.perf_counter()
+            embed(model, tokenizer, ["how do I invert a large sparse matrix"], [layer], dtype)
+            times.append(1000 * (time.perf_counter() - start))
+        times = sorted(times[3:])   # the first ones warm up
         start = time.perf_counter()
-        text = data.tokenize(["how do I invert a large sparse matrix"], tokenizer, tokenizer.model_max_length)
-        encode(model, text, [layer], dtype)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+        embed(model, tokenizer, texts, [layer], dtype, batch_tokens)
+        for metric, value, n in (("ms/query", statistics.median(times), 50), ("p95 ms", times[47], 50),
+                                 ("texts/s", len(texts) / (time.perf_counter() - start), len(texts))):
+            records.append(record("cost", metric, layer, dim, value, n))
+    return records
 
 # ----------------------------------------------------------------------------------------------------------------------
 # search
@@ -190,21 +426,19 @@ def search(model, tokenizer, question, size, dtype, model_folder):
     """ Print the 5 docstrings that answer a question best. The embeddings of all are made once and kept beside the model. """
     layer, dim = size
     folder = data.docs_folder()
-    rows = data.read_rows(str(folder / "train.jsonl")) + data.read_rows(str(folder / "corpus.jsonl"))
+    rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
     index = model_folder / f"search-{folder.name}-{layer}-{dim}.npy"
-    if index.exists() and index.stat().st_mtime > (model_folder / "config.json").stat().st_mtime:   # not of an earlier model
-        docs = torch.from_numpy(np.load(index))
-    else:
-        texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
-        ids = data.tokenize(texts, tokenizer, tokenizer.model_max_length)
-        docs = encode(model, ids, [layer], dtype, desc="embedding the documentation, once")[layer][:, :dim].contiguous()
-        np.save(index, docs.numpy())
-    query = encode(model, data.tokenize([question], tokenizer, tokenizer.model_max_length), [layer], dtype)[layer]
-    scores = score(query, docs, dim, model.config.similarity)[0]
+    if index.exists() and index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
+        index.unlink()   # of an earlier model
+    texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
+    make = lambda: embed(model, tokenizer, texts, [layer], dtype, desc="embedding the documentation, once")[layer][:, :dim].numpy()
+    docs = torch.from_numpy(stored(index, make))
+    scores = score(embed(model, tokenizer, [question], [layer], dtype)[layer], docs, dim, model.config.similarity)[0]
     for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
 # ----------------------------------------------------------------------------------------------------------------------
+# reports
 
 
 def git_commit():
@@ -214,59 +448,171 @@ def git_commit():
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
+def print_table(results, title):
+    """ one line a size, one column a value """
+    columns = list(dict.fromkeys((r["task"], r["metric"]) for r in results))
+    rows = {}
+    for r in results:
+        rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
+    sizes = [size for size in rows if size[0]]
+    names = dict(zip(sizes, NAMES)) if len(sizes) == len(NAMES) else {}
+    width = max([10] + [len(task) for task, _ in columns]) + 2
+    print(f"\n{title}")
+    for header in zip(*columns):
+        print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
+    for size, values in rows.items():
+        label = f"{names.get(size, 'size'):8}{size_name(size)}" if size[0] else "BM25"
+        cells = [values.get(column) for column in columns]
+        print(f"{label:16}" + "".join(f"{'' if v is None else f'{v:.4f}' if v < 2 else f'{v:,.1f}' if v % 1 else f'{v:,.0f}':>{width}}" for v in cells))
+
+
+def compare(files):
+    """
+    One table of several eval.json. The first is the baseline; * marks a difference that is significant at 0.05 after
+    Bonferroni's correction for all comparisons of the table: paired t-test over queries; for Spearman the bootstrap over
+    sentence pairs (1,000 resamples). Sizes are paired by their order (Demi with Demi), so models of any depth can be compared.
+    """
+    runs = [json.loads(Path(file).read_text()) for file in files]
+    sizes = [[size for size in dict.fromkeys((r["layer"], r["dim"]) for r in run["results"] if r["task"] != "cost") if size[0]] for run in runs]
+    if len(set(map(len, sizes))) > 1:
+        raise ValueError(f"--compare: the files have {', '.join(str(len(s)) for s in sizes)} sizes; evaluate them with as many --sizes each")
+    values = [{(r["task"], r["metric"], r["layer"], r["dim"]): r["value"] for r in run["results"] if r["task"] != "cost"} for run in runs]
+    rows = [(task, metric, i) for task, metric in dict.fromkeys(key[:2] for key in values[0]) for i in range(len(sizes[0]))
+            if task in runs[0]["per_item"] and all((task, metric, *own[i]) in value for own, value in zip(sizes, values))]
+    tests = max(1, len(rows) * (len(runs) - 1))
+    print("".join(f"{text:>22}" for text in ["", *(Path(file).parent.name + "/" + Path(file).name for file in files)]))
+    for task, metric, i in rows:
+        cells = []
+        for run, own, value in zip(runs, sizes, values):
+            items = [r["per_item"][task] for r in (runs[0], run)]
+            x, y = (np.array(item[size_name(s[i])][metric]) for item, s in zip(items, (sizes[0], own)))
+            key = "gold" if metric == "Spearman" else "ids"
+            if items[0][key] != items[1][key]:
+                raise ValueError(f"--compare: {task} is not the same set in all files; evaluate the models on the same data")
+            p = 1.0 if run is runs[0] else paired_bootstrap(x, y, items[0]["gold"]) if metric == "Spearman" else scipy.stats.ttest_rel(x, y).pvalue
+            cells.append(f"{size_name(own[i])} {value[task, metric, *own[i]]:.4f}{'*' if p * tests < 0.05 else ' '}")
+        print(f"{task + ' ' + metric:>22}" + "".join(f"{cell:>22}" for cell in cells))
+    print(f"* differs from the first file at p < 0.05 / {tests} comparisons")
+
+
+def paired_bootstrap(x, y, gold, resamples=1000):
+    """ (n,) cosines of two models, (n,) gold -> two-sided p of the difference of their Spearman correlations (normal approximation) """
+    rows = np.random.default_rng(0).integers(len(gold), size=(resamples, len(gold)))
+    def correlations(values):   # (resamples,)
+        a, b = (scipy.stats.rankdata(np.array(v)[rows], axis=1) for v in (values, gold))
+        a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    spread = np.std(correlations(x) - correlations(y))
+    difference = abs(spearman(x, gold) - spearman(y, gold))
+    return float(2 * scipy.stats.norm.sf(difference / spread)) if spread > 0 else float(difference == 0)
+
+
+def plot(files, path):
+    """ quality against cost, one line a model, one point a size -> SVG or PNG """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for file, color in zip(files, ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"] * len(files)):   # Okabe and Ito
+        run = json.loads(Path(file).read_text())
+        main_results = [r for r in run["results"] if r["metric"] in ("Spearman", "nDCG@10")]
+        sizes = [size for size in dict.fromkeys((r["layer"], r["dim"]) for r in main_results) if size[0]]
+        cost = {(r["layer"], r["dim"]): r["value"] for r in run["results"] if r["metric"] == "MFLOP/token"}
+        y = [100 * np.mean([r["value"] for r in main_results if (r["layer"], r["dim"]) == size]) for size in sizes]
+        x = [cost[size] for size in sizes]
+        axes.plot(x, y, "o-", color=color)
+        for size, a, b in zip(sizes, x, y):
+            axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} B", (a, b), xytext=(0, -24), textcoords="offset points", ha="center", fontsize=7)
+        axes.annotate(run["model"], (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right", color=color, weight="bold")
+    tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in main_results))
+    axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)", ylabel=f"mean of {tasks}, x 100 (up is better)")
+    axes.margins(0.1, 0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def parse_args(argv=None):
     class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """ keep the docstring's line breaks and print every default """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("model", help="a folder that finetune_srl.py wrote, or any BERT: a folder or a name on the hub")
-    parser.add_argument("--retrieval", default="docs", help="docs, or a folder in BEIR layout")
-    parser.add_argument("--split", default="test", help="which qrels: test, dev or another file of the folder's qrels/")
-    parser.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... to evaluate; by default those the model was trained for")
-    parser.add_argument("--search", metavar="QUESTION", help="answer from this machine's documentation instead, with the largest size")
-    parser.add_argument("--out", help="JSON file for the results; by default MODEL/eval.json where MODEL is a folder of ours")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
-    return parser.parse_args(argv)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders that finetune_srl.py wrote, or any BERT: folder or hub name")
+    group = parser.add_argument_group("tasks; with none: --retrieval docs")
+    group.add_argument("--sts", nargs="+", default=[], metavar="NAME_OR_FILE", help=f"{', '.join(STS)}, or a file with sentence1, sentence2, score")
+    group.add_argument("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]", help="docs, a folder in BEIR layout, or a BEIR set of the hub")
+    group.add_argument("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
+    group.add_argument("--speed", action="store_true", help="time every size")
+    group = parser.add_argument_group("sizes; by default those of config.json, else the paper's shares of the model")
+    group.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... to evaluate")
+    group.add_argument("--grid", action="store_true", help="every layer at the dims of all sizes")
+    group = parser.add_argument_group("encoding")
+    group.add_argument("--max_length", type=int, help="tokens of a text; by default the model's own")
+    group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    group = parser.add_argument_group("results")
+    group.add_argument("--out", metavar="FILE.json", help="where the results of one model go; by default MODEL/eval.json for models of ours")
+    group.add_argument("--embeddings_dir", metavar="DIR", help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what is there")
+    group.add_argument("--save_run", metavar="DIR", help="write TREC runs there")
+    group.add_argument("--compare", nargs="+", metavar="FILE.json", help="results to compare; the first is the baseline")
+    group.add_argument("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
+    args = parser.parse_args(argv)
+    if not args.models and not args.compare:
+        parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
+    if args.out and len(args.models) > 1:
+        parser.error(f"--out {args.out} takes the results of one model, and {len(args.models)} are given; evaluate them one by one")
+    for name in ("max_length", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 2:
+            parser.error(f"--{name} {getattr(args, name)}: must be 2 or more")
+    if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
+        parser.error(f"--plot {args.plot}: must end in .svg or .png")
+    return args
 
 
 def main(args):
-    start = time.time()
-    model = from_pretrained(args.model).to(args.device)
-    tokenizer = data.load_tokenizer(args.model)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    sizes = check_sizes(args.sizes or model.config.sizes or paper_sizes(model.config), model.config, args.model)
-    if args.search:
-        return search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(args.model))
-
-    results = retrieval(model, tokenizer, args.retrieval, args.split, sizes, args.dtype)
-    n = results[0]["n"]
-    for layer, dim in sizes:
-        results += [{"task": "cost", "metric": "parameters", "layer": layer, "dim": dim, "value": model.num_params(layer), "n": 1},
-                    {"task": "cost", "metric": "ms/query", "layer": layer, "dim": dim,
-                     "value": milliseconds_a_query(model, tokenizer, layer, args.dtype), "n": 30}]
-    collection = load_collection(args.retrieval, args.split)
-    for metric, value in measure(bm25(collection.docs, list(collection.queries.values())), collection).items():
-        results.append({"task": Path(args.retrieval).name, "metric": metric, "layer": None, "dim": None, "value": value, "n": n})
-
-    out = args.out or (Path(args.model) / "eval.json" if model.config.sizes and Path(args.model).exists() else None)
-    if out:
-        Path(out).write_text(json.dumps({"model": args.model, "commit": git_commit(), "torch": torch.__version__, "dtype": args.dtype,
-                                         "seconds": time.time() - start, "command": sys.argv, "results": results}, indent=1) + "\n")
-    print_table(results, f"{args.model} on {args.retrieval}, {n} {args.split} queries, {len(collection.docs):,} documents")
-
-
-def print_table(results, title):
-    """ one line a size, one column a metric """
-    columns = list(dict.fromkeys(record["metric"] for record in results))
-    rows = {}
-    for record in results:
-        rows.setdefault((record["layer"], record["dim"]), {})[record["metric"]] = record["value"]
-    names = dict(zip(sorted(size for size in rows if size[0]), NAMES)) if len(rows) == len(NAMES) + 1 else {}
-    print(f"\n{title}\n{'':16}" + "".join(f"{column:>12}" for column in columns))
-    for size, values in rows.items():
-        label = f"{names.get(size, 'size'):8}{size_name(size)}" if size[0] else "BM25"
-        print(f"{label:16}" + "".join(f"{FORMATS.get(column, '{:.3f}').format(values[column]) if column in values else '':>12}"
-                                      for column in columns))
+    files = list(args.compare or [])
+    for name in args.models:
+        start = time.time()
+        model, tokenizer = load_model(name, args.device, args.max_length)
+        config = model.config
+        sizes = check_sizes(args.sizes or config.sizes or paper_sizes(config), config, name)
+        if args.grid:
+            sizes = tuple((layer, dim) for layer in range(1, config.num_hidden_layers + 1) for dim in sorted({dim for _, dim in sizes}))
+        if args.search:
+            search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(name))
+            continue
+        results, per_item = [], {}
+        for task in args.sts:
+            records, per_item[task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
+            results += records
+        if len(args.sts) > 1:
+            results += [record("mean of STS", "Spearman", layer, dim, float(np.mean([r["value"] for r in results if (r["layer"], r["dim"]) == (layer, dim)])),
+                               len(args.sts)) for layer, dim in sizes]
+        for task in args.retrieval or ([] if args.sts else ["docs"]):
+            records, per_item[task_name(task)] = retrieval(model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
+            results += records
+        for layer, dim in sizes:
+            blocks = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2) * layer
+            for metric, value in (("parameters", model.num_params(layer)), ("bytes", 4 * dim), ("MFLOP/token", 2 * blocks / 1e6)):
+                results.append(record("cost", metric, layer, dim, value, 1))
+        if args.speed:
+            results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
+        out = args.out or (Path(name) / "eval.json" if config.sizes and Path(name).exists() else None)
+        if out:
+            Path(out).write_text(json.dumps({
+                "model": str(name), "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "dtype": args.dtype, "device": args.device, "max_length": tokenizer.model_max_length, "seconds": time.time() - start,
+                "command": sys.argv, "results": results, "per_item": per_item}) + "\n")
+            files.append(out)
+        print_table(results, f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else ""))
+    if len(files) > 1:
+        compare(files)
+    if args.plot and files:
+        plot(files, args.plot)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,9 @@ def main(args):
 
     # data and model; whatever can be wrong with the input shows before anything is written
     if args.retrieval:
-        evaluate.load_collection(args.retrieval)
+        evaluate.Collection(args.retrieval)
+        if args.eval_interval:
+            evaluate.Collection(f"{args.retrieval}:dev")
     rows = data.load_pairs(args.train_pairs)
     if args.init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
@@ -231,16 +233,16 @@ def main(args):
             clock, tokens, losses = time.time(), 0, []
         if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last:
             pause = time.time()
-            results = evaluate.retrieval(model, tokenizer, args.retrieval, "dev", config.sizes, args.dtype)
+            results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", config.sizes, args.dtype)
             log({"step": step + 1, "dev": results})
             print(f"step {step + 1}/{max_steps} | dev MRR@10 " + " | ".join(
-                f"{size_name((r['layer'], r['dim']))} {r['value']:.3f}" for r in results if r["metric"] == "MRR@10"))
+                f"{size_name((r['layer'], r['dim']))} {r['value']:.3f}" for r in results if r["metric"] == "MRR@10" and r["layer"]))
             clock += time.time() - pause
 
     save_pretrained(model, tokenizer, out_dir)
     print(f"saved {out_dir}")
     if args.retrieval:
-        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--device", args.device, "--dtype", args.dtype]))
+        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--speed", "--device", args.device, "--dtype", args.dtype]))
     print(f"{(time.time() - start) / 60:.1f} minutes in all")
 
 

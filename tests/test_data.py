@@ -105,7 +105,7 @@ def test_docs_hold_out_whole_files_and_no_text_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DOCS_PACKAGES", ["fakepackage"])
     monkeypatch.setattr(data.sysconfig, "get_path", lambda _: str(package))   # no standard library: it takes 5 s
     folder = data.build_docs(tmp_path / "docs")
-    train, corpus = (data.read_rows(str(folder / name)) for name in ("train.jsonl", "corpus.jsonl"))
+    train, corpus = ([row for _, row in data.read_rows(folder / name)] for name in ("train.jsonl", "corpus.jsonl"))
     assert len(train) + len(corpus) == 41
     assert sum(row["query"] == "The same in every file." for row in corpus) == 1
     row = next(row for row in train if row["query"] == "First paragraph number 3.")

@@ -144,7 +144,7 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     (["--sizes", "9:8"], "--sizes asks for layer 9 but the model has 3 layers; use a layer between 1 and 3"),
     (["--train_pairs", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--init_from", "nowhere"], "nowhere: neither a folder nor a model of the hub"),
-    (["--retrieval", "nowhere"], "nowhere has no corpus.jsonl"),
+    (["--retrieval", "nowhere"], "--retrieval nowhere: neither docs, nor a folder in BEIR layout"),
     (["--device", "cuda:9"], "--device cuda:9"),
 ])
 def test_bad_flags_say_what_and_why_in_one_line(pairs_file, tmp_path, flags, message):

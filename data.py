@@ -4,8 +4,8 @@ Texts in, token ids out: where the training pairs come from, how they are tokeni
 * `docs`: the default corpus needs no download. The required packages carry tens of megabytes of real English, their own
   docstrings: query = first paragraph, passage = the rest. `build_docs` writes them once, in the layout of a BEIR set.
 * `load_pairs`: `docs`, a local .jsonl/.csv/.tsv/.parquet file (.gz or not), or a hub name NAME[:CONFIG][:SPLIT].
-* `tokenize_pairs`, `srl_batch`: texts are tokenised once; a batch is a pure function of (seed, step), so nothing about the
-  order of the data has to be saved to resume.
+* `tokenize_pairs`, `srl_batch`: texts are tokenised once; a batch is a pure function of (seed, step), so nothing about
+  the order of the data has to be saved to resume.
 
 Next to come: `whole_word_mask` and `smae_batch` for pretrain_smae.py belong at the end of this file.
 """
@@ -137,8 +137,8 @@ def load_pairs(source):
                 name, config, split = (source.split(":") + ["", ""])[:3]
                 rows = datasets.load_dataset(name, config or None, split=split or "train")
         except Exception as error:   # datasets raises a dozen kinds for "not there", offline among them
-            raise ValueError(f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file nor a data set that could "
-                             f"be loaded as NAME[:CONFIG][:SPLIT] ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file nor a data set that "
+                             f"could be loaded as NAME[:CONFIG][:SPLIT] ({str(error).splitlines()[0]})") from error
     if not len(rows):
         raise ValueError(f"--train_pairs {source} holds no pairs; give a file with at least one row")
     names = {kind: [column for column in rows[0] if column in known or re.sub(r"_\d+$", "", column) in known]
@@ -203,12 +203,14 @@ def read_rows(path):
 def train_wordpiece(texts, vocab_size):
     """ a lower-casing WordPiece tokenizer like BERT's, trained on an iterable of texts -> transformers tokenizer """
     from transformers import BertTokenizer   # here: importing it takes a second or two
-    # The trainer numbers what it meets in the order of a hash table, and breaks ties by number. So that the same texts give
-    # the same vocabulary, it gets the letters in a fixed order, and its pieces are sorted afterwards.
+    # The trainer numbers what it meets in the order of a hash table, and breaks ties by number. So that the same texts
+    # give the same vocabulary, it gets the letters in a fixed order, and its pieces are sorted afterwards.
     letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
-    trained = BertTokenizer().train_new_from_iterator(texts, vocab_size, new_special_tokens=letters, show_progress=False)
+    trained = BertTokenizer().train_new_from_iterator(texts, vocab_size, new_special_tokens=letters,
+                                                      show_progress=False)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return BertTokenizer(vocab={piece: i for i, piece in enumerate(special + sorted(set(trained.get_vocab()) - set(special)))})
+    pieces = special + sorted(set(trained.get_vocab()) - set(special))
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
 
 def load_tokenizer(folder):
@@ -263,7 +265,7 @@ def epoch_order(n, seed, epoch):
 
 def srl_batch(pairs, batch_size, negatives, seed, step):
     """
-    Batch number `step` -> Q queries and P >= Q passages, lists of (T,) ids: passage i is the positive of query i, and the
+    Batch number `step` -> Q queries and P >= Q passages, lists of (T,) ids: passage i is the positive of query i; the
     hard negatives (at most `negatives` a query) come after the Q positives, so rows may have different numbers of them.
     Every epoch visits every row once in an order of its own; the last, incomplete batch is dropped.
     """

@@ -20,6 +20,7 @@ Shapes: Q queries, P passages of a shard, C channels, D dims that a size keeps, 
 """
 import argparse
 import functools
+import itertools
 import json
 import re
 import statistics
@@ -40,8 +41,9 @@ import data
 from model import check_sizes, find_folder, from_pretrained, pack, paper_sizes, parse_sizes, size_name
 
 NAMES = ("Demi", "Short", "Tall", "Grande", "Venti", "Trenta")
-METRICS = ("MRR@10", "nDCG@10", "Recall@100")
-STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)} | {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
+STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
+STS |= {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
+BM25 = (None, None)   # the size of what has no layers: where it stands in a table
 SHARD = 25_000   # documents in memory at a time
 K = 200          # candidates kept for a query: the deepest metric looks at 100, the rest is room for ties
 
@@ -51,38 +53,43 @@ K = 200          # candidates kept for a query: the deepest metric looks at 100,
 
 def load_model(name, device="cpu", max_length=None):
     """
-    Any BERT -> model, tokenizer. Pooling, similarity and length are the model's own: from our config.json, or from the files
-    of sentence-transformers (modules.json and its folders). Raises ValueError when it needs what is not here (Dense, max pooling).
+    Any BERT -> model, tokenizer. Pooling, similarity and length are the model's own: from our config.json, or from the
+    files of sentence-transformers (modules.json and its folders). Raises ValueError when it needs what is not here
+    (Dense, max pooling).
     """
     folder = find_folder(name)
-    modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").exists() else []
     def settings(file):
-        return json.loads(file.read_text()) if file.exists() else {}
-    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
-    if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise ValueError(f"{name}: modules.json asks for {', '.join(set(kinds) - {'Transformer', 'Pooling', 'Normalize'})}, which is not supported")
-    model = from_pretrained(folder / kinds.get("Transformer", "")).to(device)
-    tokenizer = data.load_tokenizer(folder / kinds.get("Transformer", ""))
-    if "Pooling" in kinds:
-        pooling = settings(folder / kinds["Pooling"] / "config.json")
-        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else [
-            key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]   # pooling_mode_mean_tokens
+        return json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in settings("modules.json")}
+    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ValueError(f"{name}: modules.json asks for {', '.join(unknown)}, which is not supported")
+    bert_folder = folder / modules.get("Transformer", "")
+    model, tokenizer = from_pretrained(bert_folder).to(device), data.load_tokenizer(bert_folder)
+    if "Pooling" in modules:
+        pooling = settings(Path(modules["Pooling"]) / "config.json")
+        # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
+        modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
+        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else modes
         if modes not in (["mean"], ["cls"]):
             raise ValueError(f"{name}: pooling {modes}; only mean or cls is supported")
         model.config.pooling = modes[0]
-    theirs = settings(folder / kinds.get("Transformer", "") / "sentence_bert_config.json")
+    theirs = settings(bert_folder / "sentence_bert_config.json")
     if theirs.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
         from tokenizers.normalizers import Lowercase, Sequence
         backend = tokenizer.backend_tokenizer
         backend.normalizer = Sequence([Lowercase(), backend.normalizer])
-    lengths = [max_length, theirs.get("max_seq_length"), tokenizer.model_max_length]
-    tokenizer.model_max_length = min(next(length for length in lengths if length), model.config.max_position_embeddings)
+    length = max_length or theirs.get("max_seq_length") or tokenizer.model_max_length
+    tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
     return model, tokenizer
 
 
 @torch.no_grad()
 def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. Sorted by length, about batch_tokens a batch. """
+    """
+    list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}, in the order of the texts. Inside, they are
+    sorted by length and go through the model about batch_tokens at a time; the model's mode (train or eval) is restored.
+    """
     device, training = model.word.weight.device, model.training
     model.eval()   # no dropout
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -90,14 +97,14 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
     with tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
         start = 0
         while start < len(order):
-            # The longest text of a batch is its last: take as many as fit if all were as long as the one batch_tokens away.
+            # The longest of a batch is its last: take as many as fit if all were as long as the one batch_tokens away.
             end = start + max(1, batch_tokens // len(texts[order[start]]))
             end = start + max(1, batch_tokens // len(texts[order[min(end, len(order)) - 1]]))
             rows = order[start:end]
             with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-                taps = model.encode(pack([texts[i] for i in rows], device), layers)
-            for layer, tap in taps.items():
-                embeddings[layer][rows] = tap.float().cpu()
+                pooled = model.encode(pack([texts[i] for i in rows], device), layers)   # {layer: (B of the batch, C)}
+            for layer, embedding in pooled.items():
+                embeddings[layer][rows] = embedding.float().cpu()
             bar.update(len(rows))
             start = end
     model.train(training)
@@ -105,23 +112,37 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
 
 
 def embed(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B strings -> {layer: (B, C) float32} """
-    return encode(model, data.tokenize(texts, tokenizer, tokenizer.model_max_length), layers, dtype, batch_tokens, desc)
+    """ list of B strings -> {layer: (B, C) float32 on the CPU} """
+    input_ids = data.tokenize(texts, tokenizer, tokenizer.model_max_length)
+    return encode(model, input_ids, layers, dtype, batch_tokens, desc)
 
 
 def score(queries, passages, dim, similarity):
     """ (Q, C), (P, C) -> (Q, P): keep the first dim coordinates, then (for cosine) normalise, then multiply """
-    q, p = queries[:, :dim], passages[:, :dim]
+    q, p = queries[:, :dim], passages[:, :dim]   # (Q, D), (P, D)
     if similarity == "cosine":
         q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)
-    return q @ p.T
+    return q @ p.T                               # (Q, P)
+
+
+def record(task, metric, layer, dim, value, n):
+    """ one value as it stands in eval.json """
+    return {"task": task, "metric": metric, "layer": layer, "dim": dim, "value": value, "n": n}
+
+
+def task_name(name):
+    """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
+    return re.sub(r"\.(jsonl|csv|tsv)(\.gz)?$", "", Path(name).name)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # STS
 
 
 def load_sts(name):
-    """ a name of STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, [s1], [s2], (n,) gold """
+    """
+    a name of STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, n sentences, their n
+    partners, (n,) gold scores. Raises ValueError naming file and line for what is missing or no number.
+    """
     if name in STS:
         import datasets
         rows = enumerate(datasets.load_dataset(STS[name], split="test"), start=1)
@@ -129,20 +150,21 @@ def load_sts(name):
         rows = data.read_rows(name)
     else:
         raise ValueError(f"--sts {name}: neither one of {', '.join(STS)} nor a .jsonl, .csv or .tsv file (.gz or not)")
-    first, second, gold = [], [], []
+    pairs = []
     for line, row in rows:
         if {"sentence1", "sentence2", "score"} - set(row):
-            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; it needs sentence1, sentence2 and score")
+            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; "
+                             "it needs sentence1, sentence2 and score")
         try:
-            gold.append(float(row["score"]))
+            gold = float(row["score"])
         except (TypeError, ValueError):
-            gold.append(float("nan"))
-        if not np.isfinite(gold[-1]):
+            gold = float("nan")
+        if not np.isfinite(gold):
             raise ValueError(f"{name}, line {line}: the score {row['score']!r} is not a finite number")
-        first.append(row["sentence1"])
-        second.append(row["sentence2"])
-    if len(gold) < 2:
-        raise ValueError(f"{name}: {len(gold)} pairs; a correlation needs two or more")
+        pairs.append((row["sentence1"], row["sentence2"], gold))
+    if len(pairs) < 2:
+        raise ValueError(f"{name}: {len(pairs)} pairs; a correlation needs two or more")
+    first, second, gold = zip(*pairs)
     return task_name(name), first, second, np.array(gold)
 
 
@@ -152,28 +174,19 @@ def spearman(x, y):
 
 
 def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
-    """ -> records, per-item values (the cosine of every pair) """
+    """ every size on one STS set -> records, per-item values (the cosine of each pair). Raises what load_sts raises. """
     task, first, second, gold = load_sts(name)
     texts = list(dict.fromkeys(first + second))   # each sentence once
     row = {text: i for i, text in enumerate(texts)}
     layers = sorted({layer for layer, _ in sizes})
     embeddings = embed(model, tokenizer, texts, layers, dtype, batch_tokens, task)
-    records, items = [], {"gold": gold.tolist()}
+    records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
-        x = F.normalize(embeddings[layer][:, :dim], dim=-1)
-        cosine = (x[[row[t] for t in first]] * x[[row[t] for t in second]]).sum(-1).numpy()   # (n,)
+        x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
+        cosine = (x[[row[text] for text in first]] * x[[row[text] for text in second]]).sum(-1).numpy()   # (n,)
         records.append(record(task, "Spearman", layer, dim, spearman(cosine, gold), len(gold)))
-        items[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
-    return records, items
-
-
-def record(task, metric, layer, dim, value, n):
-    return {"task": task, "metric": metric, "layer": layer, "dim": dim, "value": value, "n": n}
-
-
-def task_name(name):
-    """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
-    return re.sub(r"\.(jsonl|csv|tsv)(\.gz)?$", "", Path(name).name)
+        per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
+    return records, per_item
 
 # ----------------------------------------------------------------------------------------------------------------------
 # retrieval
@@ -181,58 +194,61 @@ def task_name(name):
 
 class Collection:
     """
-    NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact, arguana, msmarco
-    with the splits validation = dev and test = DL19, ...). For DL20 put its qrels file into a folder's qrels/.
+    NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact, arguana,
+    msmarco with the splits validation = dev and test = DL19, ...). For DL20 put its qrels file into a folder's qrels/.
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards() reads the corpus.
     Raises ValueError naming file and line for what is missing, broken, unknown or there twice.
     """
 
     def __init__(self, name):
         self.task = task_name(name)
-        name, _, split = name.partition(":")
-        self.name, split = name, split or "test"
-        self.folder = data.docs_folder() if name == "docs" else Path(name)
+        self.name, _, split = name.partition(":")
+        split = split or "test"
+        self.folder = data.docs_folder() if self.name == "docs" else Path(self.name)
         if self.folder.is_dir():
-            qrels_file = self.folder / "qrels" / f"{split}.tsv"
-            judgements = data.read_rows(qrels_file)
+            self.qrels_file = self.folder / "qrels" / f"{split}.tsv"
+            judgements = data.read_rows(self.qrels_file)
         else:
-            qrels_file = f"BeIR/{name}-qrels"
-            judgements = enumerate(self.from_hub(qrels_file, None, split), start=2)
+            self.qrels_file = f"BeIR/{self.name}-qrels"
+            judgements = enumerate(self.from_hub(self.qrels_file, None, split), start=2)
         texts = {key: row["text"] for key, row in self.rows("queries")}
-        self.qrels, self.lines = {}, {}
+        self.qrels, self.lines = {}, {}   # lines {document id: the first line that judges it}, for shards()
         for line, row in judgements:
+            where = f"{self.qrels_file}, line {line}"
             try:
                 query, document, grade = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
             except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{qrels_file}, line {line}: needs the columns query-id, corpus-id and score (a whole number)") from None
+                raise ValueError(f"{where}: needs the columns query-id, corpus-id and score (a whole number)") from None
             if query not in texts:
-                raise ValueError(f"{qrels_file}, line {line}: query {query!r} is not among the queries")
+                raise ValueError(f"{where}: query {query!r} is not among the queries")
             if document in self.qrels.setdefault(query, {}):
-                raise ValueError(f"{qrels_file}, line {line}: query {query!r} and document {document!r} are judged twice")
+                raise ValueError(f"{where}: query {query!r} and document {document!r} are judged twice")
             self.qrels[query][document] = grade
             self.lines.setdefault(document, line)
         if not self.qrels:
-            raise ValueError(f"{qrels_file}: no judgements; one line a judged document is needed")
+            raise ValueError(f"{self.qrels_file}: no judgements; one line a judged document is needed")
         self.queries = {query: texts[query] for query in self.qrels}
-        self.qrels_file = qrels_file
 
     def from_hub(self, name, config, split):
+        """ one data set of the hub; raises ValueError when it cannot be had """
         import datasets
         try:
             return datasets.load_dataset(name, config, split=split)
-        except Exception as error:
-            raise ValueError(f"--retrieval {self.name}: neither docs, nor a folder in BEIR layout, nor a set that could be loaded "
-                             f"from the hub as {name} ({str(error).splitlines()[0]})") from error
+        except Exception as error:   # the hub has a dozen kinds of "not there", offline among them
+            raise ValueError(f"--retrieval {self.name}: neither docs, nor a folder in BEIR layout, nor a set that could be "
+                             f"loaded from the hub as {name} ({str(error).splitlines()[0]})") from error
 
     def rows(self, stem):
-        """ yields (id, row) of the corpus or the queries """
+        """ yields (id, row) of the "corpus" or the "queries" """
         if self.folder.is_dir():
-            paths = [path for path in (self.folder / f"{stem}.jsonl", self.folder / f"{stem}.jsonl.gz") if path.exists()]
+            paths = [self.folder / file for file in (f"{stem}.jsonl", f"{stem}.jsonl.gz") if (self.folder / file).exists()]
             if not paths:
-                raise ValueError(f"{self.folder} has no {stem}.jsonl; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/test.tsv")
+                raise ValueError(f"{self.folder} has no {stem}.jsonl; "
+                                 "a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/test.tsv")
             source, rows = paths[0], data.read_rows(paths[0])
         else:
-            source, rows = f"BeIR/{self.name}", enumerate(self.from_hub(f"BeIR/{self.name}", stem, stem), start=1)
+            source = f"BeIR/{self.name}"
+            rows = enumerate(self.from_hub(source, stem, stem), start=1)
         seen = set()
         for line, row in rows:
             if "_id" not in row or "text" not in row:
@@ -246,20 +262,15 @@ class Collection:
             raise ValueError(f"{source} is empty; it needs one line a text")
 
     def shards(self):
-        """ yields ([ids], [title + text]) of SHARD documents at a time; checks at the end that every judged document exists """
+        """ yields ([id], [title + text]) of SHARD documents at a time; at the end, checks that all judged ones exist """
         missing = dict(self.lines)
-        ids, texts = [], []
-        for key, row in self.rows("corpus"):
-            ids.append(key)
-            texts.append(f"{row.get('title') or ''} {row['text']}".strip())
-            missing.pop(key, None)
-            if len(ids) == SHARD:
-                yield ids, texts
-                ids, texts = [], []
-        if ids:
-            yield ids, texts
-        if missing:
-            document, line = missing.popitem()
+        rows = self.rows("corpus")
+        while shard := list(itertools.islice(rows, SHARD)):
+            ids = [key for key, _ in shard]
+            for key in ids:
+                missing.pop(key, None)
+            yield ids, [f"{row.get('title') or ''} {row['text']}".strip() for _, row in shard]
+        for document, line in missing.items():
             raise ValueError(f"{self.qrels_file}, line {line}: document {document!r} is not in the corpus")
 
 
@@ -282,127 +293,136 @@ def recall_at_100(ranked, grades):
     return len(relevant & set(ranked[:100])) / max(1, len(relevant))
 
 
+METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_100}
+
+
 def rank(scores, hits, id_rank):
     """
-    (Q, K) scores and document numbers, (documents,) position of each id in sorted order -> ([numbers], [scores]) of each query,
-    best first; equal scores by descending id, which is what trec_eval does; -inf marks what is no hit
+    (Q, K) scores, (Q, K) document numbers, (documents,) position of each id in sorted order -> yields [numbers], [scores]
+    of each query, the 100 best, best first; equal scores by descending id, as in trec_eval; -inf marks what is no hit
     """
-    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # the last key is the first
+    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K); the last key is the first
     for row in range(len(scores)):
         kept = [k for k in order[row] if scores[row, k] > -np.inf][:100]
         yield hits[row, kept].tolist(), scores[row, kept].tolist()
 
 
-def measure(scores, hits, doc_ids, collection):
-    """ (Q, K) -> {metric: [value of each query]}, [[(document id, score), ...] of each query] """
-    id_rank = np.argsort(np.argsort(np.array(doc_ids)))
-    values, runs = {metric: [] for metric in METRICS}, []
-    for (ranked, ranked_scores), grades in zip(rank(scores, hits, id_rank), collection.qrels.values()):
-        ranked = [doc_ids[i] for i in ranked]
-        runs.append(list(zip(ranked, ranked_scores)))
-        for metric, function in zip(METRICS, (mrr_at_10, ndcg_at_10, recall_at_100)):
-            values[metric].append(function(ranked, grades))
-    return values, runs
+def keep(best, chunk, scores, offset, own={}):
+    """
+    Put the K best of (K kept so far, P new documents whose numbers begin at offset) into rows `chunk`, a slice, of
+    best = (scores, document numbers), (Q, K) each. scores: (rows of the chunk, P). own {row of best: column of scores}:
+    the queries that are documents themselves; none is a hit of itself.
+    """
+    for q, p in own.items():
+        if chunk.start <= q < chunk.stop:
+            scores[q - chunk.start, p] = -np.inf
+    top, hits = scores.topk(min(K, scores.shape[1]))      # (Q, K) each, or (Q, P) of fewer documents than K
+    top, hits = torch.cat([best[0][chunk], top], dim=1), torch.cat([best[1][chunk], hits + offset], dim=1)   # (Q, K + K)
+    best[0][chunk], kept = top.topk(K)                    # (Q, K)
+    best[1][chunk] = hits.gather(1, kept)
 
 
 def bm25(docs, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words are runs of letters or digits) """
+    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words are letters or digits) """
     split = lambda text: re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
     words = [split(text) for text in docs]
     vocabulary = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}
-    def count(texts):
+    def count(texts):   # (texts, V)
         pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
         rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
-        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(texts), len(vocabulary)))   # sums repeats
+        shape = (len(texts), len(vocabulary))
+        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)   # sums repeats
     tf = count(words)
-    length = np.asarray(tf.sum(axis=1)).ravel()
-    df = np.bincount(tf.indices, minlength=len(vocabulary))
+    length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
+    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,)
     idf = np.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
-    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))   # of each entry's document
+    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # (entries of tf,), their document's
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
-    return count([split(text) for text in queries]) @ tf.T
+    return count([split(text) for text in queries]) @ tf.T                             # (Q, P)
 
 
 def stored(path, make):
-    """ the array of a .npy file; make() it first when the file is not there """
+    """ the array of a .npy file; make() it first when the file is not there. Without a path, just make(). """
+    if not path:
+        return make()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part.npy")
+        part = path.with_name(path.name + ".part.npy")   # rename at the end: never half a file
         np.save(part, make())
         part.replace(path)
     return np.load(path)
 
 
 def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
-    """ Search a collection with every size, and with BM25 if it is one shard -> records, per-item values (of each query) """
+    """
+    Search a collection with every size, and with BM25 if it is one shard -> records, per-item values (of each query).
+    Raises ValueError when the collection is not in order.
+    """
     collection = Collection(name)
-    depth = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # the dims needed of each tap
-    queries = embed(model, tokenizer, list(collection.queries.values()), list(depth), dtype, batch_tokens)
-    Q = len(collection.queries)
-    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}   # scores, document numbers
+    query_texts, Q = list(collection.queries.values()), len(collection.queries)
+    query_row = {key: row for row, key in enumerate(collection.queries)}
+    max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # all we need of a tap
+    queries = embed(model, tokenizer, query_texts, list(max_dim), dtype, batch_tokens)            # {layer: (Q, C)}
+    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in [*sizes, BM25]}
     if embeddings_dir:   # a file is found by what made it: weights, pooling, length, dtype, and the texts of the shard
-        parts = [zlib.crc32(p.detach().cpu().numpy()) for p in model.parameters()]
-        made_by = f"{zlib.crc32(repr([parts, model.config.pooling, tokenizer.model_max_length, dtype]).encode()):08x}"
+        weights = [zlib.crc32(p.detach().cpu().numpy()) for p in model.parameters()]
+        made_by = checksum([weights, model.config.pooling, tokenizer.model_max_length, dtype])
     doc_ids = []
     for number, (ids, texts) in enumerate(collection.shards()):
-        @functools.cache
+        offset = len(doc_ids)
+        doc_ids += ids
+        own = {query_row[key]: column for column, key in enumerate(ids) if key in query_row}
+        @functools.cache   # the encoder runs once for all layers, and not at all if their files are there
         def taps():
-            return embed(model, tokenizer, texts, list(depth), dtype, batch_tokens, f"{collection.task}, from document {len(doc_ids):,}")
-        own = {key: i for i, key in enumerate(ids) if key in collection.queries}   # queries that are themselves documents
-        for layer, dims in depth.items():
-            make = lambda: taps()[layer][:, :dims].numpy()   # (P, dims)
-            if embeddings_dir:
-                texts_key = f"{zlib.crc32(repr(texts).encode()):08x}"
-                file = f"{collection.task}-{number:04}-layer{layer}-dims{dims}-{made_by}-{texts_key}.npy"
-                passages = torch.from_numpy(stored(Path(embeddings_dir) / file, make))
-            else:
-                passages = torch.from_numpy(make())
+            desc = f"{collection.task}, from document {offset:,}"
+            return embed(model, tokenizer, texts, list(max_dim), dtype, batch_tokens, desc)
+        for layer, dims in max_dim.items():
+            path = embeddings_dir and Path(embeddings_dir) / (
+                f"{collection.task}-{number:04}-layer{layer}-dims{dims}-{made_by}-{checksum(texts)}.npy")
+            passages = torch.from_numpy(stored(path, lambda: taps()[layer][:, :dims].numpy()))    # (P, dims)
             for size in [size for size in sizes if size[0] == layer]:
                 for start in range(0, Q, 1024):
                     chunk = slice(start, start + 1024)
                     scores = score(queries[layer][chunk], passages, size[1], model.config.similarity)   # (Q, P)
-                    for q, key in enumerate(list(collection.queries)[chunk]):
-                        if key in own:
-                            scores[q, own[key]] = -np.inf
-                    keep(best[size], chunk, scores, len(doc_ids))
-        doc_ids += ids
+                    keep(best[size], chunk, scores, offset, own)
     if len(doc_ids) <= SHARD:
-        best[None, None] = torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)
-        scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())
-        for q, key in enumerate(collection.queries):
-            if key in own:
-                scores[q, own[key]] = -np.inf
-        keep(best[None, None], slice(0, Q), scores, 0)
+        keep(best[BM25], slice(0, Q), torch.from_numpy(bm25(texts, query_texts).toarray()), offset, own)
+    else:
+        del best[BM25]
 
-    records, items = [], {"ids": list(collection.queries)}
+    records, per_item = [], {"ids": list(collection.queries)}
+    id_rank = np.argsort(np.argsort(np.array(doc_ids)))                                           # (documents,)
     for (layer, dim), (scores, hits) in best.items():
-        values, runs = measure(scores.numpy(), hits.numpy(), doc_ids, collection)
-        records += [record(collection.task, metric, layer, dim, float(np.mean(each)), Q) for metric, each in values.items()]
         label = size_name((layer, dim)) if layer else "BM25"
-        items[label] = values
+        run = [([doc_ids[i] for i in row], values) for row, values in rank(scores.numpy(), hits.numpy(), id_rank)]
+        per_item[label] = {metric: [function(ranked, grades) for (ranked, _), grades in zip(run, collection.qrels.values())]
+                           for metric, function in METRICS.items()}
+        records += [record(collection.task, metric, layer, dim, float(np.mean(values)), Q)
+                    for metric, values in per_item[label].items()]
         if save_run:
             Path(save_run).mkdir(parents=True, exist_ok=True)
             with open(Path(save_run) / f"{collection.task}-{label}.run".replace(":", "-"), "w") as file:
-                file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n" for query, run in zip(collection.queries, runs)
-                                for i, (document, value) in enumerate(run, start=1))
-    return records, items
+                for query, (ranked, values) in zip(collection.queries, run):
+                    file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
+                                    for i, (document, value) in enumerate(zip(ranked, values), start=1))
+    return records, per_item
 
 
-def keep(best, chunk, scores, offset):
-    """ put the K best of (K kept so far, P new documents whose numbers begin at offset) into rows `chunk` of best """
-    top, hits = scores.topk(min(K, scores.shape[1]))
-    top, hits = torch.cat([best[0][chunk], top], dim=1), torch.cat([best[1][chunk], hits + offset], dim=1)   # (Q, K + K)
-    best[0][chunk], kept = top.topk(K)
-    best[1][chunk] = hits.gather(1, kept)
+def checksum(value):
+    """ 8 hexadecimal digits that change with the value """
+    return f"{zlib.crc32(repr(value).encode()):08x}"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cost
+# cost and search
 
 
 def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
-    """ -> records: ms to embed one short query, tokenising included (median, 95th percentile of 50), texts a second in batches """
-    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of ordinary words "
-             "so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
+    """
+    -> records: ms to embed one short query, tokenising included (median and 95th percentile of 50), and texts a second
+    in batches
+    """
+    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of ordinary "
+             "words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
     records = []
     for layer, dim in sizes:
         times = []
@@ -413,27 +433,28 @@ def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
         times = sorted(times[3:])   # the first ones warm up
         start = time.perf_counter()
         embed(model, tokenizer, texts, [layer], dtype, batch_tokens)
-        for metric, value, n in (("ms/query", statistics.median(times), 50), ("p95 ms", times[47], 50),
-                                 ("texts/s", len(texts) / (time.perf_counter() - start), len(texts))):
-            records.append(record("cost", metric, layer, dim, value, n))
+        rate = len(texts) / (time.perf_counter() - start)
+        records += [record("cost", "ms/query", layer, dim, statistics.median(times), 50),
+                    record("cost", "p95 ms", layer, dim, times[47], 50),
+                    record("cost", "texts/s", layer, dim, rate, len(texts))]
     return records
-
-# ----------------------------------------------------------------------------------------------------------------------
-# search
 
 
 def search(model, tokenizer, question, size, dtype, model_folder):
-    """ Print the 5 docstrings that answer a question best. The embeddings of all are made once and kept beside the model. """
+    """ Print the 5 docstrings that answer a question best. All embeddings are made once and kept beside the model. """
     layer, dim = size
     folder = data.docs_folder()
     rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
     index = model_folder / f"search-{folder.name}-{layer}-{dim}.npy"
     if index.exists() and index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
         index.unlink()   # of an earlier model
-    texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
-    make = lambda: embed(model, tokenizer, texts, [layer], dtype, desc="embedding the documentation, once")[layer][:, :dim].numpy()
-    docs = torch.from_numpy(stored(index, make))
-    scores = score(embed(model, tokenizer, [question], [layer], dtype)[layer], docs, dim, model.config.similarity)[0]
+    def make():
+        texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
+        desc = "embedding the documentation, once"
+        return embed(model, tokenizer, texts, [layer], dtype, desc=desc)[layer][:, :dim].numpy()
+    passages = torch.from_numpy(stored(index, make))                                          # (P, D)
+    query = embed(model, tokenizer, [question], [layer], dtype)[layer]                        # (1, C)
+    scores = score(query, passages, dim, model.config.similarity)[0]                          # (P,)
     for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
@@ -444,8 +465,15 @@ def search(model, tokenizer, question, size, dtype, model_folder):
 def git_commit():
     """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
     def git(*args):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def sizes_of(results):
+    """ the sizes that some records measure the quality of, in their order, without BM25 """
+    sizes = dict.fromkeys((r["layer"], r["dim"]) for r in results if r["task"] != "cost")
+    return [size for size in sizes if size[0]]
 
 
 def print_table(results, title):
@@ -454,52 +482,61 @@ def print_table(results, title):
     rows = {}
     for r in results:
         rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
-    sizes = [size for size in rows if size[0]]
+    sizes = sizes_of(results)
     names = dict(zip(sizes, NAMES)) if len(sizes) == len(NAMES) else {}
     width = max([10] + [len(task) for task, _ in columns]) + 2
+    def cell(v):
+        return "" if v is None else f"{v:.4f}" if v < 2 else f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
     print(f"\n{title}")
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
     for size, values in rows.items():
         label = f"{names.get(size, 'size'):8}{size_name(size)}" if size[0] else "BM25"
-        cells = [values.get(column) for column in columns]
-        print(f"{label:16}" + "".join(f"{'' if v is None else f'{v:.4f}' if v < 2 else f'{v:,.1f}' if v % 1 else f'{v:,.0f}':>{width}}" for v in cells))
+        print(f"{label:16}" + "".join(f"{cell(values.get(column)):>{width}}" for column in columns))
 
 
 def compare(files):
     """
     One table of several eval.json. The first is the baseline; * marks a difference that is significant at 0.05 after
     Bonferroni's correction for all comparisons of the table: paired t-test over queries; for Spearman the bootstrap over
-    sentence pairs (1,000 resamples). Sizes are paired by their order (Demi with Demi), so models of any depth can be compared.
+    sentence pairs (1,000 resamples). Sizes are paired by their order (Demi with Demi), so models of any depth can be
+    compared. Raises ValueError when the files differ in their number of sizes or in their data.
     """
     runs = [json.loads(Path(file).read_text()) for file in files]
-    sizes = [[size for size in dict.fromkeys((r["layer"], r["dim"]) for r in run["results"] if r["task"] != "cost") if size[0]] for run in runs]
+    sizes = [sizes_of(run["results"]) for run in runs]
     if len(set(map(len, sizes))) > 1:
-        raise ValueError(f"--compare: the files have {', '.join(str(len(s)) for s in sizes)} sizes; evaluate them with as many --sizes each")
-    values = [{(r["task"], r["metric"], r["layer"], r["dim"]): r["value"] for r in run["results"] if r["task"] != "cost"} for run in runs]
+        raise ValueError(f"--compare: the files have {', '.join(str(len(s)) for s in sizes)} sizes; "
+                         "evaluate them with as many --sizes each")
+    values = [{(r["task"], r["metric"], r["layer"], r["dim"]): r["value"] for r in run["results"] if r["task"] != "cost"}
+              for run in runs]
     rows = [(task, metric, i) for task, metric in dict.fromkeys(key[:2] for key in values[0]) for i in range(len(sizes[0]))
             if task in runs[0]["per_item"] and all((task, metric, *own[i]) in value for own, value in zip(sizes, values))]
     tests = max(1, len(rows) * (len(runs) - 1))
-    print("".join(f"{text:>22}" for text in ["", *(Path(file).parent.name + "/" + Path(file).name for file in files)]))
+    print("".join(f"{text:>22}" for text in ["", *(f"{Path(file).parent.name}/{Path(file).name}" for file in files)]))
     for task, metric, i in rows:
-        cells = []
+        baseline, cells = runs[0]["per_item"][task], []
+        key = "gold" if metric == "Spearman" else "ids"
+        x = baseline[size_name(sizes[0][i])][metric]
         for run, own, value in zip(runs, sizes, values):
-            items = [r["per_item"][task] for r in (runs[0], run)]
-            x, y = (np.array(item[size_name(s[i])][metric]) for item, s in zip(items, (sizes[0], own)))
-            key = "gold" if metric == "Spearman" else "ids"
-            if items[0][key] != items[1][key]:
+            items = run["per_item"][task]
+            if items[key] != baseline[key]:
                 raise ValueError(f"--compare: {task} is not the same set in all files; evaluate the models on the same data")
-            p = 1.0 if run is runs[0] else paired_bootstrap(x, y, items[0]["gold"]) if metric == "Spearman" else scipy.stats.ttest_rel(x, y).pvalue
-            cells.append(f"{size_name(own[i])} {value[task, metric, *own[i]]:.4f}{'*' if p * tests < 0.05 else ' '}")
+            y = items[size_name(own[i])][metric]
+            if run is runs[0]:
+                p = 1.0
+            else:
+                p = paired_bootstrap(x, y, items["gold"]) if key == "gold" else scipy.stats.ttest_rel(x, y).pvalue
+            star = "*" if p * tests < 0.05 else " "
+            cells.append(f"{size_name(own[i])} {value[task, metric, *own[i]]:.4f}{star}")
         print(f"{task + ' ' + metric:>22}" + "".join(f"{cell:>22}" for cell in cells))
     print(f"* differs from the first file at p < 0.05 / {tests} comparisons")
 
 
 def paired_bootstrap(x, y, gold, resamples=1000):
-    """ (n,) cosines of two models, (n,) gold -> two-sided p of the difference of their Spearman correlations (normal approximation) """
+    """ (n,) cosines of two models, (n,) gold -> two-sided p of the difference of their Spearmans, taken as normal """
     rows = np.random.default_rng(0).integers(len(gold), size=(resamples, len(gold)))
-    def correlations(values):   # (resamples,)
-        a, b = (scipy.stats.rankdata(np.array(v)[rows], axis=1) for v in (values, gold))
+    def correlations(values):   # (n,) -> (resamples,)
+        a, b = (scipy.stats.rankdata(np.array(v)[rows], axis=1) for v in (values, gold))   # (resamples, n)
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
         return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
     spread = np.std(correlations(x) - correlations(y))
@@ -508,7 +545,7 @@ def paired_bootstrap(x, y, gold, resamples=1000):
 
 
 def plot(files, path):
-    """ quality against cost, one line a model, one point a size -> SVG or PNG """
+    """ quality against cost, one line a model, one point a size -> SVG or PNG. Raises ValueError without matplotlib. """
     try:
         import matplotlib
     except ImportError:
@@ -516,34 +553,43 @@ def plot(files, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for file, color in zip(files, ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"] * len(files)):   # Okabe and Ito
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]   # Okabe and Ito: for the colour-blind too
+    for file, color in zip(files, itertools.cycle(colors)):
         run = json.loads(Path(file).read_text())
         main_results = [r for r in run["results"] if r["metric"] in ("Spearman", "nDCG@10")]
-        sizes = [size for size in dict.fromkeys((r["layer"], r["dim"]) for r in main_results) if size[0]]
+        sizes = sizes_of(main_results)
         cost = {(r["layer"], r["dim"]): r["value"] for r in run["results"] if r["metric"] == "MFLOP/token"}
-        y = [100 * np.mean([r["value"] for r in main_results if (r["layer"], r["dim"]) == size]) for size in sizes]
         x = [cost[size] for size in sizes]
+        y = [100 * np.mean([r["value"] for r in main_results if (r["layer"], r["dim"]) == size]) for size in sizes]
         axes.plot(x, y, "o-", color=color)
-        for size, a, b in zip(sizes, x, y):
-            axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} B", (a, b), xytext=(0, -24), textcoords="offset points", ha="center", fontsize=7)
-        axes.annotate(run["model"], (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right", color=color, weight="bold")
+        for size, *point in zip(sizes, x, y):
+            axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} B", point, xytext=(0, -24), textcoords="offset points",
+                          ha="center", fontsize=7)
+        axes.annotate(run["model"], (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right", color=color,
+                      weight="bold")
     tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in main_results))
-    axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)", ylabel=f"mean of {tasks}, x 100 (up is better)")
+    axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)",
+             ylabel=f"mean of {tasks}, x 100 (up is better)")
     axes.margins(0.1, 0.2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 # ----------------------------------------------------------------------------------------------------------------------
+# command line
 
 
 def parse_args(argv=None):
+    """ command line -> args; a wrong one ends the program with a line that says why """
     class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """ keep the docstring's line breaks and print every default """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders that finetune_srl.py wrote, or any BERT: folder or hub name")
+    parser.add_argument("models", nargs="*", metavar="MODEL",
+                        help="folders that finetune_srl.py wrote, or any BERT: folder or hub name")
     group = parser.add_argument_group("tasks; with none: --retrieval docs")
-    group.add_argument("--sts", nargs="+", default=[], metavar="NAME_OR_FILE", help=f"{', '.join(STS)}, or a file with sentence1, sentence2, score")
-    group.add_argument("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]", help="docs, a folder in BEIR layout, or a BEIR set of the hub")
+    group.add_argument("--sts", nargs="+", default=[], metavar="NAME_OR_FILE",
+                       help=f"{', '.join(STS)}, or a file with sentence1, sentence2, score")
+    group.add_argument("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]",
+                       help="docs, a folder in BEIR layout, or a BEIR set of the hub")
     group.add_argument("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
     group.add_argument("--speed", action="store_true", help="time every size")
     group = parser.add_argument_group("sizes; by default those of config.json, else the paper's shares of the model")
@@ -552,28 +598,38 @@ def parse_args(argv=None):
     group = parser.add_argument_group("encoding")
     group.add_argument("--max_length", type=int, help="tokens of a text; by default the model's own")
     group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+                       help="of the matrix products")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu, cuda, cuda:1, mps")
     group = parser.add_argument_group("results")
-    group.add_argument("--out", metavar="FILE.json", help="where the results of one model go; by default MODEL/eval.json for models of ours")
-    group.add_argument("--embeddings_dir", metavar="DIR", help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what is there")
+    group.add_argument("--out", metavar="FILE.json",
+                       help="where the results of one model go; by default MODEL/eval.json for models of ours")
+    group.add_argument("--embeddings_dir", metavar="DIR",
+                       help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what "
+                            "is there")
     group.add_argument("--save_run", metavar="DIR", help="write TREC runs there")
-    group.add_argument("--compare", nargs="+", metavar="FILE.json", help="results to compare; the first is the baseline")
-    group.add_argument("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
+    group.add_argument("--compare", nargs="+", metavar="FILE.json",
+                       help="results to compare; the first is the baseline")
+    group.add_argument("--plot", metavar="FILE.svg|png",
+                       help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     if not args.models and not args.compare:
         parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
     if args.out and len(args.models) > 1:
-        parser.error(f"--out {args.out} takes the results of one model, and {len(args.models)} are given; evaluate them one by one")
+        parser.error(f"--out {args.out} takes the results of one model, and {len(args.models)} are given; "
+                     "evaluate them one by one")
     for name in ("max_length", "batch_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 2:
-            parser.error(f"--{name} {getattr(args, name)}: must be 2 or more")
+        value = getattr(args, name)
+        if value is not None and value < 2:
+            parser.error(f"--{name} {value}: must be 2 or more")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         parser.error(f"--plot {args.plot}: must end in .svg or .png")
     return args
 
 
 def main(args):
+    """ evaluate every model of args, then compare and plot. Raises ValueError for what cannot be had, read or compared. """
     files = list(args.compare or [])
     for name in args.models:
         start = time.time()
@@ -581,7 +637,8 @@ def main(args):
         config = model.config
         sizes = check_sizes(args.sizes or config.sizes or paper_sizes(config), config, name)
         if args.grid:
-            sizes = tuple((layer, dim) for layer in range(1, config.num_hidden_layers + 1) for dim in sorted({dim for _, dim in sizes}))
+            dims = sorted({dim for _, dim in sizes})
+            sizes = tuple((layer, dim) for layer in range(1, config.num_hidden_layers + 1) for dim in dims)
         if args.search:
             search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(name))
             continue
@@ -590,25 +647,30 @@ def main(args):
             records, per_item[task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
             results += records
         if len(args.sts) > 1:
-            results += [record("mean of STS", "Spearman", layer, dim, float(np.mean([r["value"] for r in results if (r["layer"], r["dim"]) == (layer, dim)])),
-                               len(args.sts)) for layer, dim in sizes]
+            for layer, dim in sizes:
+                values = [r["value"] for r in results if (r["layer"], r["dim"]) == (layer, dim)]
+                results.append(record("mean of STS", "Spearman", layer, dim, float(np.mean(values)), len(args.sts)))
         for task in args.retrieval or ([] if args.sts else ["docs"]):
-            records, per_item[task_name(task)] = retrieval(model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
+            records, per_item[task_name(task)] = retrieval(model, tokenizer, task, sizes, args.dtype, args.batch_tokens,
+                                                           args.embeddings_dir, args.save_run)
             results += records
+        matrices = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)   # of one block
         for layer, dim in sizes:
-            blocks = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2) * layer
-            for metric, value in (("parameters", model.num_params(layer)), ("bytes", 4 * dim), ("MFLOP/token", 2 * blocks / 1e6)):
-                results.append(record("cost", metric, layer, dim, value, 1))
+            results += [record("cost", "parameters", layer, dim, model.num_params(layer), 1),
+                        record("cost", "bytes", layer, dim, 4 * dim, 1),
+                        record("cost", "MFLOP/token", layer, dim, 2 * matrices * layer / 1e6, 1)]
         if args.speed:
             results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
         out = args.out or (Path(name) / "eval.json" if config.sizes and Path(name).exists() else None)
         if out:
             Path(out).write_text(json.dumps({
-                "model": str(name), "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                "dtype": args.dtype, "device": args.device, "max_length": tokenizer.model_max_length, "seconds": time.time() - start,
-                "command": sys.argv, "results": results, "per_item": per_item}) + "\n")
+                "model": str(name), "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__,
+                "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
+                "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
+                "results": results, "per_item": per_item}) + "\n")
             files.append(out)
-        print_table(results, f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else ""))
+        written = f", written to {out}" if out else ""
+        print_table(results, f"{name}, {args.dtype}, {time.time() - start:.0f} s{written}")
     if len(files) > 1:
         compare(files)
     if args.plot and files:

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, pack, paper_sizes, parse_sizes, save_pretrained,
-                   size_name)
+from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, pack, paper_sizes, parse_sizes,
+                   save_pretrained, size_name)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -37,65 +37,82 @@ def parse_args(argv=None):
     flag = argparse.BooleanOptionalAction
 
     group = parser.add_argument_group("data")
-    group.add_argument("--train_pairs", default="docs", help="docs, a .jsonl/.csv/.tsv/.parquet file, or NAME[:CONFIG][:SPLIT] of the hub")
-    group.add_argument("--batch_size", type=int, default=128, help="queries a step; every passage of the batch is a candidate for each")
-    group.add_argument("--negatives", type=int, default=1, help="hard negatives a query, at most, where the pairs have any")
+    group.add_argument("--train_pairs", default="docs",
+                       help="docs, a .jsonl/.csv/.tsv/.parquet file, or NAME[:CONFIG][:SPLIT] of the hub")
+    group.add_argument("--batch_size", type=int, default=128,
+                       help="queries a step; every passage of the batch is a candidate for each")
+    group.add_argument("--negatives", type=int, default=1,
+                       help="hard negatives a query, at most, where the pairs have any")
     group.add_argument("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
     group.add_argument("--passage_max_length", type=int, default=64, help="tokens, [CLS] and [SEP] included")
 
     group = parser.add_argument_group("model")
     group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
-    group.add_argument("--num_layers", type=int, default=6, help="of a model from scratch")
-    group.add_argument("--hidden_size", type=int, default=192, help="of a model from scratch, a multiple of 32 (the width of a head)")
-    group.add_argument("--vocab_size", type=int, default=8192, help="of a WordPiece vocabulary from scratch, trained on the pairs")
-    group.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... trained together; by default the paper's six, in "
-                       "proportion to the model: 2:32,4:64,6:128,8:256,10:512,12:768 of a BERT-base")
-    group.add_argument("--pooling", choices=["mean", "cls"], default="mean", help="mean over the tokens, or the first token")
+    group.add_argument("--sizes", type=parse_sizes,
+                       help="LAYER:DIM,... trained together; by default the paper's six in proportion to the model: "
+                            "2:32,4:64,6:128,8:256,10:512,12:768 of BERT-base. Layers above the largest are dropped")
+    group.add_argument("--pooling", choices=["mean", "cls"], default="mean", help="mean over the tokens, or the first")
     group.add_argument("--similarity", choices=["cosine", "dot"], default="cosine", help="of a query and a passage")
-    group.add_argument("--dropout", type=float, default=0.0, help="in the hidden layers and the attention (BERT was pre-trained with 0.1)")
+    group.add_argument("--dropout", type=float, default=0.0,
+                       help="in the hidden layers and the attention (BERT was pre-trained with 0.1)")
+
+    group = parser.add_argument_group("model from scratch; a loaded one brings its own and has one learning rate")
+    group.add_argument("--num_layers", type=int, default=6, help="blocks")
+    group.add_argument("--hidden_size", type=int, default=192, help="channels, a multiple of 32 (the width of a head)")
+    group.add_argument("--vocab_size", type=int, default=8192, help="WordPiece vocabulary, trained on the pairs")
+    group.add_argument("--embedding_lr_scale", type=float, default=12.0,
+                       help="learning rate of the embeddings over that of the rest: a word is rarer than a block")
 
     group = parser.add_argument_group("loss")
-    group.add_argument("--temperature", type=float, default=0.05, help="divides the similarities; use 1 with --similarity dot")
-    group.add_argument("--kl_weight", type=float, default=1.0, help="of the term that pulls every size to the largest; 0 leaves it out")
+    group.add_argument("--temperature", type=float, default=0.05,
+                       help="divides the similarities; use 1 with --similarity dot")
+    group.add_argument("--kl_weight", type=float, default=1.0,
+                       help="of the term that pulls every size to the largest; 0 leaves it out")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--learning_rate", type=float, default=1e-3, help="peak, of AdamW")
-    group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises; then it falls linearly to 0")
+    group.add_argument("--learning_rate", type=float, default=4e-4, help="peak, of AdamW")
+    group.add_argument("--warmup", type=float, default=0.1,
+                       help="share of the steps in which the rate rises; then it falls linearly to 0")
     group.add_argument("--weight_decay", type=float, default=0.01, help="on the matrices alone")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
-    group.add_argument("--epochs", type=float, default=2.0, help="passes over the pairs")
+    group.add_argument("--epochs", type=float, default=3.0, help="passes over the pairs")
     group.add_argument("--max_steps", type=int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
     group.add_argument("--seed", type=int, default=1, help="of the weights, the order of the pairs and dropout")
 
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--retrieval", default="docs", help="docs or a folder in BEIR layout: its dev queries are used while training, "
-                       "its test queries at the end; \"\" for none")
-    group.add_argument("--eval_interval", type=int, default=200, help="steps between two evaluations on the dev queries; 0 for none")
+    group.add_argument("--retrieval", default="docs",
+                       help="docs, a folder in BEIR layout or a BEIR set of the hub: its dev queries are used while "
+                            'training, its test queries at the end; "" for none')
+    group.add_argument("--eval_interval", type=int, default=200,
+                       help="steps between two evaluations on the dev queries; 0 for none")
 
     group = parser.add_argument_group("system")
     group.add_argument("--out_dir", default="out/srl", help="where the model, the log and the evaluation go")
     group.add_argument("--overwrite", action=flag, default=False, help="replace the finished run that is in --out_dir")
     group.add_argument("--log_interval", type=int, default=10, help="steps between two lines of the log")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu, cuda, cuda:1, mps")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
-                       help="of the matrix products (autocast); the weights stay float32. By default bfloat16 where the machine multiplies it")
-    group.add_argument("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks; worth it on a GPU")
+                       help="of the matrix products (autocast); the weights stay float32. By default bfloat16 where "
+                            "the machine is fast at it")
+    group.add_argument("--compile", action=flag, default=torch.cuda.is_available(),
+                       help="torch.compile the blocks; worth it on a GPU")
 
     args = parser.parse_args(argv)
-    positive = "batch_size query_max_length passage_max_length num_layers hidden_size temperature learning_rate epochs log_interval"
-    for name in positive.split():
+    for name in ("batch_size", "query_max_length", "passage_max_length", "num_layers", "hidden_size", "log_interval",
+                 "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
-    for name in "negatives kl_weight weight_decay grad_clip max_steps eval_interval".split():
+    for name in ("negatives", "kl_weight", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more")
-    for name in "warmup dropout".split():
+    for name in ("warmup", "dropout"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more and below 1")
     if args.hidden_size % 32:
         parser.error(f"--hidden_size {args.hidden_size}: must be a multiple of 32, the width of an attention head")
     if args.vocab_size < 100:
-        parser.error(f"--vocab_size {args.vocab_size}: too few to spell English; use 100 or more (the default is {8192})")
+        parser.error(f"--vocab_size {args.vocab_size}: too few to spell English; use 100 or more")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -110,9 +127,9 @@ def parse_args(argv=None):
 
 def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
     """
-    L = 1/|S| sum over sizes of CE(s, positive)  +  kl_weight * 1/|S| sum over sizes of KL(softmax(s of the full size) || softmax(s))
-    queries {layer: (Q, C)} and passages {layer: (P, C)}: pooled taps; passage i is the positive of query i, passages Q..P-1
-    are hard negatives. sizes: ((layer, dim), ...) with the full size last. -> loss, [InfoNCE per size], [KL per size]
+    L = 1/|S| sum over sizes of [ CE(s, positive) + kl_weight * KL(softmax(s of the full size) || softmax(s)) ]
+    queries {layer: (Q, C)} and passages {layer: (P, C)}: pooled taps; passage i is the positive of query i, passages
+    Q .. P-1 are hard negatives. sizes: ((layer, dim), ...), the full size last. -> loss, [InfoNCE a size], [KL a size]
     Outside autocast, on float32 embeddings: bfloat16 scores are wrong in the third digit.
     """
     scores = []
@@ -122,9 +139,9 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
             q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)   # ... then normalise what is left
         scores.append(q @ p.T / temperature)                        # (Q, P)
     target = torch.arange(len(q), device=q.device)                  # (Q,)
-    teacher = scores[-1].detach().softmax(-1)                       # (Q, P): the full size learns nothing from the small
+    teacher = scores[-1].detach().softmax(-1)                       # (Q, P), detached: it learns nothing from the small
     nce = [F.cross_entropy(s, target) for s in scores]
-    kl = [F.kl_div(s.log_softmax(-1), teacher, reduction="batchmean") for s in scores]   # exactly 0 for the full size
+    kl = [F.kl_div(s.log_softmax(-1), teacher, reduction="batchmean") for s in scores]   # 0 for the full size
     return (sum(nce) + kl_weight * sum(kl)) / len(sizes), nce, kl
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,18 +171,20 @@ def main(args):
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
         texts = (text for query, positives, negatives in rows for text in [query, *positives, *negatives])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
-        model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
-                                num_attention_heads=args.hidden_size // 32, intermediate_size=4 * args.hidden_size,
+        model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
+                                num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 32,
+                                intermediate_size=4 * args.hidden_size,
                                 max_position_embeddings=max(args.query_max_length, args.passage_max_length),
                                 hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
     else:
-        model = from_pretrained(args.init_from, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout)
+        model = from_pretrained(args.init_from, hidden_dropout_prob=args.dropout,
+                                attention_probs_dropout_prob=args.dropout)
         tokenizer = data.load_tokenizer(args.init_from)
     config = model.config
     for name in ("query_max_length", "passage_max_length"):
         if getattr(args, name) > config.max_position_embeddings:
-            raise ValueError(f"--{name} {getattr(args, name)}: {args.init_from} has {config.max_position_embeddings} positions; "
-                             "choose that or less")
+            raise ValueError(f"--{name} {getattr(args, name)}: {args.init_from} has {config.max_position_embeddings} "
+                             "positions; choose that or less")
     config.sizes = check_sizes(args.sizes or paper_sizes(config), config)
     config.num_hidden_layers = config.sizes[-1][0]
     del model.blocks[config.num_hidden_layers:]            # --sizes 6:128 is a separate model: no layer above 6
@@ -179,7 +198,8 @@ def main(args):
     max_steps = args.max_steps or max(1, round(args.epochs * (len(pairs.queries) // batch_size)))
 
     # torchrun comes here: init_process_group, rank and world size, gathered embeddings (see README, todos)
-    optimizer = model.configure_optimizers(args.learning_rate, args.weight_decay)
+    optimizer = model.configure_optimizers(args.learning_rate, args.weight_decay,
+                                           args.embedding_lr_scale if args.init_from == "scratch" else 1.0)
     autocast = torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
     scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
     if args.compile:
@@ -187,11 +207,13 @@ def main(args):
             block.compile(dynamic=True)   # in place: the names in the checkpoint stay what they are
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "args.json").write_text(json.dumps(vars(args) | {"commit": evaluate.git_commit(), "torch": torch.__version__}, indent=2) + "\n")
+    versions = {"commit": evaluate.git_commit(), "torch": torch.__version__}
+    (out_dir / "args.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
     log_file = open(out_dir / "log.jsonl", "w")
     def log(record):
         print(json.dumps(record), file=log_file, flush=True)
-    print(f"{len(pairs.queries):,} pairs, {max_steps} steps of {batch_size} queries; sizes {', '.join(map(size_name, config.sizes))}; "
+    print(f"{len(pairs.queries):,} pairs, {max_steps} steps of {batch_size} queries; "
+          f"sizes {', '.join(map(size_name, config.sizes))}; "
           f"{model.num_params(config.num_hidden_layers) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
 
     # the loop
@@ -199,7 +221,7 @@ def main(args):
     for step in range(max_steps):
         lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
 
         queries, passages = data.srl_batch(pairs, batch_size, args.negatives, args.seed, step)
         batch = pack(queries + passages, args.device)
@@ -216,33 +238,36 @@ def main(args):
         scaler.update()
 
         tokens += len(batch.input_ids)
-        losses.append(torch.stack([loss, *nce, *kl]).detach())         # stays on the device: reading it would wait for the step
+        losses.append(torch.stack([loss, *nce, *kl]).detach())         # not read here: that would wait for the GPU
         last = step + 1 == max_steps
         if (step + 1) % args.log_interval == 0 or last:
             means = torch.stack(losses).mean(0).tolist()
             nce, kl = means[1:len(layers) + 1], means[len(layers) + 1:]
             if not math.isfinite(means[0]):
-                raise FloatingPointError(f"step {step + 1}: the loss is {means[0]}, InfoNCE per size {nce}; nothing was saved. "
-                                         "Try a lower --learning_rate, or --dtype float32")
+                raise FloatingPointError(f"step {step + 1}: the loss is {means[0]}, InfoNCE per size {nce}; nothing "
+                                         "was saved. Try a lower --learning_rate, or --dtype float32")
             seconds = (time.time() - clock) / len(losses)
+            rate = tokens / len(losses) / seconds
             log({"step": step + 1, "loss": means[0], "nce": nce, "kl": kl, "learning_rate": lr, "norm": norm.item(),
-                 "ms": 1000 * seconds, "tokens_per_second": tokens / seconds / len(losses), "seconds": time.time() - start})
+                 "ms": 1000 * seconds, "tokens_per_second": rate, "seconds": time.time() - start})
             print(f"step {step + 1}/{max_steps} | loss {means[0]:.3f} | {size_name(config.sizes[0])} {nce[0]:.3f} | "
-                  f"{size_name(config.sizes[-1])} {nce[-1]:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms | "
-                  f"{tokens / seconds / len(losses) / 1000:.1f}k tok/s | eta {(max_steps - step - 1) * seconds / 60:.1f}m", flush=True)
+                  f"{size_name(config.sizes[-1])} {nce[-1]:.3f} | lr {lr:.1e} | norm {norm:.2f} | "
+                  f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
+                  f"eta {(max_steps - step - 1) * seconds / 60:.1f}m", flush=True)
             clock, tokens, losses = time.time(), 0, []
         if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", config.sizes, args.dtype)
             log({"step": step + 1, "dev": results})
-            print(f"step {step + 1}/{max_steps} | dev MRR@10 " + " | ".join(
-                f"{size_name((r['layer'], r['dim']))} {r['value']:.3f}" for r in results if r["metric"] == "MRR@10" and r["layer"]))
+            print(f"step {step + 1}/{max_steps} | dev MRR@10 | " + " | ".join(
+                f"{r['layer']}:{r['dim']} {r['value']:.3f}" for r in results if r["metric"] == "MRR@10" and r["layer"]))
             clock += time.time() - pause
 
     save_pretrained(model, tokenizer, out_dir)
     print(f"saved {out_dir}")
     if args.retrieval:
-        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--speed", "--device", args.device, "--dtype", args.dtype]))
+        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--speed",
+                                           "--device", args.device, "--dtype", args.dtype]))
     print(f"{(time.time() - start) / 60:.1f} minutes in all")
 
 

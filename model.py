@@ -1,14 +1,14 @@
 """
-BERT with layer taps: one encoder that gives the hidden states of any of its layers and runs nothing above the deepest asked for.
+BERT with layer taps: the hidden states of any of its layers, and nothing runs above the deepest one asked for.
 
 There is no padding in here. A batch of texts is a `Pack`: all their tokens in one row, sorted so that texts of the same
-length lie side by side. Whatever treats tokens one by one (linear layers, LayerNorm, GELU: nearly all the arithmetic) runs
+length lie side by side. What treats tokens one by one (linear layers, LayerNorm, GELU: nearly all the arithmetic) runs
 on that row; attention views each run of B texts of T tokens as (B, T, C). No masks, no wasted products.
 
 References: BERT (arXiv 1810.04805); Starbucks (arXiv 2410.13230), where a size is a pair (layer, dim): run the first
 `layer` blocks, pool, keep the first `dim` coordinates. Layers count from 1; layer 0 is the output of the embeddings.
 
-Shapes: B texts, T tokens of a text, N tokens of a whole pack, C channels (768), H heads, D channels of a head, V vocabulary
+Shapes: B texts, T tokens of a text, N tokens of a pack, C channels (768), H heads, D channels of a head, V vocabulary
 """
 import argparse
 import json
@@ -25,11 +25,12 @@ import torch.nn.functional as F
 # ----------------------------------------------------------------------------------------------------------------------
 # sizes: (layer, dim) pairs
 
-SHARES = [(1/6, 1/24), (1/3, 1/12), (1/2, 1/6), (2/3, 1/3), (5/6, 2/3), (1, 1)]   # Demi, Short, Tall, Grande, Venti, Trenta
+# of the layers, of the width: Demi, Short, Tall, Grande, Venti, Trenta
+SHARES = [(1/6, 1/24), (1/3, 1/12), (1/2, 1/6), (2/3, 1/3), (5/6, 2/3), (1, 1)]
 
 
 def paper_sizes(config):
-    """ The paper's six sizes as shares of this model: 2:32 ... 12:768 of BERT-base, 1:8 ... 6:192 of 6 layers x 192. """
+    """ the paper's six, as shares of this model: 2:32 ... 12:768 of BERT-base, 1:8 ... 6:192 of 6 layers x 192 """
     L, C = config.num_hidden_layers, config.hidden_size
     return tuple(sorted({(max(1, round(L * layers)), max(1, round(C * dims))) for layers, dims in SHARES}))
 
@@ -43,13 +44,14 @@ def parse_sizes(text):
 
 
 def check_sizes(sizes, config, name="the model"):
-    """ Sorted sizes, the full one last. Raises ValueError when the model does not have that many layers or channels. """
+    """ -> sorted sizes, the full one last. Raises ValueError when the model has not so many layers or channels. """
     for layer, dim in sizes:
         if not 1 <= layer <= config.num_hidden_layers:
             raise ValueError(f"--sizes asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
                              f"use a layer between 1 and {config.num_hidden_layers}")
         if not 1 <= dim <= config.hidden_size:
-            raise ValueError(f"--sizes asks for {dim} dims but {name} has {config.hidden_size}; use 1 to {config.hidden_size}")
+            raise ValueError(f"--sizes asks for {dim} dims but {name} has {config.hidden_size}; "
+                             f"use 1 to {config.hidden_size}")
     return tuple(sorted(set(sizes)))
 
 
@@ -86,7 +88,7 @@ def pack(texts, device="cpu"):
 
 
 def pool(hidden, batch, pooling):
-    """ (N, C) tap of a pack -> (B, C), texts in the caller's order: the mean over a text's tokens, or its first token. """
+    """ (N, C) tap of a pack -> (B, C), in the caller's order of texts: the mean over a text's tokens, or its first """
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # sums and scores of bfloat16 lose digits
     if pooling == "cls":
         return hidden[batch.starts]
@@ -124,8 +126,8 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, a
 
 def dropout(x, p):
     """
-    F.dropout, but on CPU one 64-bit random number decides for 8 entries: F.dropout draws one each, serially, which is 13
-    times slower and was the largest single term of a step. p is rounded to a multiple of 1/256 (0.1 -> 26/256).
+    F.dropout, but on CPU one 64-bit random number decides for 8 entries. F.dropout draws one for each, serially, which
+    takes 13 times as long. p is rounded to a multiple of 1/256 (0.1 -> 26/256).
     """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
@@ -135,9 +137,12 @@ def dropout(x, p):
 
 
 def fast_dtype():
-    """ "bfloat16" where the machine multiplies it faster than float32 (GPUs, CPUs with AVX512-BF16 or AMX), else "float32" """
-    cpu = torch.cpu.get_capabilities()
-    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    """ "bfloat16" where it is multiplied faster than float32 (GPUs, CPUs with AVX512-BF16 or AMX), else "float32" """
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bfloat16" if fast else "float32"
 
 
@@ -145,8 +150,8 @@ def attention(q, k, v, p):
     """ (B, H, T, D) each -> (B, H, T, D); every text sees all of its own tokens, and no text has padding to hide """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-    # Training on CPU, by hand: for texts as short as sentences the backward of torch's fused attention takes five times as
-    # long. In float32 although the rest is bfloat16: the library builds a bfloat16 kernel for every new shape (B, T), which
+    # Training on CPU, by hand: for texts as short as sentences the backward of torch's fused attention takes five times
+    # as long. In float32 although the rest is bfloat16: a bfloat16 kernel is built anew for every shape (B, T), which
     # at these sizes takes longer than the product.
     with torch.autocast("cpu", enabled=False):
         weights = ((q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).softmax(-1)   # (B, H, T, T)
@@ -219,7 +224,7 @@ class Bert(nn.Module):
         return dropout(self.norm(x), self.config.hidden_dropout_prob if self.training else 0.0)
 
     def forward(self, batch, layers):
-        """ Pack, list of L layers (0 .. num_hidden_layers) -> list of L taps (N, C). Blocks above max(layers) do not run. """
+        """ Pack, L layers (0 .. num_hidden_layers) -> list of L taps (N, C); no block above max(layers) runs """
         assert all(0 <= n <= len(self.blocks) for n in layers), f"{layers}, and the model has {len(self.blocks)} blocks"
         x = self.embed(batch)
         taps = {0: x}
@@ -233,17 +238,22 @@ class Bert(nn.Module):
         """ Pack, list of L layers -> {layer: (B, C) pooled embeddings}, in the caller's order of texts. """
         return {n: pool(tap, batch, self.config.pooling) for n, tap in zip(layers, self(batch, layers))}
 
-    def num_params(self, layer, dim=None):
-        """ parameters that a size needs: the embeddings (all C channels of them: dim saves none) and its first blocks """
+    def num_params(self, layer):
+        """ parameters that a size needs: embeddings (all their channels, whatever the dim) and the first blocks """
         used = [self.word, self.position, self.token_type, self.norm, *self.blocks[:layer]]
         return sum(p.numel() for module in used for p in module.parameters())
 
-    def configure_optimizers(self, learning_rate, weight_decay, betas=(0.9, 0.999)):
-        """ AdamW; decay on matrices only, not on biases and LayerNorm. fused=True updates all tensors in one kernel. """
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    def configure_optimizers(self, learning_rate, weight_decay, embedding_lr_scale=1.0):
+        """
+        AdamW; decay on the matrices, not on biases and LayerNorm; fused: all tensors in one kernel. Every group has a
+        "scale" by which the training loop multiplies the rate of the step.
+        """
+        embeddings = [self.word.weight, self.position.weight, self.token_type.weight]
+        rest = [p for name, p in self.named_parameters() if not name.startswith(("word.", "position.", "token_type."))]
+        groups = [{"params": embeddings, "weight_decay": weight_decay, "scale": embedding_lr_scale},
+                  {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+                  {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face folders in and out
@@ -280,7 +290,9 @@ def to_hf(state):
 def from_hf(state, ours):
     """ Hugging Face's state_dict (heads, pooler and prefixes and all) -> one for our model, whose names are `ours`. """
     # The oldest checkpoints say gamma and beta; those with a head on top say bert.encoder...
-    state = {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): t for name, t in state.items()}
+    def modern(name):
+        return name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias")
+    state = {modern(name): tensor for name, tensor in state.items()}
     def find(name):
         if ".attention.qkv." in name:
             return torch.cat([state[hf_name(name.replace("attention.qkv", part))] for part in QKV])
@@ -294,7 +306,8 @@ def find_folder(name):
         return Path(name)
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]))
+        wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:   # the hub has a dozen kinds of "not there", offline among them
         raise ValueError(f"{name}: neither a folder nor a model of the hub that could be had "
                          f"({str(error).splitlines()[0]})") from error
@@ -309,9 +322,10 @@ def from_pretrained(name, **overrides):
     if not (folder / "config.json").exists():
         raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
     read = json.loads((folder / "config.json").read_text())
-    if read.get("model_type") != "bert" or read.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {read.get('position_embedding_type', 'absolute')} "
-                         "positions; this code is BERT with absolute positions, nothing else")
+    positions = read.get("position_embedding_type", "absolute")
+    if read.get("model_type") != "bert" or positions != "absolute":
+        raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions; "
+                         "this code is BERT with absolute positions, nothing else")
     known = {field.name for field in fields(BertConfig)}
     config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
     if config.hidden_act not in ACTIVATIONS:
@@ -335,7 +349,7 @@ def from_pretrained(name, **overrides):
 
 
 def save_pretrained(model, tokenizer, folder):
-    """ An ordinary Hugging Face folder: config.json, model.safetensors, tokenizer files. transformers.AutoModel loads it. """
+    """ An ordinary Hugging Face folder, config.json, model.safetensors and tokenizer files; AutoModel loads it. """
     from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """ The metrics are trec_eval's, and encoding does not depend on the batches. """
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 
@@ -88,11 +90,8 @@ def test_collection(beir):
     assert list(collection.queries) == ["q1", "q2"] and collection.qrels["q1"] == {"d1": 2, "d3": 1}
 
 
-def test_command_line(model, tokenizer, beir, tmp_path, monkeypatch, capsys):
+def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
     """ the table, the JSON beside the model, and search in the documentation """
-    model.config.sizes, model.word = ((1, 8), (4, 48)), torch.nn.Embedding(len(tokenizer), 48)
-    model.config.vocab_size = len(tokenizer)
-    save_pretrained(model, tokenizer, tmp_path / "m")
     evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--retrieval", str(beir), "--device", "cpu"]))
     table = capsys.readouterr().out
     assert "1:8" in table and "BM25" in table and "Recall@100" in table
@@ -112,3 +111,159 @@ def test_bad_input_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, evaluate.__file__, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith("give one that save_pretrained wrote")
     assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# STS, shards, foreign models, comparison
+
+
+@pytest.fixture
+def saved(model, tokenizer, tmp_path):
+    """ a small model of ours in a folder, 4 layers x 48 """
+    model.config.sizes, model.word = ((1, 8), (4, 48)), torch.nn.Embedding(len(tokenizer), 48)
+    model.config.vocab_size = len(tokenizer)
+    save_pretrained(model, tokenizer, tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def sts_file(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"sentence1": f"the {a} in the morning", "sentence2": f"a {b}", "score": i % 6}) + "\n"
+                            for i, (a, b) in enumerate(zip(("apple", "bridge", "garden") * 10, ("apple", "garden") * 15))))
+    return str(path)
+
+
+def test_sts_is_spearman_of_the_cosine(saved, sts_file):
+    """ against embeddings and cosines made one by one, and scipy's correlation """
+    from scipy.stats import spearmanr
+    model, tokenizer = evaluate.load_model(saved)
+    records, items = evaluate.sts(model, tokenizer, sts_file, ((1, 8), (4, 48)), "float32")
+    rows = [row for _, row in data.read_rows(sts_file)]
+    for r, (layer, dim) in zip(records, ((1, 8), (4, 48))):
+        pairs = [evaluate.embed(model, tokenizer, [row["sentence1"], row["sentence2"]], [layer])[layer][:, :dim] for row in rows]
+        cosine = [torch.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
+        assert items[f"{layer}:{dim}"]["Spearman"] == pytest.approx(cosine, abs=1e-5)
+        assert r == {"task": "mine", "metric": "Spearman", "layer": layer, "dim": dim, "n": 30,
+                     "value": pytest.approx(spearmanr(np.round(cosine, 5), [row["score"] for row in rows]).statistic, abs=1e-9)}
+
+
+def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monkeypatch):
+    """ one document a shard, written to .npy, read back without the encoder: the same records as in one piece """
+    model, tokenizer = evaluate.load_model(saved)
+    sizes = ((1, 8), (4, 48))
+    in_one, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32")
+    monkeypatch.setattr(evaluate, "SHARD", 1)
+    by_shards, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e", save_run=tmp_path / "runs")
+    assert by_shards == [r for r in in_one if r["layer"]]   # BM25 needs the corpus in one shard
+    files = sorted((tmp_path / "e").glob("*.npy"))
+    assert len(files) == 8 and np.load(files[0]).shape == (1, 8) and np.load(files[0]).dtype == np.float32
+    calls, embed = [], evaluate.embed
+    monkeypatch.setattr(evaluate, "embed", lambda *args: calls.append(args[2]) or embed(*args))
+    again, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
+    assert again == by_shards and calls == [["apple fruit", "river bridge"]]   # the queries alone
+    with torch.no_grad():
+        model.blocks[0].up.weight += 0.1
+    evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
+    assert len(calls) == 6   # other weights: queries again, and four shards
+    run = (tmp_path / "runs" / "beir-1-8.run").read_text().splitlines()
+    assert len(run) == 8 and run[0].split()[0::2][:2] == ["q1", run[0].split()[2]] and run[0].split()[3] == "1"
+
+
+def test_a_query_is_no_answer_to_itself(saved, beir):
+    """ ArguAna: queries are documents; the one with the query's id is dropped, so the next one is first """
+    (beir / "queries.jsonl").write_text('{"_id": "d1", "text": "apple an apple is a fruit"}\n')
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd1\td1\t1\nd1\td3\t1\n")
+    model, tokenizer = evaluate.load_model(saved)
+    _, items = evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32")
+    assert items["4:48"]["Recall@100"] == [0.5] and items["BM25"]["Recall@100"] == [0.5] and items["BM25"]["MRR@10"] == [1]
+
+
+@pytest.mark.parametrize("pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "cls"}])
+def test_sentence_transformers_folder(saved, pooling):
+    """ pooling, length and lower-casing come from its own files; what is not supported is refused """
+    (saved / "1_Pooling").mkdir()
+    (saved / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48} | pooling))
+    (saved / "sentence_bert_config.json").write_text('{"max_seq_length": 6, "do_lower_case": true}')
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (saved / "modules.json").write_text(json.dumps(modules))
+    model, tokenizer = evaluate.load_model(saved)
+    assert model.config.pooling == "cls" and tokenizer.model_max_length == 6
+    assert evaluate.load_model(saved, max_length=5)[1].model_max_length == 5
+    assert tokenizer.tokenize("The APPLE") == tokenizer.tokenize("the apple")
+    (saved / "modules.json").write_text(json.dumps(modules + [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]))
+    with pytest.raises(ValueError, match="modules.json asks for Dense"):
+        evaluate.load_model(saved)
+
+
+def test_compare_marks_what_is_significant(tmp_path, capsys):
+    """ a shift of every query is marked, noise is not; Spearman by the bootstrap; other data is refused """
+    rng = np.random.default_rng(0)
+    gold, base = rng.normal(size=400), rng.normal(size=400)
+    def write(name, queries, noise, ids="q"):
+        cosine = gold + noise * base
+        results = [{"task": t, "metric": m, "layer": 1, "dim": 8, "value": float(v), "n": 400} for t, m, v in
+                   (("set", "MRR@10", np.mean(queries)), ("sts", "Spearman", evaluate.spearman(cosine, gold)))]
+        per_item = {"set": {"ids": [f"{ids}{i}" for i in range(400)], "1:8": {"MRR@10": list(queries)}},
+                    "sts": {"gold": gold.tolist(), "1:8": {"Spearman": cosine.tolist()}}}
+        (tmp_path / name).write_text(json.dumps({"model": name, "results": results, "per_item": per_item}))
+        return str(tmp_path / name)
+    queries = rng.random(400)
+    files = [write("a.json", queries, 1.0), write("b.json", queries + 0.02 + 0.05 * rng.normal(size=400), 0.5),
+             write("c.json", queries + 0.2 * rng.normal(size=400), 1.001)]
+    evaluate.compare(files)
+    mrr, sts, note = capsys.readouterr().out.splitlines()[1:]
+    assert mrr.count("*") == sts.count("*") == 1 and "0.05 / 4" in note
+    assert mrr.rstrip().split("1:8")[2].strip().endswith("*") and sts.rstrip().split("1:8")[2].strip().endswith("*")
+    with pytest.raises(ValueError, match="set is not the same set"):
+        evaluate.compare([files[0], write("d.json", queries, 1.0, ids="other")])
+
+
+def test_plot(saved, beir, sts_file, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: figures are optional")
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--retrieval", str(beir), "--plot", str(tmp_path / "f.svg")]))
+    assert "1:8" in (tmp_path / "f.svg").read_text() or (tmp_path / "f.svg").stat().st_size > 5000
+
+
+def test_grid_and_speed(saved, sts_file, tmp_path, capsys):
+    """ every layer at every dim of the sizes; times are measured for each """
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--grid", "--speed", "--out", str(tmp_path / "o.json")]))
+    results = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert [(r["layer"], r["dim"]) for r in results if r["metric"] == "Spearman"] == [(n, d) for n in (1, 2, 3, 4) for d in (8, 48)]
+    assert all(r["value"] > 0 for r in results if r["task"] == "cost")
+
+
+BAD = {
+    "corpus.jsonl": [('{"_id": "d1", "text": "x"}\n{"_id": "d1", "text": "y"}\n', "corpus.jsonl, line 2: the id 'd1' is there twice"),
+                     ('{"_id": "d1", "text": "x"}\n{"_id": "d2"\n', "corpus.jsonl, line 2: not a JSON object"),
+                     ('{"_id": "d1"}\n', "corpus.jsonl, line 1: has the columns _id; it needs _id and text"),
+                     ("", "corpus.jsonl is empty"),
+                     ('{"_id": "d1", "text": "x"}\n', "test.tsv, line 3: document 'd3' is not in the corpus")],
+    "qrels/test.tsv": [("query-id\tcorpus-id\tscore\nq9\td1\t1\n", "test.tsv, line 2: query 'q9' is not among the queries"),
+                       ("query-id\tcorpus-id\tscore\nq1\td1\thigh\n", "test.tsv, line 2: needs the columns query-id, corpus-id and score"),
+                       ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t2\n", "test.tsv, line 3: query 'q1' and document 'd1' are judged twice"),
+                       ("query-id\tcorpus-id\tscore\n", "no judgements")],
+    "sts.jsonl": [('{"sentence1": "a", "sentence2": "b", "score": 1}\n{"sentence1": "a", "sentence2": "b"}\n', "line 2: has the columns"),
+                  ('{"sentence1": "a", "sentence2": "b", "score": NaN}\n', "line 1: the score nan is not a finite number"),
+                  ('{"sentence1": "a", "sentence2": "b", "score": 1}\n', "1 pairs; a correlation needs two or more")],
+}
+
+
+@pytest.mark.parametrize("file, text, message", [(file, *case) for file, cases in BAD.items() for case in cases])
+def test_bad_files_are_named_with_the_line(saved, beir, file, text, message):
+    (beir / "corpus.jsonl.gz").unlink()
+    (beir / "corpus.jsonl").write_text("".join(f'{{"_id": "d{i}", "text": "text"}}\n' for i in range(1, 5)))
+    (beir / file).write_text(text)
+    task = ["--sts", str(beir / file)] if file == "sts.jsonl" else ["--retrieval", str(beir)]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate.main(evaluate.parse_args([str(saved), *task]))
+
+
+def test_figures_of_a_real_model():
+    """ all-MiniLM-L6-v2 on STS-B: 82.03, as sentence-transformers gives (where model and data are at hand) """
+    model_folder, sts_file = os.environ.get("MINILM"), os.environ.get("STSB")
+    if not model_folder or not sts_file:
+        pytest.skip("set MINILM to a folder of all-MiniLM-L6-v2 and STSB to a file of the STS-B test set")
+    model, tokenizer = evaluate.load_model(model_folder)
+    (r,), _ = evaluate.sts(model, tokenizer, sts_file, ((6, 384),), "float32")
+    assert r["value"] == pytest.approx(0.8203, abs=2e-4)

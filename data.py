@@ -4,6 +4,7 @@ Texts in, token ids out: where the training pairs come from, how they are tokeni
 * `docs`: the default corpus needs no download. The required packages carry tens of megabytes of real English, their own
   docstrings: query = first paragraph, passage = the rest. `build_docs` writes them once, in the layout of a BEIR set.
 * `load_pairs`: `docs`, a local .jsonl/.csv/.tsv/.parquet file (.gz or not), or a hub name NAME[:CONFIG][:SPLIT].
+* `load_sts`, `Collection`: the sets to measure on, from the same kinds of source.
 * `tokenize_pairs`, `srl_batch`: texts are tokenised once; a batch is a pure function of (seed, step), so nothing about
   the order of the data has to be saved to resume.
 
@@ -92,7 +93,7 @@ def build_docs(folder):
             if not keys & seen:
                 (corpus if held_out[i] else train).append((module + name, query, passage))
             seen |= keys
-    order = sorted(range(len(corpus)), key=lambda i: zlib.crc32(corpus[i][1].encode()))   # any fixed shuffle
+    order = np.random.default_rng(0).permutation(len(corpus)).tolist()
     test, dev = order[:1000], order[1000:1500]
 
     part = folder.with_name(folder.name + ".part")   # rename at the end: an interrupted build leaves no half corpus
@@ -195,6 +196,131 @@ def read_rows(path):
                 except (json.JSONDecodeError, AssertionError):
                     raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
                 yield number, row
+
+# ----------------------------------------------------------------------------------------------------------------------
+# test sets: sentence pairs with gold scores, and retrieval collections
+
+STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
+STS |= {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
+SHARD = 25_000   # documents in memory at a time
+
+
+def task_name(name):
+    """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
+    return re.sub(r"\.(jsonl|csv|tsv)(\.gz)?$", "", Path(name).name)
+
+
+def load_sts(name):
+    """
+    a name of STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, n sentences, their n
+    partners, (n,) gold scores. Raises ValueError naming file and line for what is missing or no number.
+    """
+    if name in STS:
+        import datasets
+        rows = enumerate(datasets.load_dataset(STS[name], split="test"), start=1)
+    elif re.search(r"\.(jsonl|csv|tsv)(\.gz)?$", name):
+        rows = read_rows(name)
+    else:
+        raise ValueError(f"--sts {name}: neither one of {', '.join(STS)} nor a .jsonl, .csv or .tsv file (.gz or not)")
+    pairs = []
+    for line, row in rows:
+        if {"sentence1", "sentence2", "score"} - set(row):
+            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; "
+                             "it needs sentence1, sentence2 and score")
+        try:
+            gold = float(row["score"])
+        except (TypeError, ValueError):
+            gold = float("nan")
+        if not np.isfinite(gold):
+            raise ValueError(f"{name}, line {line}: the score {row['score']!r} is not a finite number")
+        pairs.append((row["sentence1"], row["sentence2"], gold))
+    if len(pairs) < 2:
+        raise ValueError(f"{name}: {len(pairs)} pairs; a correlation needs two or more")
+    first, second, gold = zip(*pairs)
+    return task_name(name), first, second, np.array(gold)
+
+
+class Collection:
+    """
+    NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact, arguana,
+    msmarco with the splits validation = dev and test = DL19, ...). For DL20 put its qrels file into a folder's qrels/.
+    task; queries {id: text}, qrels {query id: {document id: grade}} of the judged queries; shards() reads the corpus.
+    Raises ValueError naming file and line for what is missing, broken, unknown or there twice.
+    """
+
+    def __init__(self, name):
+        self.task = task_name(name)
+        self.name, _, split = name.partition(":")
+        split = split or "test"
+        self.folder = docs_folder() if self.name == "docs" else Path(self.name)
+        if self.folder.is_dir():
+            self.qrels_file = self.folder / "qrels" / f"{split}.tsv"
+            judgements = read_rows(self.qrels_file)
+        else:
+            self.qrels_file = f"BeIR/{self.name}-qrels"
+            judgements = enumerate(self.from_hub(self.qrels_file, None, split), start=2)
+        texts = {key: row["text"] for key, row in self.rows("queries")}
+        self.qrels, self.lines = {}, {}   # lines {document id: the first line that judges it}, for shards()
+        for line, row in judgements:
+            where = f"{self.qrels_file}, line {line}"
+            try:
+                query, document, grade = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{where}: needs the columns query-id, corpus-id and score (a whole number)") from None
+            if query not in texts:
+                raise ValueError(f"{where}: query {query!r} is not among the queries")
+            if document in self.qrels.setdefault(query, {}):
+                raise ValueError(f"{where}: query {query!r} and document {document!r} are judged twice")
+            self.qrels[query][document] = grade
+            self.lines.setdefault(document, line)
+        if not self.qrels:
+            raise ValueError(f"{self.qrels_file}: no judgements; one line a judged document is needed")
+        self.queries = {query: texts[query] for query in self.qrels}
+
+    def from_hub(self, name, config, split):
+        """ one data set of the hub; raises ValueError when it cannot be had """
+        import datasets
+        try:
+            return datasets.load_dataset(name, config, split=split)
+        except Exception as error:   # the hub has a dozen kinds of "not there", offline among them
+            raise ValueError(f"--retrieval {self.name}: neither docs, nor a folder in BEIR layout, nor a set that "
+                             f"could be loaded from the hub as {name} ({str(error).splitlines()[0]})") from error
+
+    def rows(self, stem):
+        """ yields (id, row) of the "corpus" or the "queries" """
+        if self.folder.is_dir():
+            paths = [self.folder / f"{stem}.jsonl", self.folder / f"{stem}.jsonl.gz"]
+            paths = [path for path in paths if path.exists()]
+            if not paths:
+                raise ValueError(f"{self.folder} has no {stem}.jsonl; "
+                                 "a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/test.tsv")
+            source, rows = paths[0], read_rows(paths[0])
+        else:
+            source = f"BeIR/{self.name}"
+            rows = enumerate(self.from_hub(source, stem, stem), start=1)
+        seen = set()
+        for line, row in rows:
+            if "_id" not in row or "text" not in row:
+                raise ValueError(f"{source}, line {line}: has the columns {', '.join(row)}; it needs _id and text")
+            key = str(row["_id"])
+            if key in seen:
+                raise ValueError(f"{source}, line {line}: the id {key!r} is there twice")
+            seen.add(key)
+            yield key, row
+        if not seen:
+            raise ValueError(f"{source} is empty; it needs one line a text")
+
+    def shards(self):
+        """ yields ([id], [title + text]) of SHARD documents at a time; raises at the end if a judged one is missing """
+        missing = dict(self.lines)
+        rows = self.rows("corpus")
+        while shard := list(itertools.islice(rows, SHARD)):
+            ids = [key for key, _ in shard]
+            for key in ids:
+                missing.pop(key, None)
+            yield ids, [f"{row.get('title') or ''} {row['text']}".strip() for _, row in shard]
+        for document, line in missing.items():
+            raise ValueError(f"{self.qrels_file}, line {line}: document {document!r} is not in the corpus")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # token ids, once

@@ -1,20 +1,20 @@
 """
 How good is each size of a model, and what does it cost? One pass over the texts gives the embeddings of all sizes.
 
-    python evaluate.py out/srl                                   # retrieval in this machine's documentation, BM25 beside it
-    python evaluate.py out/srl --search "invert a matrix"        # ask that documentation
+    python evaluate.py out/srl                                 # retrieval in this machine's documentation, and BM25's
+    python evaluate.py out/srl --search "invert a matrix"      # ask that documentation
     python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev --speed
-    python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid         # any BERT, layers x dims
-    python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg              # which differences are real
+    python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
+    python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences are real
 
-Prints a table and writes MODEL/eval.json (or --out): "results" has one record a value, {"task", "metric", "layer", "dim",
-"value", "n"} (BM25 has layer and dim null); "per_item" has what --compare needs.
+Prints a table and writes MODEL/eval.json (or --out): "results" has one record a value, {"task", "metric", "layer",
+"dim", "value", "n"} (BM25 has layer and dim null); "per_item" has what --compare needs.
 
-STS: Spearman's rank correlation of the cosine with the gold scores. Retrieval: trec_eval's recip_rank cut at 10, ndcg_cut_10
-(gain = grade) and recall_100 over the judged queries; equal scores rank by descending document id; a document with the id of
-the query is no hit. Search is exact and goes through the corpus in shards, so memory does not grow with it. MS MARCO, 8.8 M
-passages, six sizes of BERT-base (7,040 B a passage): ids 0.6 GB + a shard (25,000 x 6 taps x 3 KB) 0.5 GB + its scores for
-1,024 queries 0.1 GB + hits 0.1 GB; with --embeddings_dir 62 GB on disk.
+STS: Spearman's rank correlation of the cosine with the gold scores. Retrieval: trec_eval's recip_rank cut at 10,
+ndcg_cut_10 (gain = grade) and recall_100 over the judged queries; equal scores rank by descending document id; a
+document with the id of the query is no hit. Search is exact and goes through the corpus in shards, so memory does not
+grow with it. MS MARCO, 8.8 M passages, six sizes of BERT-base (7,040 B a passage): ids 0.6 GB + a shard (25,000 x 6
+taps x 3 KB) 0.5 GB + its scores for 1,024 queries 0.1 GB + hits 0.1 GB; with --embeddings_dir 62 GB on disk.
 
 Shapes: Q queries, P passages of a shard, C channels, D dims that a size keeps, K candidates kept for a query
 """
@@ -41,10 +41,7 @@ import data
 from model import check_sizes, find_folder, from_pretrained, pack, paper_sizes, parse_sizes, size_name
 
 NAMES = ("Demi", "Short", "Tall", "Grande", "Venti", "Trenta")
-STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
-STS |= {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
 BM25 = (None, None)   # the size of what has no layers: where it stands in a table
-SHARD = 25_000   # documents in memory at a time
 K = 200          # candidates kept for a query: the deepest metric looks at 100, the rest is room for ties
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,9 +50,8 @@ K = 200          # candidates kept for a query: the deepest metric looks at 100,
 
 def load_model(name, device="cpu", max_length=None):
     """
-    Any BERT -> model, tokenizer. Pooling, similarity and length are the model's own: from our config.json, or from the
-    files of sentence-transformers (modules.json and its folders). Raises ValueError when it needs what is not here
-    (Dense, max pooling).
+    Any BERT -> model, tokenizer. Pooling, similarity and length are its own: from our config.json, or from the files of
+    sentence-transformers (modules.json and its folders). Raises ValueError for what is not here: Dense, max pooling.
     """
     folder = find_folder(name)
     def settings(file):
@@ -86,18 +82,15 @@ def load_model(name, device="cpu", max_length=None):
 
 @torch.no_grad()
 def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """
-    list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}, in the order of the texts. Inside, they are
-    sorted by length and go through the model about batch_tokens at a time; the model's mode (train or eval) is restored.
-    """
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}; about batch_tokens a batch """
     device, training = model.word.weight.device, model.training
     model.eval()   # no dropout
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # equal lengths side by side: see model.Pack
     embeddings = {layer: torch.empty(len(texts), model.config.hidden_size) for layer in layers}
     with tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
         start = 0
         while start < len(order):
-            # The longest of a batch is its last: take as many as fit if all were as long as the one batch_tokens away.
+            # the longest of a batch is its last: take as many as fit if all were as long as the one batch_tokens away
             end = start + max(1, batch_tokens // len(texts[order[start]]))
             end = start + max(1, batch_tokens // len(texts[order[min(end, len(order)) - 1]]))
             rows = order[start:end]
@@ -105,6 +98,8 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
                 pooled = model.encode(pack([texts[i] for i in rows], device), layers)   # {layer: (B of the batch, C)}
             for layer, embedding in pooled.items():
                 embeddings[layer][rows] = embedding.float().cpu()
+                if not embeddings[layer][rows].isfinite().all():
+                    raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
             bar.update(len(rows))
             start = end
     model.train(training)
@@ -129,43 +124,8 @@ def record(task, metric, layer, dim, value, n):
     """ one value as it stands in eval.json """
     return {"task": task, "metric": metric, "layer": layer, "dim": dim, "value": value, "n": n}
 
-
-def task_name(name):
-    """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
-    return re.sub(r"\.(jsonl|csv|tsv)(\.gz)?$", "", Path(name).name)
-
 # ----------------------------------------------------------------------------------------------------------------------
 # STS
-
-
-def load_sts(name):
-    """
-    a name of STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, n sentences, their n
-    partners, (n,) gold scores. Raises ValueError naming file and line for what is missing or no number.
-    """
-    if name in STS:
-        import datasets
-        rows = enumerate(datasets.load_dataset(STS[name], split="test"), start=1)
-    elif re.search(r"\.(jsonl|csv|tsv)(\.gz)?$", name):
-        rows = data.read_rows(name)
-    else:
-        raise ValueError(f"--sts {name}: neither one of {', '.join(STS)} nor a .jsonl, .csv or .tsv file (.gz or not)")
-    pairs = []
-    for line, row in rows:
-        if {"sentence1", "sentence2", "score"} - set(row):
-            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; "
-                             "it needs sentence1, sentence2 and score")
-        try:
-            gold = float(row["score"])
-        except (TypeError, ValueError):
-            gold = float("nan")
-        if not np.isfinite(gold):
-            raise ValueError(f"{name}, line {line}: the score {row['score']!r} is not a finite number")
-        pairs.append((row["sentence1"], row["sentence2"], gold))
-    if len(pairs) < 2:
-        raise ValueError(f"{name}: {len(pairs)} pairs; a correlation needs two or more")
-    first, second, gold = zip(*pairs)
-    return task_name(name), first, second, np.array(gold)
 
 
 def spearman(x, y):
@@ -174,8 +134,8 @@ def spearman(x, y):
 
 
 def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
-    """ every size on one STS set -> records, per-item values (the cosine of each pair). Raises what load_sts raises. """
-    task, first, second, gold = load_sts(name)
+    """ every size on one STS set -> records, per-item values (cosines of the pairs). Raises as data.load_sts does. """
+    task, first, second, gold = data.load_sts(name)
     texts = list(dict.fromkeys(first + second))   # each sentence once
     row = {text: i for i, text in enumerate(texts)}
     layers = sorted({layer for layer, _ in sizes})
@@ -190,88 +150,6 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # retrieval
-
-
-class Collection:
-    """
-    NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact, arguana,
-    msmarco with the splits validation = dev and test = DL19, ...). For DL20 put its qrels file into a folder's qrels/.
-    task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards() reads the corpus.
-    Raises ValueError naming file and line for what is missing, broken, unknown or there twice.
-    """
-
-    def __init__(self, name):
-        self.task = task_name(name)
-        self.name, _, split = name.partition(":")
-        split = split or "test"
-        self.folder = data.docs_folder() if self.name == "docs" else Path(self.name)
-        if self.folder.is_dir():
-            self.qrels_file = self.folder / "qrels" / f"{split}.tsv"
-            judgements = data.read_rows(self.qrels_file)
-        else:
-            self.qrels_file = f"BeIR/{self.name}-qrels"
-            judgements = enumerate(self.from_hub(self.qrels_file, None, split), start=2)
-        texts = {key: row["text"] for key, row in self.rows("queries")}
-        self.qrels, self.lines = {}, {}   # lines {document id: the first line that judges it}, for shards()
-        for line, row in judgements:
-            where = f"{self.qrels_file}, line {line}"
-            try:
-                query, document, grade = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{where}: needs the columns query-id, corpus-id and score (a whole number)") from None
-            if query not in texts:
-                raise ValueError(f"{where}: query {query!r} is not among the queries")
-            if document in self.qrels.setdefault(query, {}):
-                raise ValueError(f"{where}: query {query!r} and document {document!r} are judged twice")
-            self.qrels[query][document] = grade
-            self.lines.setdefault(document, line)
-        if not self.qrels:
-            raise ValueError(f"{self.qrels_file}: no judgements; one line a judged document is needed")
-        self.queries = {query: texts[query] for query in self.qrels}
-
-    def from_hub(self, name, config, split):
-        """ one data set of the hub; raises ValueError when it cannot be had """
-        import datasets
-        try:
-            return datasets.load_dataset(name, config, split=split)
-        except Exception as error:   # the hub has a dozen kinds of "not there", offline among them
-            raise ValueError(f"--retrieval {self.name}: neither docs, nor a folder in BEIR layout, nor a set that could be "
-                             f"loaded from the hub as {name} ({str(error).splitlines()[0]})") from error
-
-    def rows(self, stem):
-        """ yields (id, row) of the "corpus" or the "queries" """
-        if self.folder.is_dir():
-            paths = [self.folder / file for file in (f"{stem}.jsonl", f"{stem}.jsonl.gz") if (self.folder / file).exists()]
-            if not paths:
-                raise ValueError(f"{self.folder} has no {stem}.jsonl; "
-                                 "a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/test.tsv")
-            source, rows = paths[0], data.read_rows(paths[0])
-        else:
-            source = f"BeIR/{self.name}"
-            rows = enumerate(self.from_hub(source, stem, stem), start=1)
-        seen = set()
-        for line, row in rows:
-            if "_id" not in row or "text" not in row:
-                raise ValueError(f"{source}, line {line}: has the columns {', '.join(row)}; it needs _id and text")
-            key = str(row["_id"])
-            if key in seen:
-                raise ValueError(f"{source}, line {line}: the id {key!r} is there twice")
-            seen.add(key)
-            yield key, row
-        if not seen:
-            raise ValueError(f"{source} is empty; it needs one line a text")
-
-    def shards(self):
-        """ yields ([id], [title + text]) of SHARD documents at a time; at the end, checks that all judged ones exist """
-        missing = dict(self.lines)
-        rows = self.rows("corpus")
-        while shard := list(itertools.islice(rows, SHARD)):
-            ids = [key for key, _ in shard]
-            for key in ids:
-                missing.pop(key, None)
-            yield ids, [f"{row.get('title') or ''} {row['text']}".strip() for _, row in shard]
-        for document, line in missing.items():
-            raise ValueError(f"{self.qrels_file}, line {line}: document {document!r} is not in the corpus")
 
 
 def mrr_at_10(ranked, grades):
@@ -298,7 +176,7 @@ METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_1
 
 def rank(scores, hits, id_rank):
     """
-    (Q, K) scores, (Q, K) document numbers, (documents,) position of each id in sorted order -> yields [numbers], [scores]
+    (Q, K) scores and document numbers, (documents,) position of each id in sorted order -> yields [numbers], [scores]
     of each query, the 100 best, best first; equal scores by descending id, as in trec_eval; -inf marks what is no hit
     """
     order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K); the last key is the first
@@ -309,21 +187,21 @@ def rank(scores, hits, id_rank):
 
 def keep(best, chunk, scores, offset, own={}):
     """
-    Put the K best of (K kept so far, P new documents whose numbers begin at offset) into rows `chunk`, a slice, of
-    best = (scores, document numbers), (Q, K) each. scores: (rows of the chunk, P). own {row of best: column of scores}:
-    the queries that are documents themselves; none is a hit of itself.
+    Put the K best of (K kept so far, P new documents whose numbers begin at offset) into the rows `chunk` of best:
+    (scores, document numbers), (Q, K) each. own {row of best: column of scores}: queries that are themselves documents
     """
     for q, p in own.items():
         if chunk.start <= q < chunk.stop:
-            scores[q - chunk.start, p] = -np.inf
-    top, hits = scores.topk(min(K, scores.shape[1]))      # (Q, K) each, or (Q, P) of fewer documents than K
-    top, hits = torch.cat([best[0][chunk], top], dim=1), torch.cat([best[1][chunk], hits + offset], dim=1)   # (Q, K + K)
-    best[0][chunk], kept = top.topk(K)                    # (Q, K)
+            scores[q - chunk.start, p] = -np.inf             # a query is no answer to itself
+    top, hits = scores.topk(min(K, scores.shape[1]))         # (Q, K) each, or (Q, P) of fewer documents than K
+    top = torch.cat([best[0][chunk], top], dim=1)            # (Q, K + K)
+    hits = torch.cat([best[1][chunk], hits + offset], dim=1)
+    best[0][chunk], kept = top.topk(K)                       # (Q, K)
     best[1][chunk] = hits.gather(1, kept)
 
 
 def bm25(docs, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words are letters or digits) """
+    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
     split = lambda text: re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
     words = [split(text) for text in docs]
     vocabulary = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}
@@ -336,7 +214,7 @@ def bm25(docs, queries, k1=1.2, b=0.75):
     length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
     df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,)
     idf = np.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
-    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # (entries of tf,), their document's
+    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's document
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
     return count([split(text) for text in queries]) @ tf.T                             # (Q, P)
 
@@ -354,16 +232,14 @@ def stored(path, make):
 
 
 def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
-    """
-    Search a collection with every size, and with BM25 if it is one shard -> records, per-item values (of each query).
-    Raises ValueError when the collection is not in order.
-    """
-    collection = Collection(name)
+    """ every size, and BM25 if it is one shard -> records, per-item values (of queries); raises as Collection does """
+    collection = data.Collection(name)
     query_texts, Q = list(collection.queries.values()), len(collection.queries)
     query_row = {key: row for row, key in enumerate(collection.queries)}
     max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # all we need of a tap
     queries = embed(model, tokenizer, query_texts, list(max_dim), dtype, batch_tokens)            # {layer: (Q, C)}
     best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in [*sizes, BM25]}
+    checksum = lambda value: f"{zlib.crc32(repr(value).encode()):08x}"
     if embeddings_dir:   # a file is found by what made it: weights, pooling, length, dtype, and the texts of the shard
         weights = [zlib.crc32(p.detach().cpu().numpy()) for p in model.parameters()]
         made_by = checksum([weights, model.config.pooling, tokenizer.model_max_length, dtype])
@@ -372,10 +248,9 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
         offset = len(doc_ids)
         doc_ids += ids
         own = {query_row[key]: column for column, key in enumerate(ids) if key in query_row}
-        @functools.cache   # the encoder runs once for all layers, and not at all if their files are there
-        def taps():
-            desc = f"{collection.task}, from document {offset:,}"
-            return embed(model, tokenizer, texts, list(max_dim), dtype, batch_tokens, desc)
+        desc = f"{collection.task}, from document {offset:,}"
+        # the encoder runs once for all layers, and not at all if their files are there
+        taps = functools.cache(lambda: embed(model, tokenizer, texts, list(max_dim), dtype, batch_tokens, desc))
         for layer, dims in max_dim.items():
             path = embeddings_dir and Path(embeddings_dir) / (
                 f"{collection.task}-{number:04}-layer{layer}-dims{dims}-{made_by}-{checksum(texts)}.npy")
@@ -385,8 +260,10 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
                     chunk = slice(start, start + 1024)
                     scores = score(queries[layer][chunk], passages, size[1], model.config.similarity)   # (Q, P)
                     keep(best[size], chunk, scores, offset, own)
-    if len(doc_ids) <= SHARD:
-        keep(best[BM25], slice(0, Q), torch.from_numpy(bm25(texts, query_texts).toarray()), offset, own)
+    if len(doc_ids) <= data.SHARD:
+        scores = torch.from_numpy(bm25(texts, query_texts).toarray())   # (Q, P)
+        scores[scores == 0] = -np.inf                                   # not a word in common: no hit
+        keep(best[BM25], slice(0, Q), scores, offset, own)
     else:
         del best[BM25]
 
@@ -395,8 +272,8 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
     for (layer, dim), (scores, hits) in best.items():
         label = size_name((layer, dim)) if layer else "BM25"
         run = [([doc_ids[i] for i in row], values) for row, values in rank(scores.numpy(), hits.numpy(), id_rank)]
-        per_item[label] = {metric: [function(ranked, grades) for (ranked, _), grades in zip(run, collection.qrels.values())]
-                           for metric, function in METRICS.items()}
+        judged = list(zip((ranked for ranked, _ in run), collection.qrels.values()))
+        per_item[label] = {metric: [function(*pair) for pair in judged] for metric, function in METRICS.items()}
         records += [record(collection.task, metric, layer, dim, float(np.mean(values)), Q)
                     for metric, values in per_item[label].items()]
         if save_run:
@@ -407,22 +284,14 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
                                     for i, (document, value) in enumerate(zip(ranked, values), start=1))
     return records, per_item
 
-
-def checksum(value):
-    """ 8 hexadecimal digits that change with the value """
-    return f"{zlib.crc32(repr(value).encode()):08x}"
-
 # ----------------------------------------------------------------------------------------------------------------------
 # cost and search
 
 
 def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
-    """
-    -> records: ms to embed one short query, tokenising included (median and 95th percentile of 50), and texts a second
-    in batches
-    """
-    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of ordinary "
-             "words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
+    """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
+    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of "
+             "ordinary words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
     records = []
     for layer, dim in sizes:
         times = []
@@ -445,7 +314,7 @@ def search(model, tokenizer, question, size, dtype, model_folder):
     layer, dim = size
     folder = data.docs_folder()
     rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
-    index = model_folder / f"search-{folder.name}-{layer}-{dim}.npy"
+    index = model_folder / f"search-{folder.name}-{layer}-{dim}-{tokenizer.model_max_length}-{dtype}.npy"
     if index.exists() and index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
         index.unlink()   # of an earlier model
     def make():
@@ -470,19 +339,13 @@ def git_commit():
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def sizes_of(results):
-    """ the sizes that some records measure the quality of, in their order, without BM25 """
-    sizes = dict.fromkeys((r["layer"], r["dim"]) for r in results if r["task"] != "cost")
-    return [size for size in sizes if size[0]]
-
-
 def print_table(results, title):
     """ one line a size, one column a value """
     columns = list(dict.fromkeys((r["task"], r["metric"]) for r in results))
     rows = {}
     for r in results:
         rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
-    sizes = sizes_of(results)
+    sizes = [size for size in rows if size[0]]
     names = dict(zip(sizes, NAMES)) if len(sizes) == len(NAMES) else {}
     width = max([10] + [len(task) for task, _ in columns]) + 2
     def cell(v):
@@ -498,37 +361,40 @@ def print_table(results, title):
 def compare(files):
     """
     One table of several eval.json. The first is the baseline; * marks a difference that is significant at 0.05 after
-    Bonferroni's correction for all comparisons of the table: paired t-test over queries; for Spearman the bootstrap over
-    sentence pairs (1,000 resamples). Sizes are paired by their order (Demi with Demi), so models of any depth can be
-    compared. Raises ValueError when the files differ in their number of sizes or in their data.
+    Bonferroni's correction for all comparisons of the table: paired t-test over queries; for Spearman the bootstrap
+    over sentence pairs (1,000 resamples). Sizes are paired by their order (Demi with Demi), so models of any depth can
+    be compared. Raises ValueError when the files differ in their number of sizes or in their data.
     """
-    runs = [json.loads(Path(file).read_text()) for file in files]
-    sizes = [sizes_of(run["results"]) for run in runs]
+    per_items = [json.loads(Path(file).read_text()).get("per_item") for file in files]
+    if not all(per_items):
+        raise ValueError(f"--compare {files[per_items.index(None)]}: not a file that evaluate.py wrote")
+    sizes = [[key for key in next(iter(per_item.values())) if ":" in key] for per_item in per_items]   # names, 2:32
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: the files have {', '.join(str(len(s)) for s in sizes)} sizes; "
                          "evaluate them with as many --sizes each")
-    values = [{(r["task"], r["metric"], r["layer"], r["dim"]): r["value"] for r in run["results"] if r["task"] != "cost"}
-              for run in runs]
-    rows = [(task, metric, i) for task, metric in dict.fromkeys(key[:2] for key in values[0]) for i in range(len(sizes[0]))
-            if task in runs[0]["per_item"] and all((task, metric, *own[i]) in value for own, value in zip(sizes, values))]
-    tests = max(1, len(rows) * (len(runs) - 1))
+    rows = [(task, metric, i) for task, items in per_items[0].items() for metric in items[sizes[0][0]]
+            for i in range(len(sizes[0]))
+            if all(metric in per_item.get(task, {}).get(own[i], {}) for own, per_item in zip(sizes, per_items))]
+    tests = max(1, len(rows) * (len(files) - 1))
     print("".join(f"{text:>22}" for text in ["", *(f"{Path(file).parent.name}/{Path(file).name}" for file in files)]))
     for task, metric, i in rows:
-        baseline, cells = runs[0]["per_item"][task], []
-        key = "gold" if metric == "Spearman" else "ids"
-        x = baseline[size_name(sizes[0][i])][metric]
-        for run, own, value in zip(runs, sizes, values):
-            items = run["per_item"][task]
-            if items[key] != baseline[key]:
-                raise ValueError(f"--compare: {task} is not the same set in all files; evaluate the models on the same data")
-            y = items[size_name(own[i])][metric]
-            if run is runs[0]:
+        line, baseline = f"{task + ' ' + metric:>22}", per_items[0][task]
+        for own, per_item in zip(sizes, per_items):
+            items = per_item[task]
+            if any(items.get(key) != baseline.get(key) for key in ("ids", "gold")):
+                raise ValueError(f"--compare: {task} is not the same set in all files; "
+                                 "evaluate the models on the same data")
+            x, y = baseline[sizes[0][i]][metric], items[own[i]][metric]
+            value = spearman(y, items["gold"]) if metric == "Spearman" else np.mean(y)
+            if per_item is per_items[0]:
                 p = 1.0
+            elif metric == "Spearman":
+                p = paired_bootstrap(x, y, items["gold"])
             else:
-                p = paired_bootstrap(x, y, items["gold"]) if key == "gold" else scipy.stats.ttest_rel(x, y).pvalue
-            star = "*" if p * tests < 0.05 else " "
-            cells.append(f"{size_name(own[i])} {value[task, metric, *own[i]]:.4f}{star}")
-        print(f"{task + ' ' + metric:>22}" + "".join(f"{cell:>22}" for cell in cells))
+                p = scipy.stats.ttest_rel(x, y).pvalue
+            cell = f"{own[i]} {value:.4f}{'*' if p * tests < 0.05 else ' '}"
+            line += f"{cell:>22}"
+        print(line)
     print(f"* differs from the first file at p < 0.05 / {tests} comparisons")
 
 
@@ -545,7 +411,7 @@ def paired_bootstrap(x, y, gold, resamples=1000):
 
 
 def plot(files, path):
-    """ quality against cost, one line a model, one point a size -> SVG or PNG. Raises ValueError without matplotlib. """
+    """ quality against cost, a line a model, a point a size -> SVG or PNG. Raises ValueError without matplotlib. """
     try:
         import matplotlib
     except ImportError:
@@ -553,11 +419,12 @@ def plot(files, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]   # Okabe and Ito: for the colour-blind too
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]   # Okabe and Ito
     for file, color in zip(files, itertools.cycle(colors)):
         run = json.loads(Path(file).read_text())
-        main_results = [r for r in run["results"] if r["metric"] in ("Spearman", "nDCG@10")]
-        sizes = sizes_of(main_results)
+        main_results = [r for r in run["results"]
+                        if r["metric"] in ("Spearman", "nDCG@10") and r["task"] in run["per_item"]]   # no means
+        sizes = [size for size in dict.fromkeys((r["layer"], r["dim"]) for r in main_results) if size[0]]
         cost = {(r["layer"], r["dim"]): r["value"] for r in run["results"] if r["metric"] == "MFLOP/token"}
         x = [cost[size] for size in sizes]
         y = [100 * np.mean([r["value"] for r in main_results if (r["layer"], r["dim"]) == size]) for size in sizes]
@@ -565,8 +432,8 @@ def plot(files, path):
         for size, *point in zip(sizes, x, y):
             axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} B", point, xytext=(0, -24), textcoords="offset points",
                           ha="center", fontsize=7)
-        axes.annotate(run["model"], (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right", color=color,
-                      weight="bold")
+        axes.annotate(run["model"], (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right",
+                      color=color, weight="bold")
     tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in main_results))
     axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)",
              ylabel=f"mean of {tasks}, x 100 (up is better)")
@@ -585,34 +452,30 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("models", nargs="*", metavar="MODEL",
                         help="folders that finetune_srl.py wrote, or any BERT: folder or hub name")
-    group = parser.add_argument_group("tasks; with none: --retrieval docs")
-    group.add_argument("--sts", nargs="+", default=[], metavar="NAME_OR_FILE",
-                       help=f"{', '.join(STS)}, or a file with sentence1, sentence2, score")
-    group.add_argument("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]",
-                       help="docs, a folder in BEIR layout, or a BEIR set of the hub")
-    group.add_argument("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
-    group.add_argument("--speed", action="store_true", help="time every size")
-    group = parser.add_argument_group("sizes; by default those of config.json, else the paper's shares of the model")
-    group.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... to evaluate")
-    group.add_argument("--grid", action="store_true", help="every layer at the dims of all sizes")
-    group = parser.add_argument_group("encoding")
-    group.add_argument("--max_length", type=int, help="tokens of a text; by default the model's own")
-    group.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a batch")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-                       help="of the matrix products")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                       help="cpu, cuda, cuda:1, mps")
-    group = parser.add_argument_group("results")
-    group.add_argument("--out", metavar="FILE.json",
-                       help="where the results of one model go; by default MODEL/eval.json for models of ours")
-    group.add_argument("--embeddings_dir", metavar="DIR",
-                       help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what "
-                            "is there")
-    group.add_argument("--save_run", metavar="DIR", help="write TREC runs there")
-    group.add_argument("--compare", nargs="+", metavar="FILE.json",
-                       help="results to compare; the first is the baseline")
-    group.add_argument("--plot", metavar="FILE.svg|png",
-                       help="draw the results of --compare, or of this evaluation")
+    add = parser.add_argument_group("tasks; with none: --retrieval docs").add_argument
+    add("--sts", nargs="+", default=[], metavar="NAME_OR_FILE",
+        help=f"{', '.join(data.STS)}, or a file with sentence1, sentence2, score")
+    add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]",
+        help="docs, a folder in BEIR layout, or a BEIR set of the hub")
+    add("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
+    add("--speed", action="store_true", help="time every size")
+    add = parser.add_argument_group(
+        "sizes; by default those of config.json, else the paper's shares of the model").add_argument
+    add("--sizes", type=parse_sizes, help="LAYER:DIM,... to evaluate")
+    add("--grid", action="store_true", help="every layer at the dims of all sizes")
+    add = parser.add_argument_group("encoding").add_argument
+    add("--max_length", type=int, help="tokens of a text; by default the model's own")
+    add("--batch_tokens", type=int, default=8192, help="tokens of a batch")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", metavar="FILE.json",
+        help="where the results of one model go; by default MODEL/eval.json for models of ours")
+    add("--embeddings_dir", metavar="DIR",
+        help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what is there")
+    add("--save_run", metavar="DIR", help="write TREC runs there")
+    add("--compare", nargs="+", metavar="FILE.json", help="results to compare; the first is the baseline")
+    add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     if not args.models and not args.compare:
         parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
@@ -625,11 +488,22 @@ def parse_args(argv=None):
             parser.error(f"--{name} {value}: must be 2 or more")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         parser.error(f"--plot {args.plot}: must end in .svg or .png")
+    for name in ("out", "plot"):
+        if getattr(args, name) and not Path(getattr(args, name)).absolute().parent.is_dir():
+            parser.error(f"--{name} {getattr(args, name)}: its folder does not exist; make it first")
+    names = [data.task_name(task) for task in args.sts + args.retrieval]
+    for task in names:
+        if names.count(task) > 1:
+            parser.error(f"two tasks are called {task}; evaluate them one by one")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
 
 
 def main(args):
-    """ evaluate every model of args, then compare and plot. Raises ValueError for what cannot be had, read or compared. """
+    """ evaluate every model, then compare and plot. Raises ValueError for what cannot be read or compared. """
     files = list(args.compare or [])
     for name in args.models:
         start = time.time()
@@ -644,15 +518,15 @@ def main(args):
             continue
         results, per_item = [], {}
         for task in args.sts:
-            records, per_item[task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
+            records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
             results += records
         if len(args.sts) > 1:
             for layer, dim in sizes:
                 values = [r["value"] for r in results if (r["layer"], r["dim"]) == (layer, dim)]
                 results.append(record("mean of STS", "Spearman", layer, dim, float(np.mean(values)), len(args.sts)))
         for task in args.retrieval or ([] if args.sts else ["docs"]):
-            records, per_item[task_name(task)] = retrieval(model, tokenizer, task, sizes, args.dtype, args.batch_tokens,
-                                                           args.embeddings_dir, args.save_run)
+            records, per_item[data.task_name(task)] = retrieval(
+                model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
             results += records
         matrices = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)   # of one block
         for layer, dim in sizes:
@@ -664,8 +538,8 @@ def main(args):
         out = args.out or (Path(name) / "eval.json" if config.sizes and Path(name).exists() else None)
         if out:
             Path(out).write_text(json.dumps({
-                "model": str(name), "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__,
-                "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
+                "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
+                "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
                 "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
                 "results": results, "per_item": per_item}) + "\n")
             files.append(out)

@@ -12,7 +12,8 @@ import torch
 
 import data
 import evaluate
-from evaluate import Collection, bm25, encode, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
+from data import Collection
+from evaluate import bm25, encode, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
 from model import save_pretrained
 
 
@@ -153,7 +154,7 @@ def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monk
     model, tokenizer = evaluate.load_model(saved)
     sizes = ((1, 8), (4, 48))
     in_one, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32")
-    monkeypatch.setattr(evaluate, "SHARD", 1)
+    monkeypatch.setattr(data, "SHARD", 1)
     by_shards, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e", save_run=tmp_path / "runs")
     assert by_shards == [r for r in in_one if r["layer"]]   # BM25 needs the corpus in one shard
     files = sorted((tmp_path / "e").glob("*.npy"))

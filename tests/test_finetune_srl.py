@@ -19,7 +19,7 @@ ROOT = Path(finetune_srl.__file__).parent
 def run(pairs_file, out_dir, *flags):
     """ a whole run on 64 short pairs, a second or two """
     main(parse_args(["--train_pairs", pairs_file, "--out_dir", str(out_dir), "--retrieval", "", "--vocab_size", "200", "--num_layers", "3",
-                     "--hidden_size", "32", "--sizes", "1:8,3:32", "--batch_size", "16", "--max_steps", "4", "--log_interval", "1",
+                     "--hidden_size", "64", "--sizes", "1:8,3:64", "--batch_size", "16", "--max_steps", "4", "--log_interval", "1",
                      "--dtype", "float32", "--device", "cpu", "--no-compile", *flags]))
 
 
@@ -112,13 +112,13 @@ def test_a_run_end_to_end(pairs_file, tmp_path, beir):
     run(pairs_file, tmp_path / "b", "--dropout", "0.1")
     a, b = (from_pretrained(tmp_path / name) for name in "ab")
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert a.config.sizes == ((1, 8), (3, 32)) and a.config.pooling == "mean"
+    assert a.config.sizes == ((1, 8), (3, 64)) and a.config.pooling == "mean"
     records = [json.loads(line) for line in open(tmp_path / "a" / "log.jsonl")]
     assert [r["step"] for r in records] == [1, 2, 2, 3, 4] and "dev" in records[2]
     assert len(records[0]["nce"]) == len(records[0]["kl"]) == 2 and records[0]["learning_rate"] > 0
-    assert json.loads((tmp_path / "a" / "args.json").read_text())["sizes"] == [[1, 8], [3, 32]]
+    assert json.loads((tmp_path / "a" / "args.json").read_text())["sizes"] == [[1, 8], [3, 64]]
     results = json.loads((tmp_path / "a" / "eval.json").read_text())["results"]
-    assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 32), (None, None)}
+    assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 64), (None, None)}
     run(pairs_file, tmp_path / "c", "--init_from", str(tmp_path / "a"), "--passage_max_length", "16", "--pooling", "cls")
     assert from_pretrained(tmp_path / "c").config.pooling == "cls"
 
@@ -138,7 +138,7 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     (["--sizes", "2:32,6"], "argument --sizes: '2:32,6' is not LAYER:DIM"),
     (["--temperature", "0"], "--temperature 0.0: must be above 0"),
     (["--dropout", "1"], "--dropout 1.0: must be 0 or more and below 1"),
-    (["--hidden_size", "100"], "--hidden_size 100: must be a multiple of 32"),
+    (["--hidden_size", "100"], "--hidden_size 100: must be a multiple of 64"),
     (["--max_steps", "-1"], "--max_steps -1: must be 0 or more"),
     (["--learn", "1"], "unrecognized arguments: --learn"),
     (["--sizes", "9:8"], "--sizes asks for layer 9 but the model has 3 layers; use a layer between 1 and 3"),
@@ -150,7 +150,7 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
 def test_bad_flags_say_what_and_why_in_one_line(pairs_file, tmp_path, flags, message):
     """ exit status 2, no traceback, the last line of stderr names flag, value and rule; nothing is written """
     command = [sys.executable, "finetune_srl.py", "--train_pairs", pairs_file, "--out_dir", str(tmp_path / "out"), "--retrieval", "",
-               "--vocab_size", "200", "--num_layers", "3", "--hidden_size", "32", "--max_steps", "1", *flags]
+               "--vocab_size", "200", "--num_layers", "3", "--hidden_size", "64", "--max_steps", "1", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr.strip().splitlines()[-1]

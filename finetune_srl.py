@@ -180,7 +180,7 @@ def main(args):
                                 num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                 intermediate_size=4 * args.hidden_size,
                                 max_position_embeddings=max(args.query_max_length, args.passage_max_length),
-                                initializer_range=0.01,   # half of BERT's: blocks begin as near to the identity as there
+                                initializer_range=0.01,   # half of BERT's: Adam's steps weigh twice as much
                                 hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
     else:
         model = from_pretrained(args.init_from, hidden_dropout_prob=args.dropout,

@@ -100,7 +100,7 @@ def test_overfits_one_batch(pairs_file, tokenizer):
 
 def test_schedule():
     """ rises over the first tenth, falls in a line, and the last step is not wasted at 0 """
-    args = parse_args(["--learning_rate", "1", "--warmup", "0.1"])
+    args = parse_args(["--learning_rate", "1", "--warmup", "0.1", "--out_dir", "out/nowhere"])
     rates = [get_lr(step, 100, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1) and rates[10] == pytest.approx(1)
     assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)

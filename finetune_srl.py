@@ -1,12 +1,14 @@
 """
 Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
 
-    python finetune_srl.py                          # from scratch on this machine's documentation, 2 cores, TODO
-    python finetune_srl.py --sizes 6:192            # the ordinary full-size model; --sizes 1:8 a separate small one
+    python finetune_srl.py                      # the docs of this machine; 4.5 minutes on 2 cores, MRR@10 .10 to .33
+    python finetune_srl.py --sizes 6:192        # the ordinary full-size model; --sizes 1:8 a separate small one
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \\
-        --learning_rate 5e-5 --epochs 1 --query_max_length 128 --out_dir out/nli       # one GPU, the paper's STS run
-    python finetune_srl.py --init_from out/smae --train_pairs Tevatron/msmarco-passage --negatives 7 --pooling cls \\
-        --similarity dot --temperature 1 --learning_rate 1e-4 --epochs 3 --passage_max_length 196 --out_dir out/marco
+        --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --query_max_length 512 \\
+        --passage_max_length 512 --out_dir out/nli                     # the paper's STS run; one GPU, not measured here
+    python finetune_srl.py --init_from bert-base-uncased --train_pairs Tevatron/msmarco-passage --negatives 7 \\
+        --pooling cls --similarity dot --temperature 1 --learning_rate 1e-4 --weight_decay 0 --dropout 0.1 --epochs 3 \\
+        --passage_max_length 196 --out_dir out/marco                   # the paper's retrieval run, likewise
 
 What comes out: OUT_DIR with an ordinary Hugging Face model, log.jsonl, args.json and eval.json (the table at the end).
 Method: arXiv 2410.13230. The loss is srl_loss below; where it departs from the paper or its reference code, the README

@@ -432,8 +432,8 @@ def plot(files, path):
         for size, *point in zip(sizes, x, y):
             axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} B", point, xytext=(0, -24), textcoords="offset points",
                           ha="center", fontsize=7)
-        axes.annotate(run["model"], (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="right",
-                      color=color, weight="bold")
+        axes.annotate(run["model"], (x[0], y[0]), xytext=(8, 8), textcoords="offset points", ha="right", color=color,
+                      weight="bold")
     tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in main_results))
     axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)",
              ylabel=f"mean of {tasks}, x 100 (up is better)")

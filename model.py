@@ -194,8 +194,12 @@ class Block(nn.Module):
         self.p = config.hidden_dropout_prob
 
     def forward(self, x, groups):
+        return self.rest(x, self.attention(x, groups))
+
+    def rest(self, x, mixed):
+        """ (N, C), (N, C) -> (N, C): what does not depend on the groups. torch.compile takes this part: N may vary. """
         p = self.p if self.training else 0.0
-        x = self.norm1(x + dropout(self.attention(x, groups), p))
+        x = self.norm1(x + dropout(mixed, p))
         return self.norm2(x + dropout(self.down(self.act(self.up(x))), p))
 
 

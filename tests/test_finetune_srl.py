@@ -123,6 +123,18 @@ def test_a_run_end_to_end(pairs_file, tmp_path, beir):
     assert from_pretrained(tmp_path / "c").config.pooling == "cls"
 
 
+def test_compiled_is_the_same(pairs_file, tmp_path):
+    """ --compile: the same losses to rounding with batches of varying lengths, and the same names in the checkpoint """
+    import shutil
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on CPU")
+    run(pairs_file, tmp_path / "a")
+    run(pairs_file, tmp_path / "b", "--compile")
+    a, b = ([json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in "ab")
+    assert a == pytest.approx(b, rel=1e-4)
+    assert from_pretrained(tmp_path / "b").config == from_pretrained(tmp_path / "a").config
+
+
 def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     """ --sizes 1:8 is the separate model: one block, no KL, and the largest size of --sizes is what is kept of a deeper start """
     run(pairs_file, tmp_path / "a", "--sizes", "1:8")

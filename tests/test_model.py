@@ -46,6 +46,14 @@ def test_every_layer_equals_hugging_face(config, texts, act, grad):
             torch.testing.assert_close(ours, row[:len(text)], rtol=0, atol=1e-10)
 
 
+def test_defaults_are_berts():
+    """ what a config.json leaves out has the value that transformers gives it """
+    from transformers import BertConfig as TheirConfig
+    theirs = TheirConfig()
+    assert all(value == getattr(theirs, name) for name, value in vars(BertConfig()).items() if hasattr(theirs, name))
+    assert BertConfig().layer_norm_eps == 1e-12
+
+
 def test_grouping_changes_nothing(model, texts):
     """ A text alone, in a batch of equal lengths or in a mixed one: the same embedding to rounding, in the caller's order. """
     together = model.encode(pack(texts), [2, 4])

@@ -151,8 +151,8 @@ def attention(q, k, v, p):
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
     # Training on CPU, by hand: for texts as short as sentences the backward of torch's fused attention takes five times
-    # as long. In float32 although the rest is bfloat16: a bfloat16 kernel is built anew for every shape (B, T), which
-    # at these sizes takes longer than the product.
+    # as long. In float32 although the rest is bfloat16: products this small took three times as long in bfloat16, in
+    # part because a kernel is built for every new shape (B, T).
     with torch.autocast("cpu", enabled=False):
         weights = ((q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).softmax(-1)   # (B, H, T, T)
         return dropout(weights, p) @ v

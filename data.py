@@ -367,16 +367,18 @@ def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
     """ What load_pairs returns -> Pairs. The strings are dropped chunk by chunk, so memory holds the ids alone. """
     pairs, rows, bar = Pairs([], [], []), iter(rows), tqdm(total=len(rows), desc="tokenising pairs", unit=" rows")
     while chunk := list(itertools.islice(rows, 4096)):
+        bar.update(len(chunk))
+        chunk = [row for row in chunk if row[1]]   # a row without a positive teaches nothing
         passages = [text for _, positives, negatives in chunk for text in positives + negatives]
         queries = tokenize([query for query, _, _ in chunk], tokenizer, query_max_length)
         passages = iter(tokenize(passages, tokenizer, passage_max_length))
         for query, (_, positives, negatives) in zip(queries, chunk):
-            if positives:   # a row without a positive teaches nothing
-                pairs.queries.append(query)
-                pairs.positives.append([next(passages) for _ in positives])
-                pairs.negatives.append([next(passages) for _ in negatives])
-        bar.update(len(chunk))
+            pairs.queries.append(query)
+            pairs.positives.append([next(passages) for _ in positives])
+            pairs.negatives.append([next(passages) for _ in negatives])
     bar.close()
+    if not pairs.queries:
+        raise ValueError("--train_pairs: not a single row has a positive; fill that column")
     return pairs
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -153,6 +153,16 @@ def test_tokenize_pairs(pairs_file, tokenizer):
     assert tokenizer.decode(pairs.positives[9][0], skip_special_tokens=True) == "the bridge stands beside the jacket in the morning"
 
 
+def test_rows_without_a_positive_are_left_out(tokenizer):
+    """ and when none is left, that is said """
+    rows = [("apple", [], ["bridge"]), ("garden", ["candle"], ["dragon"])]
+    pairs = data.tokenize_pairs(rows, tokenizer, 8, 8)
+    texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in (pairs.queries, *pairs.positives, *pairs.negatives)]
+    assert texts == ["garden", "candle", "dragon"]   # what follows the row is still aligned
+    with pytest.raises(ValueError, match="not a single row has a positive"):
+        data.tokenize_pairs(rows[:1], tokenizer, 8, 8)
+
+
 def test_vocabulary_is_the_same_every_time():
     """ The trainer by itself is not: it breaks ties by the order of a hash table. """
     texts = [f"where is the {a}dge {b}ine" for a in "bri led wed".split() for b in "eng mar sal".split()] * 3

@@ -7,8 +7,7 @@ Texts in, token ids out: where the training pairs come from, how they are tokeni
 * `load_sts`, `Collection`: the sets to measure on, from the same kinds of source.
 * `tokenize_pairs`, `srl_batch`: texts are tokenised once; a batch is a pure function of (seed, step), so nothing about
   the order of the data has to be saved to resume.
-
-Next to come: `whole_word_mask` and `smae_batch` for pretrain_smae.py belong at the end of this file.
+* `load_texts`, `TokenFile`, `whole_word_mask`, `smae_batch`: running text for pre-training, the same way.
 """
 import ast
 import csv
@@ -404,3 +403,170 @@ def srl_batch(pairs, batch_size, negatives, seed, step):
     hard = [pairs.negatives[row][k] for row in rows
             for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
     return [pairs.queries[row] for row in rows], positives + hard
+
+# ----------------------------------------------------------------------------------------------------------------------
+# running text, for pre-training
+
+
+def load_texts(source, streaming=False, rank=0, world_size=1):
+    """
+    -> iterable of documents (strings). source: "docs" (the train half), a local .txt (a line is a document), .jsonl or
+    .parquet file (column "text"; .txt and .jsonl also .gz), or NAME[:CONFIG][:SPLIT] of the hub, for example
+    HuggingFaceFW/fineweb:sample-100BT. streaming reads parquet and hub sets as they arrive, and each of world_size ranks
+    takes files of its own. Raises ValueError on a source it cannot read.
+    """
+    if source == "docs":
+        return (f"{row['query']} {row['positive']}" for _, row in read_rows(docs_folder() / "train.jsonl"))
+    if re.search(r"\.(txt|jsonl)(\.gz)?$", source):
+        if streaming:
+            raise ValueError(f"--streaming with {source}: is for .parquet files and hub sets; leave it out, the file is "
+                             "tokenised once, line by line, whatever its size")
+        return read_lines(source) if ".txt" in Path(source).name else column_text(row for _, row in read_rows(source))
+    import datasets
+    try:
+        if source.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=streaming)
+        else:
+            name, config, split = (source.split(":") + ["", ""])[:3]
+            rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+    except Exception as error:   # as in load_pairs
+        raise ValueError(f"--train_text {source}: neither a .txt/.jsonl/.parquet file nor a data set that could be "
+                         f"loaded as NAME[:CONFIG][:SPLIT] ({str(error).splitlines()[0]})") from error
+    if streaming:
+        from datasets.distributed import split_dataset_by_node
+        rows = split_dataset_by_node(rows, rank, world_size)
+    return column_text(rows)
+
+
+def read_lines(path):
+    """ yields the lines of a .txt or .txt.gz file """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        yield from file
+
+
+def column_text(rows):
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"--train_text: a row with the columns {', '.join(row)}; it needs text, a string")
+        yield row["text"]
+
+
+def tokenize_documents(texts, tokenizer):
+    """
+    iterable of strings -> yields (T,) arrays of ids without [CLS] and [SEP], T > 0, the top bit of an id set where a
+    word begins: uint16 if 15 bits hold the vocabulary (BERT's 30,522), else uint32.
+    """
+    dtype = np.uint16 if len(tokenizer) <= 2**15 else np.uint32
+    begins = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    flagged = np.arange(len(tokenizer), dtype=dtype) | begins.astype(dtype) << dtype(8 * dtype().itemsize - 1)
+    texts = iter(texts)
+    while chunk := list(itertools.islice(texts, 1024)):
+        for ids in tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+                             verbose=False)["input_ids"]:
+            if ids:
+                yield flagged[ids]
+
+
+class TokenFile:
+    """ Documents in one memory-mapped file: the operating system holds what is being read, whatever the size. """
+
+    def __init__(self, folder):
+        self.ends = np.load(folder / "ends.npy")   # (documents,)
+        size = (folder / "tokens.bin").stat().st_size // int(self.ends[-1])   # bytes a token
+        self.tokens = np.memmap(folder / "tokens.bin", np.dtype(f"uint{8 * size}"), mode="r")
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
+
+
+def token_file(source, tokenizer):
+    """ TokenFile of a source; tokenised the first time, found again by source, its date and the vocabulary """
+    about = [source, sorted(tokenizer.get_vocab().items())]
+    if source == "docs":
+        about.append(docs_folder().name)
+    elif Path(source).is_file():
+        about += [os.path.abspath(source), os.stat(source).st_size, os.stat(source).st_mtime_ns]
+    folder = CACHE / f"text-{zlib.crc32(json.dumps(about).encode()):08x}"
+    if not folder.exists():
+        part, ends = folder.with_name(f"{folder.name}.{os.getpid()}.part"), [0]
+        part.mkdir(parents=True, exist_ok=True)
+        with open(part / "tokens.bin", "wb") as file:
+            for tokens in tqdm(tokenize_documents(load_texts(source), tokenizer), desc="tokenising", unit=" documents"):
+                tokens.tofile(file)
+                ends.append(ends[-1] + len(tokens))
+        if len(ends) < 3:
+            raise ValueError(f"--train_text {source} holds {len(ends) - 1} documents with text; give two or more")
+        np.save(part / "ends.npy", np.array(ends[1:]))
+        os.replace(part, folder)
+    return TokenFile(folder)
+
+
+class Masked(NamedTuple):
+    """ B texts masked twice, N tokens in one row, texts sorted by length as `pack` wants them. """
+    texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
+    encoder_ids: np.ndarray         # (N,) about 20 % of the tokens hidden
+    encoder_masked: np.ndarray      # (M,) positions in the row: where the encoder has to guess
+    decoder_ids: np.ndarray         # (N,) about 40 % hidden
+    decoder_masked: np.ndarray      # (M',) positions, a superset of encoder_masked
+
+
+def whole_word_mask(begins, special, text_ids, rates, rng):
+    """
+    begins, special (N,) bool: a word begins here; [CLS] or [SEP]. text_ids (N,): ascending, which text.
+    -> one (N,) bool mask a rate. The words of a text are shuffled once, and a rate takes them from the front until its
+    budget, round(rate * tokens that are not special), is met to within half a word: the masks are nested.
+    """
+    word = np.cumsum(begins) - 1                                          # (N,) number of the word, over all texts
+    first = np.flatnonzero(begins)                                        # (W,) its first token
+    length = np.diff(np.append(first, len(begins)))                       # (W,) its tokens
+    text = text_ids[first]                                                # (W,)
+    key = np.where(special[first], 2.0, rng.random(len(first)))           # special tokens go last
+    order = np.lexsort((key, text))                                       # shuffled within each text
+    tokens = np.bincount(text_ids, weights=~special).astype(int)          # (B,)
+    before = np.cumsum(length[order]) - length[order]                     # tokens in front of a word, over all texts
+    before -= before[np.searchsorted(text[order], text[order])]           # ... within its text
+    middle = np.empty(len(first))
+    middle[order] = before + length[order] / 2
+    return [((middle <= np.round(rate * tokens)[text]) & ~special[first])[word] for rate in rates]
+
+
+def corrupt(ids, masked, mask_token_id, vocab_size, rng):
+    """ BERT's 80/10/10: of the masked positions, 80 % show [MASK], 10 % a random token, 10 % what is there. -> (N,) """
+    ids, at = ids.copy(), np.flatnonzero(masked)
+    dice = rng.random(len(at))
+    ids[at[dice < 0.8]] = mask_token_id
+    at = at[dice >= 0.9]
+    ids[at] = rng.integers(vocab_size, size=len(at))
+    return ids
+
+
+def smae_batch(documents, max_length, rates, tokenizer, seed):
+    """
+    B arrays of tokenize_documents, tokens a text at most, (encoder, decoder) mask rates -> Masked. A pure function: one
+    random window a document, masked at random, both decided by seed, a list of integers.
+    """
+    rng = np.random.default_rng(seed)
+    top = documents[0].dtype.type(1 << 8 * documents[0].itemsize - 1)
+    starts = [rng.integers(max(1, len(document) - (max_length - 2) + 1)) for document in documents]
+    windows = sorted((document[start:start + max_length - 2] for document, start in zip(documents, starts)), key=len)
+    lengths = np.array([len(window) + 2 for window in windows])
+    text_ids = np.repeat(np.arange(len(windows)), lengths)
+    last = lengths.cumsum() - 1
+    special = np.zeros(len(text_ids), bool)
+    special[last] = special[last - lengths + 1] = True
+    row = np.zeros(len(text_ids), documents[0].dtype)
+    row[~special] = np.concatenate(windows)
+    ids = (row & ~top).astype(np.int64)
+    ids[last - lengths + 1], ids[last] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    begins = (row & top > 0) | special
+    begins[last - lengths + 2] = True                                     # a window may begin inside a word
+    encoder, decoder = whole_word_mask(begins, special, text_ids, rates, rng)
+    hide = functools.partial(corrupt, ids, mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), rng=rng)
+    return Masked(np.split(ids, last[:-1] + 1), hide(encoder), np.flatnonzero(encoder), hide(decoder),
+                  np.flatnonzero(decoder))

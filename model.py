@@ -168,15 +168,20 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x, groups):
-        C, p = x.shape[1], self.p if self.training else 0.0
+        return self.out(self.mix(self.qkv(x), groups))                                    # (N, C)
+
+    def mix(self, qkv, groups):
+        """ (..., N, 3C) -> (..., N, C): every text attends to itself; the leading dims are packs of the same groups """
+        *lead, _, width = qkv.shape
+        C, p = width // 3, self.p if self.training else 0.0
         mixed = []
         # split, not slices: the backward of a slice fills a tensor of the full size with zeros, once per group
-        for (B, T), qkv in zip(groups, self.qkv(x).split([B * T for B, T in groups])):
-            qkv = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
-            if x.device.type == "cpu" and torch.is_grad_enabled():
-                qkv = qkv.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
-            mixed.append(attention(*qkv, p).transpose(1, 2).reshape(B * T, C))
-        return self.out(torch.cat(mixed))                                                 # (N, C)
+        for (B, T), part in zip(groups, qkv.split([B * T for B, T in groups], dim=-2)):
+            part = part.reshape(-1, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
+            if part.device.type == "cpu" and torch.is_grad_enabled():
+                part = part.to(torch.promote_types(part.dtype, torch.float32), memory_format=torch.contiguous_format)
+            mixed.append(attention(*part, p).transpose(1, 2).reshape(*lead, B * T, C))
+        return torch.cat(mixed, dim=-2)
 
 
 class Block(nn.Module):
@@ -259,6 +264,23 @@ class Bert(nn.Module):
                   {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
+
+class MLMHead(nn.Module):
+    """ BERT's masked-language-model head. Its output matrix is that of the word embeddings, so only the bias is here. """
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.act = ACTIVATIONS[config.hidden_act]
+        nn.init.normal_(self.dense.weight, std=config.initializer_range)
+        nn.init.zeros_(self.dense.bias)
+
+    def transform(self, x):
+        """ (..., d) -> (..., C): the first d coordinates of a tap, lifted by the first d columns of the dense weight """
+        return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Hugging Face folders in and out
 
@@ -292,11 +314,7 @@ def to_hf(state):
 
 
 def from_hf(state, ours):
-    """ Hugging Face's state_dict (heads, pooler and prefixes and all) -> one for our model, whose names are `ours`. """
-    # The oldest checkpoints say gamma and beta; those with a head on top say bert.encoder...
-    def modern(name):
-        return name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias")
-    state = {modern(name): tensor for name, tensor in state.items()}
+    """ Hugging Face's state_dict (heads, pooler and all) -> one for our model, whose names are `ours`. """
     def find(name):
         if ".attention.qkv." in name:
             return torch.cat([state[hf_name(name.replace("attention.qkv", part))] for part in QKV])
@@ -317,6 +335,20 @@ def find_folder(name):
                          f"({str(error).splitlines()[0]})") from error
 
 
+def load_state(folder):
+    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError when there are none """
+    if (folder / "model.safetensors").exists():
+        from safetensors.torch import load_file
+        state = load_file(folder / "model.safetensors")
+    elif (folder / "pytorch_model.bin").exists():
+        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
+    # The oldest checkpoints say gamma and beta; those with a head on top say bert.encoder...
+    return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
+            for name, tensor in state.items()}
+
+
 def from_pretrained(name, **overrides):
     """
     Any BERT checkpoint: a local folder or a name on the Hugging Face hub -> Bert in eval mode, float32.
@@ -335,13 +367,7 @@ def from_pretrained(name, **overrides):
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"{name}: hidden_act {config.hidden_act!r}; known are {', '.join(ACTIVATIONS)}")
     config.sizes = tuple(map(tuple, config.sizes))
-    if (folder / "model.safetensors").exists():
-        from safetensors.torch import load_file
-        state = load_file(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").exists():
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    else:
-        raise ValueError(f"{name}: neither model.safetensors nor pytorch_model.bin in this folder")
+    state = load_state(folder)
     model = Bert(config)
     try:
         model.load_state_dict(from_hf(state, model.state_dict()))
@@ -352,13 +378,33 @@ def from_pretrained(name, **overrides):
     return model.float().eval()
 
 
-def save_pretrained(model, tokenizer, folder):
-    """ An ordinary Hugging Face folder, config.json, model.safetensors and tokenizer files; AutoModel loads it. """
+HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense.bias",
+        "norm.weight": "transform.LayerNorm.weight", "norm.bias": "transform.LayerNorm.bias", "bias": "bias"}
+
+
+def load_head(name, config):
+    """ the MLMHead of a folder or hub name; a new one if the checkpoint has none """
+    state, head = load_state(find_folder(name)), MLMHead(config)
+    theirs = {ours: state.get(f"cls.predictions.{hf}") for ours, hf in HEAD.items()}
+    if all(tensor is not None for tensor in theirs.values()):
+        head.load_state_dict(theirs)
+    return head.float()
+
+
+def save_pretrained(model, tokenizer, folder, head=None):
+    """
+    An ordinary Hugging Face folder, config.json, model.safetensors and tokenizer files; AutoModel loads it. With a head
+    (MLMHead) it is a BertForMaskedLM.
+    """
     from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["BertModel"], "model_type": "bert", **asdict(model.config)}
+    state, kind = to_hf(model.state_dict()), "BertModel"
+    if head is not None:
+        state, kind = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
+        state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
+    config = {"architectures": [kind], "model_type": "bert", **asdict(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
-    save_file(to_hf(model.state_dict()), folder / "model.safetensors.part", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors.part", metadata={"format": "pt"})
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")   # never half a model

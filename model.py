@@ -168,20 +168,15 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x, groups):
-        return self.out(self.mix(self.qkv(x), groups))                                    # (N, C)
-
-    def mix(self, qkv, groups):
-        """ (..., N, 3C) -> (..., N, C): every text attends to itself; the leading dims are packs of the same groups """
-        *lead, _, width = qkv.shape
-        C, p = width // 3, self.p if self.training else 0.0
+        C, p = x.shape[1], self.p if self.training else 0.0
         mixed = []
         # split, not slices: the backward of a slice fills a tensor of the full size with zeros, once per group
-        for (B, T), part in zip(groups, qkv.split([B * T for B, T in groups], dim=-2)):
-            part = part.reshape(-1, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
-            if part.device.type == "cpu" and torch.is_grad_enabled():
-                part = part.to(torch.promote_types(part.dtype, torch.float32), memory_format=torch.contiguous_format)
-            mixed.append(attention(*part, p).transpose(1, 2).reshape(*lead, B * T, C))
-        return torch.cat(mixed, dim=-2)
+        for (B, T), qkv in zip(groups, self.qkv(x).split([B * T for B, T in groups])):
+            qkv = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
+            if x.device.type == "cpu" and torch.is_grad_enabled():
+                qkv = qkv.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+            mixed.append(attention(*qkv, p).transpose(1, 2).reshape(B * T, C))
+        return self.out(torch.cat(mixed))                                                 # (N, C)
 
 
 class Block(nn.Module):

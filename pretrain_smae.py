@@ -36,11 +36,11 @@ import torch.nn.functional as F
 import data
 from evaluate import git_commit
 from finetune_srl import HelpFormatter
-from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, load_head, MLMHead, pack, paper_sizes,
-                   parse_sizes, save_pretrained, size_name)
+from model import (Bert, BertConfig, MLMHead, check_sizes, dropout, fast_dtype, from_pretrained, load_head, pack,
+                   paper_sizes, parse_sizes, save_pretrained, size_name)
 
 HELD_OUT = 500          # documents that are never trained on: the validation loss
-LOGITS = 2**24          # at a time: 64 MB in float32
+PIECE = 1024            # rows of logits at a time: 48 MB in float32 and bfloat16 with 8,192 words, 187 MB with 30,522
 VOCABULARY = 200_000    # documents, at most, that a vocabulary is trained on
 
 
@@ -171,7 +171,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
         labels += [batch.input_ids[decoder_masked]] * len(sizes)
     # loss: all rows in one call, each weighted so that the sum is the mean over terms of the mean over positions
     rows = [len(part) for part in labels]
-    weights = torch.cat([torch.full((n,), 1 / (len(rows) * max(1, n)), device=batch.input_ids.device) for n in rows])
+    weights = torch.cat([bert.word.weight.new_full((n,), 1 / (len(rows) * max(1, n))) for n in rows])
     loss, ce, hit = VocabularyLoss.apply(torch.cat(hidden), bert.word.weight, model.head.bias, torch.cat(labels), weights)
     mean = lambda x: torch.stack([part.sum() / max(1, len(part)) for part in x.split(rows)])
     return loss, mean(ce), mean(hit.float())
@@ -180,13 +180,30 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
 def decode(decoder, embeddings, bottleneck, batch, positions):
     """
     The decoder's S inputs, [bottleneck, embeddings[1:]] each, differ at position 0 alone, and only what comes out at the
-    M masked positions is used. So queries, keys and values of the rest are computed once for all sizes, and everything
-    behind attention at those positions. embeddings (N, C), bottleneck (S, B, C), positions (M,) -> (S, M, C)
+    M masked positions is used. So attention among the rest is computed once for all sizes, and each size then mixes in
+    its bottleneck by the share it has in the softmax. With scores s_0 of the bottleneck and s_j of the rest that is
+        softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
+    embeddings (N, C), bottleneck (S, B, C), positions (M,) -> (S, M, C)
     """
-    qkv, first = decoder.attention.qkv(embeddings), decoder.attention.qkv(bottleneck)           # (N, 3C), (S, B, 3C)
-    qkv = qkv.expand(len(first), -1, -1).index_copy(1, batch.starts, first)                     # (S, N, 3C)
-    mixed = decoder.attention.mix(qkv, batch.groups)[:, positions]                              # (S, M, C)
-    return decoder.rest(embeddings[positions], decoder.attention.out(mixed))
+    layer, H, p = decoder.attention, decoder.attention.heads, decoder.attention.p if decoder.training else 0.0
+    (N, C), S = embeddings.shape, len(bottleneck)
+    qkv = layer.qkv(embeddings).view(N, 3, H, C // H)
+    k0, v0 = F.linear(bottleneck, layer.qkv.weight[C:], layer.qkv.bias[C:]).view(S, -1, 2, H, C // H).unbind(2)
+    q0, text_ids = qkv[positions, 0], batch.text_ids[positions]                     # (M, H, D), (M,)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        rest, logsumexp = [], []
+        for (B, T), part in zip(batch.groups, qkv.split([B * T for B, T in batch.groups])):
+            q, k, v = part.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).to(       # (B, H, T, D) each
+                torch.promote_types(qkv.dtype, torch.float32), memory_format=torch.contiguous_format)
+            scores = q * q.shape[-1]**-0.5 @ k[:, :, 1:].transpose(-1, -2)           # (B, H, T, T-1)
+            mixed = dropout(scores.softmax(-1), p) @ v[:, :, 1:]                     # (B, H, T, D)
+            rest.append(mixed.transpose(1, 2).reshape(B * T, H, C // H))
+            logsumexp.append(scores.logsumexp(-1).transpose(1, 2).reshape(B * T, H, 1))
+        rest, logsumexp = torch.cat(rest)[positions], torch.cat(logsumexp)[positions]   # (M, H, D), (M, H, 1)
+        s0 = (q0 * k0[:, text_ids]).sum(-1, keepdim=True, dtype=rest.dtype) * q0.shape[-1]**-0.5   # (S, M, H, 1)
+        share = (s0 - logsumexp).sigmoid()
+        mixed = (1 - share) * rest + dropout(share, p) * v0[:, text_ids]                # (S, M, H, D)
+    return decoder.rest(embeddings[positions], layer.out(mixed.flatten(2)))
 
 
 class VocabularyLoss(torch.autograd.Function):
@@ -205,7 +222,7 @@ class VocabularyLoss(torch.autograd.Function):
             x, w = hidden.to(dtype), weight.to(dtype)
             ce, hit = torch.empty_like(row_weights), torch.empty_like(labels, dtype=torch.bool)
             ctx.grads = [torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)]
-            size = max(1, min(len(x), LOGITS // len(w)))
+            size = min(PIECE, max(1, len(x)))
             # buffers, because fresh memory of this size costs a CPU as much time as the product that fills it
             low, full, grad_w = x.new_empty(size, len(w)), weight.new_empty(size, len(w)), torch.empty_like(w)
             for i in range(0, len(x), size):

@@ -1,0 +1,456 @@
+""" SMAE: the loss against a literal transcription, masking, what reaches what, checkpoints, text from anywhere. """
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import finetune_srl
+import pretrain_smae
+from model import Bert, from_pretrained, load_head, pack
+from pretrain_smae import SMAE, MLMHead, VocabularyLoss, smae_loss
+
+SIZES = ((1, 6), (2, 16), (4, 48))
+ROOT = Path(__file__).parent.parent
+LINES = ["the apple stands beside the bridge in the morning light", "a dragon sleeps in the deep forest behind the garden",
+         "every engine of the island needs a hammer and a needle", "the kitchen has a lantern and an orange mirror"] * 8
+
+
+@pytest.fixture
+def text_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    path = tmp_path / "text.txt.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("\n".join(f"{line} number {i}" for i, line in enumerate(LINES)) + "\n\n")
+    return str(path)
+
+
+@pytest.fixture
+def words():
+    """ a tokenizer whose words have one to several pieces """
+    return data.train_wordpiece(LINES, 60)
+
+
+@pytest.fixture
+def documents(words):
+    """ 40 documents of 10 to 100 words """
+    rng = np.random.default_rng(0)
+    vocabulary = " ".join(LINES).split()
+    return list(data.tokenize_documents((" ".join(rng.choice(vocabulary, n)) for n in rng.integers(10, 100, size=40)), words))
+
+
+@pytest.fixture
+def smae(config, words):
+    """ a small SMAE, float64, with weights that are not near zero """
+    config.vocab_size = len(words)
+    torch.manual_seed(0)
+    model = SMAE(Bert(config), MLMHead(config))
+    torch.nn.init.normal_(model.head.bias)
+    torch.nn.init.normal_(model.head.dense.bias)
+    torch.nn.init.normal_(model.decoder.up.weight, std=0.2)   # the decoder is no copy any more
+    return model.double().eval()
+
+
+@pytest.fixture
+def batch(documents, words):
+    masked = data.smae_batch(documents[:12], 24, (0.2, 0.4), words, [1, 0])
+    return pack(masked.texts), masked
+
+
+def literal_loss(model, batch, masked, sizes):
+    """ the equations of the method as they stand: one text, one size after the other, vocabulary heads at all positions """
+    bert, head = model.bert, model.head
+    def V(x):
+        return x @ bert.word.weight.T + head.bias
+    def transform(x, d):
+        return head.norm(F.gelu(x @ head.dense.weight[:, :d].T + head.dense.bias))
+    lengths = [len(text) for text in masked.texts]
+    encoder_ids, decoder_ids = (np.split(ids, np.cumsum(lengths)[:-1]) for ids in (masked.encoder_ids, masked.decoder_ids))
+    def labels(masked_positions):
+        flat = np.full(sum(lengths), -100)
+        flat[masked_positions] = np.concatenate(masked.texts)[masked_positions]
+        return torch.from_numpy(flat)
+    terms = []
+    for kind in ("mlm", "mae"):
+        for n, d in sizes:
+            logits = []
+            for e, x in zip(encoder_ids, decoder_ids):
+                h, = bert(pack([e]), [n])                                           # (T, C)
+                if kind == "mlm":
+                    logits.append(V(transform(h[:, :d], d)))
+                else:
+                    bottleneck = transform(h[0, :d], d)                             # (C,)
+                    embeddings = bert.embed(pack([x]))
+                    decoded = model.decoder(torch.cat([bottleneck[None], embeddings[1:]]), [(1, len(x))])
+                    logits.append(V(transform(decoded, bert.config.hidden_size)))   # (T, V)
+            target = labels(masked.encoder_masked if kind == "mlm" else masked.decoder_masked)
+            terms.append(F.cross_entropy(torch.cat(logits), target, ignore_index=-100))
+    return sum(terms) / len(terms), terms
+
+
+def test_loss_is_the_equations(smae, batch, monkeypatch):
+    """ loss, every term and every gradient equal those of the literal transcription, to 1e-10 in float64 """
+    monkeypatch.setattr(pretrain_smae, "PIECE", 7)   # rows are not a multiple of it
+    want, terms = literal_loss(smae, *batch, SIZES)
+    want.backward()
+    grads = {name: p.grad for name, p in smae.named_parameters()}
+    smae.zero_grad()
+    loss, ce, _ = smae_loss(smae, *batch, SIZES)
+    loss.backward()
+    torch.testing.assert_close(loss, want, atol=1e-10, rtol=0)
+    torch.testing.assert_close(ce, torch.stack(terms), atol=1e-10, rtol=0)
+    for name, p in smae.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], atol=1e-10, rtol=0, msg=name)
+        assert p.grad.abs().max() > 1e-6 or name == "bert.token_type.weight", name
+    mlm, *_ = smae_loss(smae, *batch, SIZES, "mlm")
+    torch.testing.assert_close(mlm, sum(terms[:3]) / 3, atol=1e-10, rtol=0)
+
+
+def test_vocabulary_loss(monkeypatch):
+    """ weighted CE, hits and gradients equal plain logits; no gradient is computed that nobody asked for """
+    monkeypatch.setattr(pretrain_smae, "PIECE", 4)
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((10, 5), (7, 5), (7,)))
+    labels, weights = torch.randint(7, (10,)), torch.rand(10, dtype=torch.float64)
+    loss, ce, hit = VocabularyLoss.apply(x, w, b, labels, weights)
+    (3 * loss).backward()
+    mine = [t.grad for t in (x, w, b)]
+    x.grad = w.grad = b.grad = None
+    logits = x @ w.T + b
+    want = F.cross_entropy(logits, labels, reduction="none")
+    (3 * (want * weights).sum()).backward()
+    torch.testing.assert_close(ce, want.detach(), atol=1e-12, rtol=0)
+    assert torch.equal(hit, logits.argmax(1) == labels) and 0 < hit.sum() < 10
+    for got, t in zip(mine, (x, w, b)):
+        torch.testing.assert_close(got, t.grad, atol=1e-12, rtol=0)
+    far = torch.zeros(1, 5), torch.zeros(7, 5), torch.tensor([500.0] + [0.0] * 6)   # exp(-500) is no float32
+    assert VocabularyLoss.apply(*far, torch.tensor([1]), torch.ones(1))[0] == 500
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast(smae, batch, dtype):
+    """ under autocast the loss is that of float32 to the digits that the type has """
+    smae.float()
+    exact, *_ = smae_loss(smae, *batch, SIZES)
+    with torch.autocast("cpu", getattr(torch, dtype)):
+        loss, *_ = smae_loss(smae, *batch, SIZES)
+    loss.backward()
+    assert 0 < abs(loss - exact) < 0.02 * exact
+    assert all(p.grad.isfinite().all() for p in smae.parameters())
+
+
+class TestMasks:
+    def test_whole_words_nested_rates(self, documents, words):
+        """ words are masked whole; special tokens never; the encoder's mask is in the decoder's; each text meets its budget """
+        masked = data.smae_batch(documents, 80, (0.2, 0.4), words, [1, 5])
+        flat, start, wide = np.concatenate(masked.texts), 0, 0
+        pieces = words.convert_ids_to_tokens(range(len(words)))
+        encoder, decoder = (np.isin(np.arange(len(flat)), at) for at in (masked.encoder_masked, masked.decoder_masked))
+        assert (decoder | ~encoder).all()
+        assert not np.isin(flat[decoder], words.all_special_ids).any()
+        for text in masked.texts:
+            assert text[0] == words.cls_token_id and text[-1] == words.sep_token_id
+            for mask, rate in ((encoder, 0.2), (decoder, 0.4)):
+                mask = mask[start:start + len(text)]
+                runs, longest = [], 0                                   # the tokens of each word
+                for i in range(1, len(text) - 1):
+                    if i == 1 or not pieces[text[i]].startswith("##"):
+                        runs.append([])
+                    runs[-1].append(i)
+                assert all(len({bool(mask[i]) for i in run}) == 1 for run in runs)
+                longest = max(map(len, runs))
+                assert abs(mask.sum() - round(rate * (len(text) - 2))) <= longest / 2 + 0.5
+                wide += longest > 1
+            start += len(text)
+        assert wide > 40   # the claim about whole words was put to the test
+        assert encoder.sum() / (len(flat) - 80) == pytest.approx(0.2, abs=0.01)
+        assert decoder.sum() / (len(flat) - 80) == pytest.approx(0.4, abs=0.01)
+
+    def test_80_10_10(self, words):
+        """ of the masked tokens 80 % show [MASK], 10 % a random token, 10 % the true one; no other token changes """
+        rng = np.random.default_rng(0)
+        ids = rng.integers(5, len(words), size=40_000)
+        hidden = rng.random(len(ids)) < 0.5
+        shown = data.corrupt(ids, hidden, words.mask_token_id, len(words), rng)
+        assert (shown[~hidden] == ids[~hidden]).all()
+        mask, same = shown == words.mask_token_id, shown == ids
+        assert mask[hidden].mean() == pytest.approx(0.8, abs=0.01)
+        assert same[hidden].mean() == pytest.approx(0.1 + 0.1 / len(words), abs=0.01)
+        assert len(set(shown[hidden & ~mask & ~same])) > 0.9 * len(words)   # random: from all of the vocabulary
+
+    def test_every_word_is_as_likely(self):
+        """ long words are masked as often as short ones, to a few percent: the order is random, not by length """
+        begins = np.array([True] + [True, True, False, True, False, False] * 20 + [True])
+        special = np.zeros(122, bool)
+        special[[0, -1]] = True
+        rates = np.zeros(122)
+        for seed in range(400):
+            rates += data.whole_word_mask(begins, special, np.zeros(122, int), [0.3], np.random.default_rng(seed))[0] / 400
+        by_length = [rates[1:-1].reshape(20, 6)[:, i].mean() for i in (0, 1, 3)]
+        assert np.allclose(by_length, 0.3, atol=0.02) and rates[0] == rates[-1] == 0
+
+    def test_pure_function(self, documents, words):
+        """ the same seed gives the same windows and masks; another step others; windows start anywhere """
+        def make(step):
+            return data.smae_batch(documents, 16, (0.2, 0.4), words, [7, step])
+        a, b, c = make(1), make(1), make(2)
+        assert all(np.array_equal(x, y) for x, y in zip(a[1:], b[1:])) and len(a.encoder_ids) == len(c.encoder_ids)
+        assert not np.array_equal(a.encoder_masked, c.encoder_masked)
+        window = lambda step: data.smae_batch([np.arange(1, 101, dtype=np.uint16)], 12, (0.2, 0.4), words, [7, step]).texts[0]
+        starts = {int(window(step)[1]) for step in range(2000)}
+        assert starts == set(range(1, 92))   # the first and the last window of ten included
+
+
+class TestWhatReachesWhat:
+    def test_gradient_from_a_size(self, smae, batch):
+        """ a size (n, d) trains the blocks up to n and none above, and all three together train every block """
+        for n, d in SIZES:
+            smae.zero_grad()
+            smae_loss(smae, *batch, [(n, d)])[0].backward()
+            reached = [block.down.weight.grad is not None and bool(block.down.weight.grad.any()) for block in smae.bert.blocks]
+            assert reached == [i < n for i in range(4)]
+
+    def test_head_columns_beyond_d(self, smae, batch):
+        """ the MLM of a size d leaves the dense weight's columns beyond d alone """
+        smae_loss(smae, *batch, [(2, 16)], "mlm")[0].backward()
+        grad = smae.head.dense.weight.grad
+        assert grad[:, :16].abs().min() > 0 and not grad[:, 16:].any()
+
+    def test_tap_coordinates_beyond_d(self, smae, batch, monkeypatch):
+        """ neither MLM nor bottleneck look at coordinates beyond d of a tap """
+        taps = [tap.detach().requires_grad_() for tap in smae.bert(batch[0], [n for n, _ in SIZES])]
+        monkeypatch.setattr(smae.bert, "forward", lambda *_: taps)
+        smae_loss(smae, *batch, SIZES)[0].backward()
+        for tap, (_, d) in zip(taps, SIZES):
+            assert tap.grad[batch[0].starts, :d].abs().min() > 0 and not tap.grad[:, d:].any()
+
+    def test_decoder_sees_position_0_alone(self, smae, batch, monkeypatch):
+        """ other taps at every position but 0 change MLM and leave MAE as it is; at position 0 it is the reverse """
+        taps = smae.bert(batch[0]._replace(input_ids=torch.from_numpy(batch[1].encoder_ids)), [n for n, _ in SIZES])
+        _, before, _ = smae_loss(smae, *batch, SIZES)
+        def losses(where):
+            other = [tap.index_put((where,), torch.randn(len(where), tap.shape[1], dtype=tap.dtype)) for tap in taps]
+            with monkeypatch.context() as patch:
+                patch.setattr(smae.bert, "forward", lambda *_: other)
+                return smae_loss(smae, *batch, SIZES)[1]
+        first = batch[0].starts
+        rest = torch.tensor(sorted(set(range(len(batch[0].input_ids))) - set(first.tolist())))
+        after = losses(rest)
+        assert torch.equal(after[3:], before[3:]) and (after[:3] != before[:3]).all()
+        after = losses(first)
+        assert torch.equal(after[:3], before[:3]) and (after[3:] != before[3:]).all()
+
+
+def test_overfit(smae, batch):
+    """ the head, the decoder and the encoder together learn one batch by heart """
+    smae.float().train()
+    optimizer = torch.optim.Adam(smae.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss, ce, accuracy = smae_loss(smae, *batch, SIZES)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 and accuracy[-1] > 0.98 and ce[0] < 0.5   # even 6 dims of layer 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(text_file, out, *flags):
+    common = ["--num_layers", "2", "--hidden_size", "64", "--vocab_size", "150", "--max_length", "24", "--batch_size", "8",
+              "--max_steps", "8", "--log_interval", "1", "--dtype", "float32", "--no-compile", "--dropout", "0.1"]
+    pretrain_smae.main(pretrain_smae.parse_args(["--train_text", text_file, "--out_dir", str(out), *common, *flags]))
+
+
+def losses(out):
+    log = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+    return [(r["step"], r.get("loss"), r.get("val_loss")) for r in log]
+
+
+def state(out):
+    return torch.load(Path(out) / "training_state.pt")["model"]
+
+
+def test_resume(text_file, tmp_path, monkeypatch):
+    """ stopped after 4 of 8 steps and resumed: the losses and weights of an uninterrupted run, dropout on """
+    train(text_file, tmp_path / "whole", "--eval_interval", "4")
+    class Stopped(Exception):
+        pass
+    def replace(source, target):
+        os.rename(source, target)
+        if "training_state" in str(target):
+            raise Stopped
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(pretrain_smae.os, "replace", replace)
+        train(text_file, tmp_path / "halves", "--eval_interval", "4")
+    train(text_file, tmp_path / "halves", "--eval_interval", "4", "--resume")
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 10
+    a, b = state(tmp_path / "halves"), state(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    with pytest.raises(ValueError, match="--resume: --learning_rate is 0.5, and the run in .* had 0.001"):
+        train(text_file, tmp_path / "halves", "--eval_interval", "4", "--resume", "--learning_rate", "0.5")
+
+
+def test_checkpoint(text_file, tmp_path):
+    """ transformers' BertForMaskedLM takes the folder with strict keys and gives our logits; SRL starts from it """
+    from transformers import AutoTokenizer, BertForMaskedLM
+    out = tmp_path / "smae"
+    train(text_file, out, "--max_steps", "3")
+    theirs, info = BertForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    bert, head, tokenizer = from_pretrained(out), None, AutoTokenizer.from_pretrained(out)
+    head = load_head(out, bert.config)
+    ids = tokenizer("the apple stands beside the [MASK] in the morning", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        hidden, = bert(pack([ids[0].numpy()]), [2])
+        logits = head.transform(hidden) @ bert.word.weight.T + head.bias
+        torch.testing.assert_close(logits, theirs.eval()(ids).logits[0], atol=1e-5, rtol=0)
+    assert torch.equal(head.dense.weight, state(out)["head.dense.weight"])
+    # on with pre-training: head and decoder are the ones that were saved
+    train(text_file, tmp_path / "more", "--init_from", str(out), "--max_steps", "1", "--learning_rate", "1e-30")
+    a, b = state(out), state(tmp_path / "more")
+    assert all(torch.allclose(a[name], b[name], atol=1e-7) for name in b)
+    assert not torch.equal(b["decoder.up.weight"], b["bert.blocks.0.up.weight"])
+    # and with fine-tuning
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"query": line[:20], "positive": line}) + "\n" for line in LINES[:4]))
+    finetune_srl.main(finetune_srl.parse_args(["--init_from", str(out), "--train_pairs", str(pairs), "--retrieval", "",
+                                               "--max_steps", "1", "--passage_max_length", "24", "--query_max_length", "24",
+                                               "--out_dir", str(tmp_path / "srl"), "--learning_rate", "1e-30"]))
+    tuned = from_pretrained(tmp_path / "srl")
+    assert torch.allclose(tuned.word.weight, bert.word.weight, atol=1e-7)
+    assert data.load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
+
+
+def test_init_without_head(tmp_path, model, tokenizer):
+    """ a checkpoint without an MLM head gets a new one; the decoder starts as a copy of encoder layer 1 """
+    from model import save_pretrained
+    save_pretrained(model, tokenizer, tmp_path)
+    head = load_head(tmp_path, model.config)
+    assert head.dense.weight.std().item() == pytest.approx(0.2, rel=0.1) and not head.bias.any()
+    decoder = SMAE(model, head).decoder
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(decoder.parameters(), model.blocks[0].parameters()))
+
+
+def test_ranks_and_micro_batches(text_file, tmp_path):
+    """ two ranks (gloo) with half a batch each train the weights of one process with the batch in two pieces """
+    train(text_file, tmp_path / "one", "--micro_batch", "4")
+    flags = ["--train_text", text_file, "--num_layers", "2", "--hidden_size", "64", "--vocab_size", "150", "--max_length", "24",
+             "--batch_size", "8", "--max_steps", "8", "--log_interval", "1", "--dtype", "float32", "--dropout", "0.1",
+             "--out_dir", str(tmp_path / "two")]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511",
+                    str(ROOT / "pretrain_smae.py"), *flags], check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    a, b = state(tmp_path / "one"), state(tmp_path / "two")
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
+    assert [loss for _, loss, _ in losses(tmp_path / "two")] == pytest.approx([x for _, x, _ in losses(tmp_path / "one")], abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TestText:
+    def test_every_source(self, tmp_path, text_file):
+        """ .txt.gz, .jsonl, .parquet, a local copy of a hub set, whole and streamed, give the same documents """
+        import datasets
+        want = [f"{line} number {i}" for i, line in enumerate(LINES)]
+        table = datasets.Dataset.from_dict({"text": want, "id": list(range(len(want)))})
+        (tmp_path / "hub").mkdir()
+        table.to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+        table.to_parquet(tmp_path / "text.parquet")
+        table.to_json(tmp_path / "text.jsonl")
+        sources = [text_file, str(tmp_path / "text.jsonl"), str(tmp_path / "text.parquet"), str(tmp_path / "hub")]
+        for source in sources:
+            assert [text.strip() for text in data.load_texts(source) if text.strip()] == want
+        for source in sources[2:]:
+            assert list(data.load_texts(source, streaming=True)) == want
+
+    def test_ranks_stream_their_own(self, tmp_path):
+        """ two ranks read different files of a streamed set, and together all of it """
+        import datasets
+        for i in range(2):
+            datasets.Dataset.from_dict({"text": [f"{i}{k}" for k in range(5)]}).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+        first, second = (list(data.load_texts(str(tmp_path), True, rank, 2)) for rank in (0, 1))
+        assert {text[0] for text in first} == {"0"} and {text[0] for text in second} == {"1"} and len(first + second) == 10
+
+    def test_streamed_run(self, tmp_path, text_file):
+        """ --streaming trains, and resumed it goes on behind the documents it has read """
+        import datasets
+        datasets.Dataset.from_dict({"text": LINES * 20}).to_parquet(tmp_path / "text.parquet")
+        train(str(tmp_path / "text.parquet"), tmp_path / "out", "--streaming", "--max_steps", "3")
+        with pytest.raises(ValueError, match="ended at step"):
+            train(str(tmp_path / "text.parquet"), tmp_path / "out2", "--streaming", "--max_steps", "30")
+
+    def test_token_file(self, text_file, words):
+        """ tokenised once, memory-mapped; ids are the tokenizer's and the top bit says where a word begins """
+        found = data.token_file(text_file, words)
+        assert len(found) == len(LINES) and isinstance(found.tokens, np.memmap)
+        for i, line in enumerate(LINES):
+            ids = words(f"{line} number {i}", add_special_tokens=False)["input_ids"]
+            pieces = words.convert_ids_to_tokens(ids)
+            assert (found[i] & 0x7fff).tolist() == ids
+            assert (found[i] >> 15).tolist() == [int(not piece.startswith("##")) for piece in pieces]
+        stamp = os.stat(found.tokens.filename).st_mtime_ns
+        assert os.stat(data.token_file(text_file, words).tokens.filename).st_mtime_ns == stamp
+        with gzip.open(text_file, "at") as file:
+            file.write("one more line\n")
+        assert len(data.token_file(text_file, words)) == len(LINES) + 1   # a file that has changed is read again
+
+    def test_large_vocabulary(self):
+        """ a vocabulary that 15 bits do not hold takes 32 """
+        from transformers import BertTokenizer
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"word{i}" for i in range(40_000)]
+        tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+        document, = data.tokenize_documents(["word39999"], tokenizer)
+        assert document.dtype == np.uint32 and document.tolist() == [40_004 | 1 << 31]
+        masked = data.smae_batch([document], 8, (0.2, 0.4), tokenizer, [0])
+        assert masked.texts[0].tolist() == [2, 40_004, 3]
+
+    def test_validation_text_is_held_out(self, text_file, tmp_path, monkeypatch):
+        """ no document of the validation loss is ever in a training batch """
+        seen = {True: set(), False: set()}
+        true = pretrain_smae.smae_loss
+        def spy(model, batch, masked, *rest):
+            seen[model.training] |= {text.tobytes() for text in masked.texts}
+            return true(model, batch, masked, *rest)
+        monkeypatch.setattr(pretrain_smae, "smae_loss", spy)
+        train(text_file, tmp_path / "out", "--max_length", "64", "--epochs", "2", "--max_steps", "0")
+        assert len(seen[False]) == 4 and 24 <= len(seen[True]) <= 28 and not seen[True] & seen[False]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--encoder_mask", "0.5", "--decoder_mask", "0.4"], "--encoder_mask 0.5 --decoder_mask 0.4"),
+    (["--max_length", "4"], "--max_length 4: too short"),
+    (["--streaming"], "give --max_steps"),
+    (["--train_text", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["--train_text", "nowhere/set"], "--train_text nowhere/set: neither"),
+    (["--train_text", "x.txt", "--streaming", "--max_steps", "1"], "--streaming with x.txt"),
+    (["--resume"], "--resume: there is no"),
+    (["--sizes", "9:8", "--train_text", "TEXT"], "--sizes asks for layer 9"),
+    (["--batch_size", "500", "--train_text", "TEXT"], "--batch_size 500"),
+    (["--batch_size", "8", "--micro_batch", "3", "--train_text", "TEXT"], "--micro_batch 3"),
+    (["--init_from", "nowhere", "--train_text", "TEXT"], "nowhere: neither a folder"),
+])
+def test_bad_input(flags, message, text_file, tmp_path):
+    """ one clear line, exit status 2, no traceback """
+    flags = [text_file if flag == "TEXT" else flag for flag in flags]
+    done = subprocess.run([sys.executable, str(ROOT / "pretrain_smae.py"), "--out_dir", str(tmp_path / "out"), *flags],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_run_is_not_overwritten(text_file, tmp_path, capsys):
+    """ an out_dir with a run in it is refused unless --overwrite or --resume is there """
+    train(text_file, tmp_path / "out", "--max_steps", "1")
+    with pytest.raises(SystemExit) as error:
+        train(text_file, tmp_path / "out", "--max_steps", "1")
+    assert error.value.code == 2 and "holds a run; add --resume or --overwrite" in capsys.readouterr().err
+    train(text_file, tmp_path / "out", "--max_steps", "1", "--overwrite")

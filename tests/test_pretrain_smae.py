@@ -342,12 +342,12 @@ def test_init_without_head(tmp_path, model, tokenizer):
 def test_ranks_and_micro_batches(text_file, tmp_path):
     """ two ranks (gloo) with half a batch each train the weights of one process with the batch in two pieces """
     train(text_file, tmp_path / "one", "--micro_batch", "4")
-    flags = ["--train_text", text_file, "--num_layers", "2", "--hidden_size", "64", "--vocab_size", "150", "--max_length", "24",
-             "--batch_size", "8", "--max_steps", "8", "--log_interval", "1", "--dtype", "float32", "--dropout", "0.1",
-             "--out_dir", str(tmp_path / "two")]
+    script = tmp_path / "two.py"
+    script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      f"import pathlib, data, test_pretrain_smae\ndata.CACHE = pathlib.Path({str(data.CACHE)!r})\n"
+                      f"test_pretrain_smae.train({text_file!r}, {str(tmp_path / 'two')!r})\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511",
-                    str(ROOT / "pretrain_smae.py"), *flags], check=True, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+                    str(script)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     a, b = state(tmp_path / "one"), state(tmp_path / "two")
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
     assert [loss for _, loss, _ in losses(tmp_path / "two")] == pytest.approx([x for _, x, _ in losses(tmp_path / "one")], abs=1e-4)

@@ -526,14 +526,14 @@ def whole_word_mask(begins, special, text_ids, rates, rng):
     first = np.flatnonzero(begins)                                        # (W,) its first token
     length = np.diff(np.append(first, len(begins)))                       # (W,) its tokens
     text = text_ids[first]                                                # (W,)
-    key = np.where(special[first], 2.0, rng.random(len(first)))           # special tokens go last
+    key = np.where(special[first], 2.0, rng.random(len(first)))           # special tokens go last, beyond any rate
     order = np.lexsort((key, text))                                       # shuffled within each text
     tokens = np.bincount(text_ids, weights=~special).astype(int)          # (B,)
     before = np.cumsum(length[order]) - length[order]                     # tokens in front of a word, over all texts
     before -= before[np.searchsorted(text[order], text[order])]           # ... within its text
     middle = np.empty(len(first))
     middle[order] = before + length[order] / 2
-    return [((middle <= np.round(rate * tokens)[text]) & ~special[first])[word] for rate in rates]
+    return [(middle <= np.round(rate * tokens)[text])[word] for rate in rates]
 
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):

@@ -207,6 +207,13 @@ class TestMasks:
         starts = {int(window(step)[1]) for step in range(2000)}
         assert starts == set(range(1, 92))   # the first and the last window of ten included
 
+    def test_window_inside_a_word(self, words):
+        """ a window that begins inside a word treats what is left of it as a word: it is masked as often as others """
+        top = 1 << 15
+        document = np.array([40, 41] + [30 | top] * 18, np.uint16)   # the window is all of it, and 40 begins no word
+        at = [1 in data.smae_batch([document], 22, (0.2, 0.4), words, [seed]).decoder_masked for seed in range(500)]
+        assert np.mean(at) == pytest.approx(0.4, abs=0.08)
+
 
 class TestWhatReachesWhat:
     def test_gradient_from_a_size(self, smae, batch):
@@ -278,9 +285,15 @@ def state(out):
     return torch.load(Path(out) / "training_state.pt")["model"]
 
 
-def test_resume(text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_resume(text_file, tmp_path, monkeypatch, streaming):
     """ stopped after 4 of 8 steps and resumed: the losses and weights of an uninterrupted run, dropout on """
-    train(text_file, tmp_path / "whole", "--eval_interval", "4")
+    if streaming:
+        import datasets
+        text_file = str(tmp_path / "text.parquet")
+        datasets.Dataset.from_dict({"text": [f"{line} {i}" for i, line in enumerate(LINES * 20)]}).to_parquet(text_file)
+    flags = ["--eval_interval", "4"] + ["--streaming"] * streaming
+    train(text_file, tmp_path / "whole", *flags)
     class Stopped(Exception):
         pass
     def replace(source, target):
@@ -289,13 +302,13 @@ def test_resume(text_file, tmp_path, monkeypatch):
             raise Stopped
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(pretrain_smae.os, "replace", replace)
-        train(text_file, tmp_path / "halves", "--eval_interval", "4")
-    train(text_file, tmp_path / "halves", "--eval_interval", "4", "--resume")
+        train(text_file, tmp_path / "halves", *flags)
+    train(text_file, tmp_path / "halves", *flags, "--resume")
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 10
     a, b = state(tmp_path / "halves"), state(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in b)
     with pytest.raises(ValueError, match="--resume: --learning_rate is 0.5, and the run in .* had 0.001"):
-        train(text_file, tmp_path / "halves", "--eval_interval", "4", "--resume", "--learning_rate", "0.5")
+        train(text_file, tmp_path / "halves", *flags, "--resume", "--learning_rate", "0.5")
 
 
 def test_checkpoint(text_file, tmp_path):
@@ -303,6 +316,7 @@ def test_checkpoint(text_file, tmp_path):
     from transformers import AutoTokenizer, BertForMaskedLM
     out = tmp_path / "smae"
     train(text_file, out, "--max_steps", "3")
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
     theirs, info = BertForMaskedLM.from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     bert, head, tokenizer = from_pretrained(out), None, AutoTokenizer.from_pretrained(out)
@@ -380,13 +394,12 @@ class TestText:
         first, second = (list(data.load_texts(str(tmp_path), True, rank, 2)) for rank in (0, 1))
         assert {text[0] for text in first} == {"0"} and {text[0] for text in second} == {"1"} and len(first + second) == 10
 
-    def test_streamed_run(self, tmp_path, text_file):
-        """ --streaming trains, and resumed it goes on behind the documents it has read """
+    def test_stream_ends(self, tmp_path):
+        """ a stream that is too short for --max_steps says so """
         import datasets
         datasets.Dataset.from_dict({"text": LINES * 20}).to_parquet(tmp_path / "text.parquet")
-        train(str(tmp_path / "text.parquet"), tmp_path / "out", "--streaming", "--max_steps", "3")
-        with pytest.raises(ValueError, match="ended at step"):
-            train(str(tmp_path / "text.parquet"), tmp_path / "out2", "--streaming", "--max_steps", "30")
+        with pytest.raises(ValueError, match="ended at step 17; choose fewer --max_steps"):
+            train(str(tmp_path / "text.parquet"), tmp_path / "out", "--streaming", "--max_steps", "30")
 
     def test_token_file(self, text_file, words):
         """ tokenised once, memory-mapped; ids are the tokenizer's and the top bit says where a word begins """

@@ -412,15 +412,15 @@ def load_texts(source, streaming=False, rank=0, world_size=1):
     """
     -> iterable of documents (strings). source: "docs" (the train half), a local .txt (a line is a document), .jsonl or
     .parquet file (column "text"; .txt and .jsonl also .gz), or NAME[:CONFIG][:SPLIT] of the hub, for example
-    HuggingFaceFW/fineweb:sample-100BT. streaming reads parquet and hub sets as they arrive, and each of world_size ranks
-    takes files of its own. Raises ValueError on a source it cannot read.
+    HuggingFaceFW/fineweb:sample-100BT. streaming reads parquet and hub sets as they arrive, and each of world_size
+    ranks takes files of its own. Raises ValueError on a source it cannot read.
     """
     if source == "docs":
         return (f"{row['query']} {row['positive']}" for _, row in read_rows(docs_folder() / "train.jsonl"))
     if re.search(r"\.(txt|jsonl)(\.gz)?$", source):
         if streaming:
-            raise ValueError(f"--streaming with {source}: is for .parquet files and hub sets; leave it out, the file is "
-                             "tokenised once, line by line, whatever its size")
+            raise ValueError(f"--streaming with {source}: is for .parquet files and hub sets; leave it out, the file "
+                             "is tokenised once, line by line, whatever its size")
         return read_lines(source) if ".txt" in Path(source).name else column_text(row for _, row in read_rows(source))
     import datasets
     try:

@@ -261,7 +261,7 @@ class Bert(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """ BERT's masked-language-model head. Its output matrix is that of the word embeddings, so only the bias is here. """
+    """ BERT's masked-language-model head. Its output matrix is the word embeddings, so only the bias is here. """
 
     def __init__(self, config):
         super().__init__()
@@ -273,7 +273,7 @@ class MLMHead(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def transform(self, x):
-        """ (..., d) -> (..., C): the first d coordinates of a tap, lifted by the first d columns of the dense weight """
+        """ (..., d) -> (..., C): first d coordinates of a tap, lifted by the first d columns of the dense weight """
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
     group.add_argument("--sizes", type=parse_sizes,
-                       help="LAYER:DIM,... trained together; by default the paper's six in proportion to the model, and "
-                            "the full one alone with --objective mlm")
+                       help="LAYER:DIM,... trained together; by default the paper's six in proportion to the model, "
+                            "and the full one alone with --objective mlm")
     group.add_argument("--dropout", type=float, default=0.0, help="in the hidden layers and the attention")
     group.add_argument("--num_layers", type=int, default=6, help="blocks, from scratch")
     group.add_argument("--hidden_size", type=int, default=192, help="channels, from scratch: a multiple of 64")
@@ -111,8 +111,8 @@ def parse_args(argv=None):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more and below 1")
     if not 0 < args.encoder_mask <= args.decoder_mask < 1:
-        parser.error(f"--encoder_mask {args.encoder_mask} --decoder_mask {args.decoder_mask}: shares between 0 and 1, the "
-                     "encoder's not above the decoder's, whose mask contains it")
+        parser.error(f"--encoder_mask {args.encoder_mask} --decoder_mask {args.decoder_mask}: shares between 0 and 1, "
+                     "the encoder's not above the decoder's, whose mask contains it")
     if args.max_length < 8:
         parser.error(f"--max_length {args.max_length}: too short to mask; use 8 or more")
     if args.hidden_size % 64:
@@ -150,8 +150,8 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     L = mean over sizes (n, d) of (MLM + MAE) / 2, with h_n the encoder's tap at layer n:
       MLM = CE( V transform_d(h_n[:, :d]), what the encoder's mask hides )
       MAE = CE( V transform_C( decoder([ transform_d(h_n[CLS, :d]), embeddings[1:] ]) ), what the decoder's mask hides )
-    The decoder hears of the encoder through position 0 alone, while 40 % of its own input is hidden: it can only do well
-    if d numbers of layer n say what the text is about. One head and one decoder for all sizes.
+    The decoder hears of the encoder through position 0 alone, while 40 % of its own input is hidden: it can only do
+    well if d numbers of layer n say what the text is about. One head and one decoder for all sizes.
     batch, masked: the Pack and the Masked of the same texts. -> loss, [CE], [accuracy]: S MLM losses, then S MAE losses
     """
     bert, transform = model.bert, model.head.transform
@@ -172,16 +172,17 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     # loss: all rows in one call, each weighted so that the sum is the mean over terms of the mean over positions
     rows = [len(part) for part in labels]
     weights = torch.cat([bert.word.weight.new_full((n,), 1 / (len(rows) * max(1, n))) for n in rows])
-    loss, ce, hit = VocabularyLoss.apply(torch.cat(hidden), bert.word.weight, model.head.bias, torch.cat(labels), weights)
+    loss, ce, hit = VocabularyLoss.apply(torch.cat(hidden), bert.word.weight, model.head.bias, torch.cat(labels),
+                                         weights)
     mean = lambda x: torch.stack([part.sum() / max(1, len(part)) for part in x.split(rows)])
     return loss, mean(ce), mean(hit.float())
 
 
 def decode(decoder, embeddings, bottleneck, batch, positions):
     """
-    The decoder's S inputs, [bottleneck, embeddings[1:]] each, differ at position 0 alone, and only what comes out at the
-    M masked positions is used. So attention among the rest is computed once for all sizes, and each size then mixes in
-    its bottleneck by the share it has in the softmax. With scores s_0 of the bottleneck and s_j of the rest that is
+    The decoder's S inputs, [bottleneck, embeddings[1:]] each, differ at position 0 alone, and only what comes out at
+    the M masked positions is used. So attention among the rest is computed once for all sizes, and each size then mixes
+    in its bottleneck by the share it has in the softmax. With scores s_0 of the bottleneck and s_j of the rest that is
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
     embeddings (N, C), bottleneck (S, B, C), positions (M,) -> (S, M, C)
     """
@@ -250,7 +251,7 @@ class VocabularyLoss(torch.autograd.Function):
 
 
 def arithmetic(config, sizes, objective, B, N, M, M_decoder):
-    """ floating-point operations of a training step in its matrix products, forward and backward, attention left out """
+    """ floating-point operations of a training step: matrix products, forward and backward, without attention's """
     C, I, V, S = config.hidden_size, config.intermediate_size, config.vocab_size, len(sizes)
     products = N * sizes[-1][0] * (4 * C * C + 2 * C * I) + M * sum(C * d + V * C for _, d in sizes)
     if objective == "smae":

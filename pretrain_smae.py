@@ -54,9 +54,9 @@ def parse_args(argv=None):
                             "NAME[:CONFIG][:SPLIT] of the hub; tokenised once into a memory-mapped file")
     group.add_argument("--streaming", action=flag, default=False,
                        help="read parquet and hub sets as they arrive, in their order; every rank has files of its own")
-    group.add_argument("--max_length", type=int, default=128,
+    group.add_argument("--max_length", type=int, default=64,
                        help="tokens, [CLS] and [SEP] included: one random window a document")
-    group.add_argument("--batch_size", type=int, default=64, help="documents a step, over all ranks")
+    group.add_argument("--batch_size", type=int, default=32, help="documents a step, over all ranks")
     group.add_argument("--micro_batch", type=int, default=0,
                        help="documents at a time, by which memory goes; pieces of a batch are spread over the ranks; 0 "
                             "is one piece a rank")
@@ -70,6 +70,9 @@ def parse_args(argv=None):
     group.add_argument("--num_layers", type=int, default=6, help="blocks, from scratch")
     group.add_argument("--hidden_size", type=int, default=192, help="channels, from scratch: a multiple of 64")
     group.add_argument("--vocab_size", type=int, default=8192, help="WordPiece vocabulary, from scratch")
+    group.add_argument("--embedding_lr_scale", type=float, default=3.0,
+                       help="learning rate of the embeddings over that of the rest, from scratch: a word is rarer than "
+                            "a block")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--objective", choices=["smae", "mlm"], default="smae",
@@ -83,7 +86,7 @@ def parse_args(argv=None):
                        help="share of the steps in which the rate rises; then it falls to 0 as a cosine")
     group.add_argument("--weight_decay", type=float, default=0.001, help="on the matrices alone")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
-    group.add_argument("--epochs", type=float, default=4, help="windows a document")
+    group.add_argument("--epochs", type=float, default=6, help="windows a document")
     group.add_argument("--max_steps", type=int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
     group.add_argument("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
 
@@ -101,7 +104,8 @@ def parse_args(argv=None):
                        help="torch.compile all of a block but attention; takes a minute to start")
 
     args = parser.parse_args(argv)
-    for name in ("max_length", "batch_size", "num_layers", "hidden_size", "learning_rate", "epochs", "log_interval"):
+    for name in ("max_length", "batch_size", "num_layers", "hidden_size", "learning_rate", "epochs", "log_interval",
+                 "embedding_lr_scale"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
     for name in ("micro_batch", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
@@ -283,8 +287,8 @@ def check_resumed(args, saved):
     free = {"out_dir", "overwrite", "resume", "log_interval", "device", "compile"}
     for name, value in vars(args).items():
         if name not in free and saved[name] != value:
-            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give the "
-                             "flags it was begun with, or begin another with --init_from")
+            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
+                             "the flags it was begun with, or begin another with --init_from")
 
 
 def main(args):
@@ -308,10 +312,10 @@ def main(args):
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the text")
         texts = itertools.islice(data.load_texts(args.train_text, args.streaming), VOCABULARY)
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
-        bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
-                               num_attention_heads=args.hidden_size // 64, intermediate_size=4 * args.hidden_size,
-                               max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout,
-                               attention_probs_dropout_prob=args.dropout))
+        bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
+                               num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
+                               intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
+                               hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
         head = MLMHead(bert.config)
     else:
         bert = from_pretrained(init_from, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout)
@@ -355,8 +359,8 @@ def main(args):
         held_out, train = np.split(split, [min(HELD_OUT, (len(text) + 9) // 10)])
         held_out = [text[i] for i in held_out]
         if args.batch_size > len(train):
-            raise ValueError(f"--batch_size {args.batch_size}: {args.train_text} has {len(train)} documents to train on; "
-                             "choose that or less")
+            raise ValueError(f"--batch_size {args.batch_size}: {args.train_text} has {len(train)} documents to train "
+                             "on; choose that or less")
         steps = len(train) // args.batch_size
         def documents(step, piece):
             epoch, i = divmod(step, steps)
@@ -365,9 +369,14 @@ def main(args):
         max_steps = args.max_steps or max(1, round(args.epochs * steps))
 
     # optimizer
-    trained = [p for p in model.parameters() if args.objective == "smae" or p not in set(model.decoder.parameters())]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    trained = {name: p for name, p in model.named_parameters() if args.objective == "smae" or "decoder" not in name}
+    embeddings = {name: p for name, p in trained.items() if name.startswith(("bert.word", "bert.pos", "bert.token"))}
+    rest = [p for name, p in trained.items() if name not in embeddings]
+    scale = args.embedding_lr_scale if args.init_from == "scratch" else 1.0
+    groups = [{"params": list(embeddings.values()), "weight_decay": args.weight_decay, "scale": scale},
+              {"params": [p for p in rest if p.dim() >= 2], "weight_decay": args.weight_decay, "scale": 1.0},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
+    trained = list(trained.values())
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
     autocast = torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
@@ -425,8 +434,9 @@ def main(args):
     # the loop
     clock, tokens, operations, losses = time.time(), 0, 0, []
     for step in range(first_step, max_steps):
+        lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = lr = get_lr(step, max_steps, args)
+            group["lr"] = lr * group["scale"]
         optimizer.zero_grad(set_to_none=True)
         for piece in range(rank, pieces, world_size):
             torch.manual_seed(hash((args.seed, step, piece)))   # of dropout: no random state has to be saved to resume
@@ -450,8 +460,9 @@ def main(args):
                 means /= world_size
             loss, *means = means.tolist()
             if not math.isfinite(loss):
-                raise FloatingPointError(f"step {step + 1}: the loss is {loss}, per term {dict(zip(names, means))}; the "
-                                         f"last checkpoint is in {out_dir}. Try a lower --learning_rate, or --dtype float32")
+                raise FloatingPointError(f"step {step + 1}: the loss is {loss}, per term {dict(zip(names, means))}; "
+                                         f"the last checkpoint is in {out_dir}. Try a lower --learning_rate, or "
+                                         "--dtype float32")
             ce, accuracy = dict(zip(names, means)), dict(zip(names, means[len(names):]))
             seconds = time.time() - clock
             steps_done = len(losses) // (pieces // world_size)

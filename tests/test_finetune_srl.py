@@ -10,7 +10,7 @@ import torch
 
 import data
 import finetune_srl
-from finetune_srl import get_lr, main, parse_args, srl_loss
+from finetune_srl import cached_backward, get_lr, main, parse_args, srl_loss
 from model import Bert, BertConfig, from_pretrained, pack
 
 ROOT = Path(finetune_srl.__file__).parent
@@ -76,6 +76,44 @@ def test_gradient_of_the_loss():
     small = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     loss = lambda x: srl_loss({1: x[:2], 2: full[:2]}, {1: x[2:], 2: full[2:]}, ((1, 4), (2, 6)), "cosine", 0.5, 1.0)[0]
     assert torch.autograd.gradcheck(loss, small)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradient_caching_equals_one_large_batch(config, texts, p, chunks):
+    """ 4 queries, 4 positives and 4 negatives, 4 sizes: every gradient to rounding in float64, with dropout too """
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = p
+    torch.manual_seed(0)
+    model = Bert(config).double().train()
+    embed = lambda texts: model.encode(pack(texts), [1, 2, 3, 4])
+    loss_of = lambda taps: srl_loss({n: t[:4] for n, t in taps.items()}, {n: t[4:] for n, t in taps.items()},
+                                    ((1, 8), (2, 16), (3, 32), (4, 48)), "cosine", 0.1, 1.0)
+    torch.manual_seed(1)
+    parts = [embed(texts[k::chunks]) for k in range(chunks)]   # all graphs at once; dropout as drawn chunk by chunk
+    order = [i for k in range(chunks) for i in range(len(texts))[k::chunks]]
+    back = [order.index(i) for i in range(len(texts))]
+    expected, _, _ = loss_of({n: torch.cat([part[n] for part in parts])[back] for n in (1, 2, 3, 4)})
+    expected.backward()
+    random_state = torch.get_rng_state()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss, nce, kl = cached_backward(embed, texts, chunks, loss_of, scale=lambda loss: loss)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12) and len(nce) == len(kl) == 4
+    for gradient, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), random_state)    # the next step continues as it would have
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_micro_batch_trains_as_the_whole_batch(pairs_file, tmp_path, dtype):
+    """ --micro_batch 5 of 16: the log of a run is that of a run without, to rounding; as large as the batch, exactly """
+    def losses(name, *flags):
+        run(pairs_file, tmp_path / name, "--dtype", dtype, *flags)
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    whole = losses("a")
+    assert losses("b", "--micro_batch", "5") == pytest.approx(whole, abs=1e-5 if dtype == "float32" else 2e-2)
+    assert losses("c", "--micro_batch", "16", "--dropout", "0.1") == losses("d", "--dropout", "0.1")
 
 
 def test_overfits_one_batch(pairs_file, tokenizer):

@@ -31,8 +31,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse
-import scipy.stats
+import scipy   # its parts load when they are first used: scipy.stats alone takes most of a second
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -95,7 +94,8 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
             end = start + max(1, batch_tokens // len(texts[order[min(end, len(order)) - 1]]))
             rows = order[start:end]
             with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-                pooled = model.encode(pack([texts[i] for i in rows], device), layers)   # {layer: (B of the batch, C)}
+                batch = pack([texts[i] for i in rows], device, multiple=128)
+                pooled = model.encode(batch, layers)   # {layer: (B of the batch, C)}
             for layer, embedding in pooled.items():
                 embeddings[layer][rows] = embedding.float().cpu()
                 if not embeddings[layer][rows].isfinite().all():

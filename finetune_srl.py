@@ -15,24 +15,19 @@ Method: arXiv 2410.13230. The loss is srl_loss below; where it departs from the 
 says so with both values.
 """
 import argparse
-import ctypes
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
-
-# Before torch loads: oneDNN keeps the kernel of every shape it meets, and every batch has its own number of tokens.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 import torch.nn.functional as F
 
 import data
 import evaluate
-from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, pack, paper_sizes, parse_sizes,
-                   save_pretrained, size_name)
+from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, keep_freed_memory, pack, paper_sizes,
+                   parse_sizes, save_pretrained, size_name)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -157,9 +152,9 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
 
 def cached_backward(embed, texts, chunks, loss_of, scale):
     """
-    Gradient caching (arXiv 2101.06983): the gradient of the whole batch, all sizes at once, in the memory of a chunk of
-    it. A contrastive loss needs all embeddings, but these are small: embed chunk by chunk without keeping the graphs,
-    take the gradient of the loss to the embeddings, then embed every chunk again, with the same dropout, and hand it on.
+    Gradient caching (arXiv 2101.06983): the gradient of the whole batch, all sizes at once, in the memory of a chunk.
+    A contrastive loss needs all embeddings, but these are small: embed chunk by chunk without keeping the graphs, take
+    the gradient of the loss to the embeddings, then embed every chunk again, with the same dropout, and hand it on.
     embed: texts -> {layer: (B, C)}; chunk k is texts[k::chunks], a share of the queries, positives and negatives alike;
     loss_of: {layer: (B, C)} of the whole batch -> loss, ...; scale: of the gradient scaler. -> what loss_of returns
     """
@@ -191,6 +186,7 @@ def get_lr(step, max_steps, args):
 
 def main(args):
     start = time.time()
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     out_dir = Path(args.out_dir)
     device_type = args.device.split(":")[0]
@@ -244,7 +240,7 @@ def main(args):
     def embed(texts):
         """ B texts -> {layer: (B, C)}, one pass for all sizes """
         with autocast:
-            return model.encode(pack(texts, args.device), layers)
+            return model.encode(pack(texts, args.device, multiple=128), layers)
 
     def loss_of(taps):
         """ {layer: (Q + P, C)} -> loss, [InfoNCE a size], [KL a size] """
@@ -301,8 +297,6 @@ def main(args):
                   f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
                   f"eta {(max_steps - step - 1) * seconds / 60:.1f}m", flush=True)
             clock, tokens, losses = time.time(), 0, []
-            if sys.platform == "linux" and device_type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-                libc.malloc_trim(0)   # batches of every size leave holes; with the limit above, 1.9 GB in place of 4.4
         if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", config.sizes, args.dtype)

@@ -11,8 +11,10 @@ References: BERT (arXiv 1810.04805); Starbucks (arXiv 2410.13230), where a size 
 Shapes: B texts, T tokens of a text, N tokens of a pack, C channels (768), H heads, D channels of a head, V vocabulary
 """
 import argparse
+import ctypes
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -63,16 +65,20 @@ def size_name(size):
 
 
 class Pack(NamedTuple):
-    """ B texts, N tokens, no padding. """
+    """ B texts, N tokens, no padding but for a few fillers at the end when asked for. """
     input_ids: torch.Tensor      # (N,) texts in order of length
     position_ids: torch.Tensor   # (N,) 0 .. T-1 in every text
-    text_ids: torch.Tensor       # (N,) which of the B texts (in the caller's order) the token belongs to
+    text_ids: torch.Tensor       # (N,) which of the B texts (in the caller's order) the token belongs to; B of fillers
     starts: torch.Tensor         # (B,) where each text (in the caller's order) begins: its [CLS]
     groups: list                 # [(B, T), ...] runs of texts of equal length; the products B * T add up to N
 
 
-def pack(texts, device="cpu"):
-    """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens. """
+def pack(texts, device="cpu", multiple=1):
+    """
+    list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
+    multiple: fill N up to a multiple of it with texts of one token, the id 0, that belong to nobody. On CPU oneDNN
+    builds a kernel for every N it has not met, 12 % of a step; with 128 it meets a dozen, for 2 % more tokens.
+    """
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
@@ -82,9 +88,14 @@ def pack(texts, device="cpu"):
     starts[order] = ends - lengths[order]
     text_ids = np.repeat(order, lengths[order])
     groups = [(int(B), int(T)) for T, B in zip(*np.unique(lengths, return_counts=True))]
-    to = lambda array: torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    return Pack(to(np.concatenate([texts[i] for i in order])), to(np.arange(ends[-1]) - starts[text_ids]), to(text_ids),
-                to(starts), groups)
+    fill = int(-ends[-1] % multiple)
+    if fill:
+        groups.append((fill, 1))
+    def to(array, filler=None):
+        array = array if filler is None else np.concatenate([array, np.full(fill, filler)])
+        return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    return Pack(to(np.concatenate([texts[i] for i in order]), 0), to(np.arange(ends[-1]) - starts[text_ids], 0),
+                to(text_ids, len(texts)), to(starts), groups)
 
 
 def pool(hidden, batch, pooling):
@@ -92,9 +103,10 @@ def pool(hidden, batch, pooling):
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # sums and scores of bfloat16 lose digits
     if pooling == "cls":
         return hidden[batch.starts]
-    lengths = torch.bincount(batch.text_ids, minlength=len(batch.starts))  # (B,)
-    total = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
-    return total / lengths[:, None]                                        # (B, C)
+    B = len(batch.starts)
+    lengths = torch.bincount(batch.text_ids, minlength=B + 1)              # (B + 1,), the last of the fillers
+    total = hidden.new_zeros(B + 1, hidden.shape[1]).index_add(0, batch.text_ids, hidden)
+    return total[:B] / lengths[:B, None]                                   # (B, C)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the encoder
@@ -151,17 +163,27 @@ def fast_dtype():
     return "bfloat16" if fast else "float32"
 
 
+def keep_freed_memory():
+    """
+    The scripts call this first. glibc gives large blocks back to the system as soon as they are free, and the system
+    clears them anew, hundreds of megabytes in every step: 3 to 10 % of it. Nothing happens with another C library.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)           # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: what is free at the end of the heap stays
+
+
 def as_contiguous(x, dtype):
     """ cast and reorder in one copy """
-    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()   # the second copies if the first had nothing to do
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()   # to() does neither if x has the dtype
 
 
 class PackedAttention(torch.autograd.Function):
     """
-    softmax(q k^T / sqrt(D)) v within every text, for training on CPU: qkv (N, 3C) -> (N, C), gradient by hand. A batch of
-    sentences has dozens of groups with small products; autograd's cutting, copying and gluing took longer than these,
-    and for texts so short the backward of torch's fused attention five times as long. In float32 although the rest is
-    bfloat16: for small products of ever new shapes (B, T) that is three times as fast.
+    softmax(q k^T / sqrt(D)) v within every text, for training on CPU: qkv (N, 3C) -> (N, C), gradient by hand. A batch
+    of sentences has dozens of groups with small products; autograd's cutting, copying and gluing took longer than
+    these, and for texts so short the backward of torch's fused attention five times as long. In float32 although the
+    rest is bfloat16: for small products of ever new shapes (B, T) that is three times as fast.
     """
 
     @staticmethod

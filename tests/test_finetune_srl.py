@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -223,3 +224,26 @@ def test_stops_when_the_loss_is_not_a_number(pairs_file, tmp_path):
     with pytest.raises(FloatingPointError, match="step .*the loss is .*--learning_rate"):
         run(pairs_file, tmp_path / "a", "--learning_rate", "1e30", "--grad_clip", "0")
     assert not (tmp_path / "a" / "model.safetensors").exists()
+
+
+def test_compile_takes_any_length_without_breaks(config):
+    """ --compile: no graph break (fullgraph) and at most three graphs for 12 lengths in 10 blocks, dropout on """
+    from torch._dynamo.testing import CompileCounter
+    config.num_hidden_layers, config.hidden_dropout_prob = 10, 0.1   # more blocks than dynamo's limit of recompilations
+    model, counter = Bert(config).train(), CompileCounter()
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.rest = torch.compile(block.rest, dynamic=True, fullgraph=True, backend=counter)
+    rng, after_two = np.random.default_rng(0), None
+    for step in range(12):
+        texts = [rng.integers(5, 97, size=n) for n in rng.integers(3, 40, size=5 + step)]
+        model.encode(pack(texts), [10])[10].sum().backward()
+        after_two = counter.frame_count if step == 1 else after_two
+    assert counter.frame_count == after_two <= 3
+
+
+def test_help_loads_nothing_slow():
+    """ what takes seconds to import is imported where it is used: --help needs torch and not much else """
+    code = ("import sys, finetune_srl; slow = {'transformers', 'datasets', 'scipy.stats', 'matplotlib'} & set(sys.modules); "
+            "sys.exit(str(slow) if slow else 0)")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

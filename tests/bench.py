@@ -1,16 +1,18 @@
 """
-How fast is this, against what people would pick instead, and against the machine? Not a test: pytest does not collect it.
+How fast is this, against what people would pick instead and against the machine? No test: pytest does not collect it.
 
-    python tests/bench.py MODEL PAIRS [--parts srl encode memory] [--batch_size 64] [--max_length 64]
+    python tests/bench.py MODEL PAIRS [--parts srl encode] [--batch_size 64] [--max_length 64]
 
 MODEL: a BERT folder; PAIRS: what finetune_srl.py --train_pairs takes, with one negative a row. Every figure is measured
-in this run: the contestants take their steps in turn, on the same rows, weights, dropout 0.1 and bfloat16 autocast;
-medians. A step is forward, loss, backward, clipping, fused AdamW; tokenising and padding are done before the clock
-starts. Encoding includes tokenising. Useful arithmetic: 6 x parameters of the blocks x real tokens, 2 x in encoding.
-Without sentence-transformers its rows are left out. Matryoshka2dLoss runs as it comes: the last layer and one other a
-step, one of the dims at each.
+in this run: the contestants, a process each, take their steps in turn, on the same rows, weights, dropout 0.1 and
+bfloat16 autocast; medians. A step is forward, loss, backward, clipping, fused AdamW; tokenising and padding are done
+before the clock starts. Encoding includes tokenising. Useful arithmetic: 6 x parameters of the blocks x real tokens,
+2 x in encoding. Without sentence-transformers its rows are left out. Matryoshka2dLoss runs as it comes: the last layer
+and one other a step, one of the dims at each.
 """
 import argparse
+import functools
+import importlib.util
 import itertools
 import resource
 import statistics
@@ -114,7 +116,7 @@ def sentence_transformers(args, two_d=False):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def prepare(rows):
-        return [model.tokenize(list(texts)) for texts in zip(*rows)]
+        return [model.preprocess(list(texts)) for texts in zip(*rows)]
 
     def step(columns):
         with torch.autocast("cpu", torch.bfloat16):
@@ -131,11 +133,11 @@ def sentence_transformers_2d(args):
 
 # The SMAE step comes here when there is one: smae(args) -> prepare, step; its row goes to CONTESTANTS.
 
+MICRO_BATCH = "here, 16 x the batch, --micro_batch"
 CONTESTANTS = {"here": packed, "here, full size alone": packed_full_size,
                "sentence-transformers Matryoshka2dLoss": sentence_transformers_2d,
                "sentence-transformers MultipleNegativesRankingLoss": sentence_transformers,
-               "transformers, padded": padded}
-MEMORY = CONTESTANTS | {"here, 16 x the batch, --micro_batch": packed_micro_batch}
+               "transformers, padded": padded, MICRO_BATCH: packed_micro_batch}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # parts
@@ -154,57 +156,58 @@ def measure_peak(config, tokens, dtype):
     return best
 
 
-def in_turn(functions, inputs, warm_up):
-    """ {name: function}, one {name: input} a round -> {name: median seconds} """
+def median_in_turn(functions, rounds):
+    """ {name: function of the number of the round} -> {name: median seconds}; two rounds to warm up """
     seconds = {name: [] for name in functions}
-    for number, given in enumerate(inputs):
+    for number in range(-2, rounds):
         for name, function in functions.items():
             start = time.perf_counter()
-            function(given[name])
-            if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+            took = function(number + 2)   # what a worker measured itself
+            seconds[name].append(took or time.perf_counter() - start)
+    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+def work(args, rows):
+    """ a process of its own for each contestant: the number of a batch comes in, seconds and peak kilobytes go out """
+    large = 16 if args.worker == MICRO_BATCH else 1
+    prepare, step = CONTESTANTS[args.worker](args)
+    for line in sys.stdin:
+        first = int(line) * args.batch_size % len(rows)
+        batch = prepare(rows[first:first + large * args.batch_size])
+        start = time.perf_counter()
+        step(batch)
+        print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 
 
 def table(title, seconds, tokens, flops, peaks, first="here"):
-    """ one row a contestant, all against the first """
+    """ one row a contestant, all against the first; flops {name: FLOP} """
     print(f"\n{title}\n{'':52} {'ms':>7} {'x ours':>7} {'tokens/s':>9}  share of the bfloat16 / float32 peak")
     for name, s in seconds.items():
-        shares = " / ".join(f"{flops / s / peak:.0%}" for peak in peaks.values())
+        shares = " / ".join(f"{flops[name] / s / peak:.0%}" for peak in peaks.values())
         print(f"{name:52} {1000 * s:7.0f} {s / seconds[first]:7.2f} {tokens / s:9.0f}  {shares}")
-
-
-def have_sentence_transformers():
-    try:
-        import sentence_transformers
-        return bool(sentence_transformers)
-    except ImportError:
-        print("rows of sentence-transformers left out: it is not installed")
-        return False
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("pairs")
-    parser.add_argument("--parts", nargs="+", choices=["srl", "encode", "memory"], default=["srl", "encode", "memory"])
+    parser.add_argument("--parts", nargs="+", choices=["srl", "encode"], default=["srl", "encode"])
     parser.add_argument("--batch_size", type=int, default=64, help="rows a step")
     parser.add_argument("--max_length", type=int, default=64, help="tokens of a text")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant, two of them to warm up")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)   # a subprocess: the peak of one contestant
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant, after two to warm up")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)   # the name of the contestant that this process is
     args = parser.parse_args()
     rows = [(query, positives[0], negatives[0]) for query, positives, negatives
             in itertools.islice(iter(data.load_pairs(args.pairs)), 16 * args.batch_size) if negatives]
 
-    if args.memory_of:
-        large = 16 if args.memory_of == "here, 16 x the batch, --micro_batch" else 1
-        prepare, step = MEMORY[args.memory_of](args)
-        for number in range(6 if large == 1 else 1):
-            step(prepare(rows[number * args.batch_size:(number + large) * args.batch_size]))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if args.worker:
+        work(args, rows)
         return
 
-    names = [n for n in MEMORY if have_sentence_transformers() or not n.startswith("sentence")]
+    installed = importlib.util.find_spec("sentence_transformers") is not None
+    if not installed:
+        print("sentence-transformers is not installed: its rows are left out")
+    names = [name for name in CONTESTANTS if installed or not name.startswith("sentence")]
     model, tokenizer = from_pretrained(args.model), data.load_tokenizer(args.model)
     parameters = sum(p.numel() for p in model.blocks.parameters())
     peaks = {dtype: measure_peak(model.config, 3072, dtype) for dtype in (torch.bfloat16, torch.float32)}
@@ -212,39 +215,48 @@ def main():
           ", ".join(f"{dtype} {peak / 1e9:.0f} GFLOP/s".removeprefix("torch.") for dtype, peak in peaks.items()))
 
     if "srl" in args.parts:
-        built = {name: CONTESTANTS[name](args) for name in names if name in CONTESTANTS}
-        batches = [rows[i * args.batch_size:(i + 1) * args.batch_size] for i in range(args.rounds)]
-        tokens = statistics.mean(sum(map(len, data.tokenize([t for row in batch for t in row], tokenizer,
-                                                            args.max_length))) for batch in batches)
-        inputs = [{name: prepare(batch) for name, (prepare, _) in built.items()} for batch in batches]
-        seconds = in_turn({name: step for name, (_, step) in built.items()}, inputs, warm_up=2)
+        command = [sys.executable, __file__, args.model, args.pairs, "--batch_size", str(args.batch_size),
+                   "--max_length", str(args.max_length), "--worker"]
+        workers = {name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                          stderr=subprocess.DEVNULL) for name in names}
+        kilobytes = {}
+        def ask(name, number):
+            print(number, file=workers[name].stdin, flush=True)
+            seconds, kilobytes[name] = workers[name].stdout.readline().split()
+            return float(seconds)
+        seconds = median_in_turn({name: functools.partial(ask, name) for name in names if name != MICRO_BATCH},
+                                 args.rounds)
+        texts = [text for row in rows[2 * args.batch_size:(2 + args.rounds) * args.batch_size] for text in row]
+        tokens = sum(map(len, data.tokenize(texts, tokenizer, args.max_length))) / args.rounds
         table(f"SRL step, {args.batch_size} rows, {tokens:.0f} tokens, bfloat16", seconds, tokens,
-              6 * parameters * tokens, peaks)
+              dict.fromkeys(names, 6 * parameters * tokens), peaks)
+        ask(MICRO_BATCH, 0)   # the optimizer has its memory from here on
+        micro = ask(MICRO_BATCH, 0)
+        print(f"{MICRO_BATCH:52} {1000 * micro:7.0f} {micro / seconds['here'] / 16:7.2f} a row")
+        for worker in workers.values():
+            worker.stdin.close()
+        print(f"\npeak memory, a process each\n{'':52} {'GB':>7} {'x ours':>7}")
+        for name, peak in kilobytes.items():
+            print(f"{name:52} {int(peak) / 1e6:7.2f} {int(peak) / int(kilobytes['here']):7.2f}")
 
     if "encode" in args.parts:
         texts = [text for row in rows for text in row]
         layer = model.config.num_hidden_layers
-        runs = {f"here, {dtype}": lambda texts, dtype=dtype: evaluate.embed(model, tokenizer, texts, [layer], dtype)
-                for dtype in ("bfloat16", "float32")}
-        runs["here, bfloat16, layer 1 alone"] = lambda texts: evaluate.embed(model, tokenizer, texts, [1], "bfloat16")
-        if "sentence-transformers MultipleNegativesRankingLoss" in names:
+        def embed(dtype, layer, number):
+            evaluate.embed(model, tokenizer, texts, [layer], dtype)
+        runs = {f"here, {dtype}": functools.partial(embed, dtype, layer) for dtype in ("bfloat16", "float32")}
+        runs["here, bfloat16, layer 1 alone"] = functools.partial(embed, "bfloat16", 1)
+        if installed:
             from sentence_transformers import SentenceTransformer
             for dtype in ("bfloat16", "float32"):
                 theirs = SentenceTransformer(args.model, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
-                runs[f"sentence-transformers encode, {dtype}"] = theirs.encode
-        seconds = in_turn(runs, [dict.fromkeys(runs, texts)] * 5, warm_up=1)
+                def encode(number, theirs=theirs):
+                    theirs.encode(texts)
+                runs[f"sentence-transformers encode, {dtype}"] = encode
+        seconds = median_in_turn(runs, 3)
         tokens = sum(map(len, data.tokenize(texts, tokenizer, tokenizer.model_max_length)))
-        table(f"encoding {len(texts)} texts, {tokens} tokens", seconds, tokens, 2 * parameters * tokens, peaks,
-              "here, bfloat16")
-
-    if "memory" in args.parts:
-        print(f"\npeak memory, a process each\n{'':52} {'GB':>7} {'x ours':>7}")
-        command = [sys.executable, __file__, args.model, args.pairs, "--batch_size", str(args.batch_size),
-                   "--max_length", str(args.max_length), "--memory_of"]
-        kilobytes = {name: int(subprocess.run([*command, name], capture_output=True, text=True, check=True)
-                               .stdout.split()[-1]) for name in names}
-        for name, peak in kilobytes.items():
-            print(f"{name:52} {peak / 1e6:7.2f} {peak / kilobytes['here']:7.2f}")
+        flops = {name: 2 * parameters * tokens / (layer if "alone" in name else 1) for name in runs}
+        table(f"encoding {len(texts)} texts, {tokens} tokens", seconds, tokens, flops, peaks, "here, bfloat16")
 
 
 if __name__ == "__main__":

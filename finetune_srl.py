@@ -145,8 +145,9 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
         scores.append(q @ p.T / temperature)                        # (Q, P)
     target = torch.arange(len(q), device=q.device)                  # (Q,)
     teacher = scores[-1].detach().softmax(-1)                       # (Q, P), detached: it learns nothing from the small
-    nce = [F.cross_entropy(s, target) for s in scores]
-    kl = [F.kl_div(s.log_softmax(-1), teacher, reduction="batchmean") for s in scores]   # 0 for the full size
+    log_probs = [s.log_softmax(-1) for s in scores]
+    nce = [F.nll_loss(s, target) for s in log_probs]
+    kl = [F.kl_div(s, teacher, reduction="batchmean") for s in log_probs]   # 0 for the full size
     return (sum(nce) + kl_weight * sum(kl)) / len(sizes), nce, kl
 
 
@@ -161,10 +162,11 @@ def cached_backward(embed, texts, chunks, loss_of, scale):
     random_states, cache = [], {}
     for k in range(chunks):
         random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
-        for layer, tap in embed(texts[k::chunks]).items():
-            if layer not in cache:
-                cache[layer] = tap.new_zeros(len(texts), tap.shape[1])   # (B, C)
-            cache[layer][k::chunks] = tap.detach()
+        with torch.no_grad():
+            for layer, tap in embed(texts[k::chunks]).items():
+                if layer not in cache:
+                    cache[layer] = tap.new_zeros(len(texts), tap.shape[1])   # (B, C)
+                cache[layer][k::chunks] = tap
     losses = loss_of({layer: tap.requires_grad_() for layer, tap in cache.items()})
     scale(losses[0]).backward()
     for k, (cpu, cuda) in enumerate(random_states):

@@ -239,7 +239,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, groups):
         C, p = x.shape[1], self.p if self.training else 0.0
         qkv = self.qkv(x)                                                                     # (N, 3C)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and (self.training or torch.is_grad_enabled()):
             with torch.autocast("cpu", enabled=False):
                 mixed = PackedAttention.apply(qkv, groups, self.heads, p)
             return self.out(mixed)                                                            # (N, C)

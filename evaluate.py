@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import check_sizes, find_folder, from_pretrained, pack, paper_sizes, parse_sizes, size_name
+from model import (check_sizes, find_folder, from_pretrained, keep_freed_memory, pack, paper_sizes, parse_sizes,
+                   size_name)
 
 NAMES = ("Demi", "Short", "Tall", "Grande", "Venti", "Trenta")
 BM25 = (None, None)   # the size of what has no layers: where it stands in a table
@@ -504,6 +505,7 @@ def parse_args(argv=None):
 
 def main(args):
     """ evaluate every model, then compare and plot. Raises ValueError for what cannot be read or compared. """
+    keep_freed_memory()
     files = list(args.compare or [])
     for name in args.models:
         start = time.time()

@@ -242,6 +242,7 @@ def main():
     if "encode" in args.parts:
         texts = [text for row in rows for text in row]
         layer = model.config.num_hidden_layers
+        keep_freed_memory()   # one process here, so it serves both sides
         def embed(dtype, layer, number):
             evaluate.embed(model, tokenizer, texts, [layer], dtype)
         runs = {f"here, {dtype}": functools.partial(embed, dtype, layer) for dtype in ("bfloat16", "float32")}

@@ -31,14 +31,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse
-import scipy.stats
+import scipy   # its parts load when they are first used: scipy.stats alone takes most of a second
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import check_sizes, find_folder, from_pretrained, pack, paper_sizes, parse_sizes, size_name
+from model import (check_sizes, find_folder, from_pretrained, keep_freed_memory, pack, paper_sizes, parse_sizes,
+                   size_name)
 
 NAMES = ("Demi", "Short", "Tall", "Grande", "Venti", "Trenta")
 BM25 = (None, None)   # the size of what has no layers: where it stands in a table
@@ -95,7 +95,8 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
             end = start + max(1, batch_tokens // len(texts[order[min(end, len(order)) - 1]]))
             rows = order[start:end]
             with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-                pooled = model.encode(pack([texts[i] for i in rows], device), layers)   # {layer: (B of the batch, C)}
+                batch = pack([texts[i] for i in rows], device, multiple=128)
+                pooled = model.encode(batch, layers)   # {layer: (B of the batch, C)}
             for layer, embedding in pooled.items():
                 embeddings[layer][rows] = embedding.float().cpu()
                 if not embeddings[layer][rows].isfinite().all():
@@ -504,6 +505,7 @@ def parse_args(argv=None):
 
 def main(args):
     """ evaluate every model, then compare and plot. Raises ValueError for what cannot be read or compared. """
+    keep_freed_memory()
     files = list(args.compare or [])
     for name in args.models:
         start = time.time()

@@ -15,24 +15,19 @@ Method: arXiv 2410.13230. The loss is srl_loss below; where it departs from the 
 says so with both values.
 """
 import argparse
-import ctypes
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
-
-# Before torch loads: oneDNN keeps the kernel of every shape it meets, and every batch has its own number of tokens.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 import torch.nn.functional as F
 
 import data
 import evaluate
-from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, pack, paper_sizes, parse_sizes,
-                   save_pretrained, size_name)
+from model import (Bert, BertConfig, check_sizes, fast_dtype, from_pretrained, keep_freed_memory, pack, paper_sizes,
+                   parse_sizes, save_pretrained, size_name)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -50,6 +45,9 @@ def parse_args(argv=None):
                        help="queries a step; every passage of the batch is a candidate for each")
     group.add_argument("--negatives", type=int, default=1,
                        help="hard negatives a query, at most, where the pairs have any")
+    group.add_argument("--micro_batch", type=int, default=0,
+                       help="encode this many queries and their passages at a time: the same gradient in the memory of "
+                            "such a small batch, for one more forward pass; 0 encodes the whole batch at once")
     group.add_argument("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
     group.add_argument("--passage_max_length", type=int, default=64, help="tokens, [CLS] and [SEP] included")
 
@@ -110,7 +108,7 @@ def parse_args(argv=None):
                  "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
-    for name in ("negatives", "kl_weight", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
+    for name in ("micro_batch", "negatives", "kl_weight", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more")
     for name in ("warmup", "dropout"):
@@ -147,9 +145,35 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
         scores.append(q @ p.T / temperature)                        # (Q, P)
     target = torch.arange(len(q), device=q.device)                  # (Q,)
     teacher = scores[-1].detach().softmax(-1)                       # (Q, P), detached: it learns nothing from the small
-    nce = [F.cross_entropy(s, target) for s in scores]
-    kl = [F.kl_div(s.log_softmax(-1), teacher, reduction="batchmean") for s in scores]   # 0 for the full size
+    log_probs = [s.log_softmax(-1) for s in scores]
+    nce = [F.nll_loss(s, target) for s in log_probs]
+    kl = [F.kl_div(s, teacher, reduction="batchmean") for s in log_probs]   # 0 for the full size
     return (sum(nce) + kl_weight * sum(kl)) / len(sizes), nce, kl
+
+
+def cached_backward(embed, texts, chunks, loss_of, scale):
+    """
+    Gradient caching (arXiv 2101.06983): the gradient of the whole batch, all sizes at once, in the memory of a chunk.
+    A contrastive loss needs all embeddings, but these are small: embed chunk by chunk without keeping the graphs, take
+    the gradient of the loss to the embeddings, then embed every chunk again, with the same dropout, and hand it on.
+    embed: texts -> {layer: (B, C)}; chunk k is texts[k::chunks], a share of the queries, positives and negatives alike;
+    loss_of: {layer: (B, C)} of the whole batch -> loss, ...; scale: of the gradient scaler. -> what loss_of returns
+    """
+    random_states, cache = [], {}
+    for k in range(chunks):
+        random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
+        with torch.no_grad():
+            for layer, tap in embed(texts[k::chunks]).items():
+                if layer not in cache:
+                    cache[layer] = tap.new_zeros(len(texts), tap.shape[1])   # (B, C)
+                cache[layer][k::chunks] = tap
+    losses = loss_of({layer: tap.requires_grad_() for layer, tap in cache.items()})
+    scale(losses[0]).backward()
+    for k, (cpu, cuda) in enumerate(random_states):
+        torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
+        taps = embed(texts[k::chunks])
+        torch.autograd.backward(list(taps.values()), [cache[layer].grad[k::chunks] for layer in taps])
+    return losses
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -164,6 +188,7 @@ def get_lr(step, max_steps, args):
 
 def main(args):
     start = time.time()
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     out_dir = Path(args.out_dir)
     device_type = args.device.split(":")[0]
@@ -214,6 +239,17 @@ def main(args):
         for block in model.blocks:
             block.rest = torch.compile(block.rest, dynamic=True)   # attention's groups differ in every batch
 
+    def embed(texts):
+        """ B texts -> {layer: (B, C)}, one pass for all sizes """
+        with autocast:
+            return model.encode(pack(texts, args.device, multiple=128), layers)
+
+    def loss_of(taps):
+        """ {layer: (Q + P, C)} -> loss, [InfoNCE a size], [KL a size] """
+        return srl_loss({n: tap[:batch_size] for n, tap in taps.items()},
+                        {n: tap[batch_size:] for n, tap in taps.items()},
+                        config.sizes, args.similarity, args.temperature, args.kl_weight)
+
     out_dir.mkdir(parents=True, exist_ok=True)
     versions = {"commit": evaluate.git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
@@ -232,20 +268,20 @@ def main(args):
             group["lr"] = lr * group["scale"]
 
         queries, passages = data.srl_batch(pairs, batch_size, args.negatives, args.seed, step)
-        batch = pack(queries + passages, args.device)
-        with autocast:
-            taps = model.encode(batch, layers)                         # {layer: (Q + P, C)}, one pass for all sizes
-        loss, nce, kl = srl_loss({n: tap[:batch_size] for n, tap in taps.items()},
-                                 {n: tap[batch_size:] for n, tap in taps.items()},
-                                 config.sizes, args.similarity, args.temperature, args.kl_weight)
+        texts = queries + passages
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        if args.micro_batch:
+            chunks = math.ceil(batch_size / args.micro_batch)
+            loss, nce, kl = cached_backward(embed, texts, chunks, loss_of, scaler.scale)
+        else:
+            loss, nce, kl = loss_of(embed(texts))
+            scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
 
-        tokens += len(batch.input_ids)
+        tokens += sum(map(len, texts))
         losses.append(torch.stack([loss, *nce, *kl]).detach())         # not read here: that would wait for the GPU
         last = step + 1 == max_steps
         if (step + 1) % args.log_interval == 0 or last:
@@ -263,8 +299,6 @@ def main(args):
                   f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
                   f"eta {(max_steps - step - 1) * seconds / 60:.1f}m", flush=True)
             clock, tokens, losses = time.time(), 0, []
-            if sys.platform == "linux" and device_type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-                libc.malloc_trim(0)   # batches of every size leave holes; with the limit above, 1.9 GB in place of 4.4
         if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", config.sizes, args.dtype)

@@ -11,8 +11,10 @@ References: BERT (arXiv 1810.04805); Starbucks (arXiv 2410.13230), where a size 
 Shapes: B texts, T tokens of a text, N tokens of a pack, C channels (768), H heads, D channels of a head, V vocabulary
 """
 import argparse
+import ctypes
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -63,16 +65,20 @@ def size_name(size):
 
 
 class Pack(NamedTuple):
-    """ B texts, N tokens, no padding. """
+    """ B texts, N tokens, no padding but for a few fillers at the end when asked for. """
     input_ids: torch.Tensor      # (N,) texts in order of length
     position_ids: torch.Tensor   # (N,) 0 .. T-1 in every text
-    text_ids: torch.Tensor       # (N,) which of the B texts (in the caller's order) the token belongs to
+    text_ids: torch.Tensor       # (N,) which of the B texts (in the caller's order) the token belongs to; B of fillers
     starts: torch.Tensor         # (B,) where each text (in the caller's order) begins: its [CLS]
     groups: list                 # [(B, T), ...] runs of texts of equal length; the products B * T add up to N
 
 
-def pack(texts, device="cpu"):
-    """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens. """
+def pack(texts, device="cpu", multiple=1):
+    """
+    list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
+    multiple: fill N up to a multiple of it with texts of one token, the id 0, that belong to nobody. On CPU oneDNN
+    builds a kernel for every N it has not met, 12 % of a step; with 128 it meets a dozen, for 2 % more tokens.
+    """
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
@@ -82,9 +88,14 @@ def pack(texts, device="cpu"):
     starts[order] = ends - lengths[order]
     text_ids = np.repeat(order, lengths[order])
     groups = [(int(B), int(T)) for T, B in zip(*np.unique(lengths, return_counts=True))]
-    to = lambda array: torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    return Pack(to(np.concatenate([texts[i] for i in order])), to(np.arange(ends[-1]) - starts[text_ids]), to(text_ids),
-                to(starts), groups)
+    fill = int(-ends[-1] % multiple)
+    if fill:
+        groups.append((fill, 1))
+    def to(array, filler=None):
+        array = array if filler is None else np.concatenate([array, np.full(fill, filler)])
+        return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    return Pack(to(np.concatenate([texts[i] for i in order]), 0), to(np.arange(ends[-1]) - starts[text_ids], 0),
+                to(text_ids, len(texts)), to(starts), groups)
 
 
 def pool(hidden, batch, pooling):
@@ -92,9 +103,10 @@ def pool(hidden, batch, pooling):
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))   # sums and scores of bfloat16 lose digits
     if pooling == "cls":
         return hidden[batch.starts]
-    lengths = torch.bincount(batch.text_ids, minlength=len(batch.starts))  # (B,)
-    total = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
-    return total / lengths[:, None]                                        # (B, C)
+    B = len(batch.starts)
+    lengths = torch.bincount(batch.text_ids, minlength=B + 1)              # (B + 1,), the last of the fillers
+    total = hidden.new_zeros(B + 1, hidden.shape[1]).index_add(0, batch.text_ids, hidden)
+    return total[:B] / lengths[:B, None]                                   # (B, C)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the encoder
@@ -124,16 +136,21 @@ class BertConfig:
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": lambda x: F.gelu(x, approximate="tanh")}
 
 
+def dropout_mask(size, p, dtype):
+    """
+    (size,) zeros with probability p, else 1 / (1 - p). On CPU one 64-bit random number decides for 8 entries: F.dropout
+    draws one for each, serially, which takes 13 times as long. p is rounded to a multiple of 1/256 (0.1 -> 26/256).
+    """
+    cut = round(256 * p)
+    bits = torch.randint(-2**63, 2**63 - 1, (size // 8 + 1,)).view(torch.uint8)[:size]
+    return (bits >= cut).to(dtype).mul_(256 / (256 - cut))
+
+
 def dropout(x, p):
-    """
-    F.dropout, but on CPU one 64-bit random number decides for 8 entries. F.dropout draws one for each, serially, which
-    takes 13 times as long. p is rounded to a multiple of 1/256 (0.1 -> 26/256).
-    """
+    """ F.dropout, but see dropout_mask on CPU """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
-    cut = round(256 * p)
-    bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 8 + 1,)).view(torch.uint8)[:x.numel()]
-    return x * (bits >= cut).view(x.shape) * (256 / (256 - cut))
+    return x * dropout_mask(x.numel(), p, x.dtype).view(x.shape)
 
 
 def fast_dtype():
@@ -146,16 +163,68 @@ def fast_dtype():
     return "bfloat16" if fast else "float32"
 
 
-def attention(q, k, v, p):
-    """ (B, H, T, D) each -> (B, H, T, D); every text sees all of its own tokens, and no text has padding to hide """
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-    # Training on CPU, by hand: for texts as short as sentences the backward of torch's fused attention takes five times
-    # as long. In float32 although the rest is bfloat16: products this small took three times as long in bfloat16, in
-    # part because a kernel is built for every new shape (B, T).
-    with torch.autocast("cpu", enabled=False):
-        weights = ((q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)).softmax(-1)   # (B, H, T, T)
-        return dropout(weights, p) @ v
+def keep_freed_memory():
+    """
+    The scripts call this first. glibc gives large blocks back to the system as soon as they are free, and the system
+    clears them anew, hundreds of megabytes in every step: 3 to 10 % of it. Nothing happens with another C library.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)           # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: what is free at the end of the heap stays
+
+
+def as_contiguous(x, dtype):
+    """ cast and reorder in one copy """
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()   # to() does neither if x has the dtype
+
+
+class PackedAttention(torch.autograd.Function):
+    """
+    softmax(q k^T / sqrt(D)) v within every text, for training on CPU: qkv (N, 3C) -> (N, C), gradient by hand. A batch
+    of sentences has dozens of groups with small products; autograd's cutting, copying and gluing took longer than
+    these, and for texts so short the backward of torch's fused attention five times as long. In float32 although the
+    rest is bfloat16: for small products of ever new shapes (B, T) that is three times as fast.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, groups, heads, p):
+        N, C, D = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // heads
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        keep = dropout_mask(heads * sum(B * T * T for B, T in groups), p, dtype) if p else None   # of all groups
+        mixed, saved, row, entry = qkv.new_empty(N, C), [], 0, 0
+        for B, T in groups:
+            part = qkv[row:row + B * T].view(B, T, 3, heads, D).permute(2, 0, 3, 1, 4)
+            q, k, v = as_contiguous(part, dtype).view(3, B * heads, T, D)
+            weights = torch.bmm(q, k.mT).mul_(D**-0.5).softmax(-1)                            # (B * H, T, T)
+            mask = keep[entry:entry + B * heads * T * T].view(weights.shape) if p else None
+            dropped = weights * mask if p else weights
+            out = torch.bmm(dropped, v).view(B, heads, T, D)
+            mixed[row:row + B * T].view(B, T, heads, D).copy_(out.transpose(1, 2))
+            saved += [q, k, v, weights, mask, dropped]
+            row, entry = row + B * T, entry + B * heads * T * T
+        ctx.save_for_backward(*saved)
+        ctx.groups = groups
+        return mixed
+
+    @staticmethod
+    def backward(ctx, grad):
+        N, C = grad.shape
+        grad_qkv, row = grad.new_empty(N, 3 * C), 0
+        for i, (B, T) in enumerate(ctx.groups):
+            q, k, v, weights, mask, dropped = ctx.saved_tensors[6 * i:6 * i + 6]
+            D = q.shape[-1]
+            part = grad[row:row + B * T].view(B, T, C // D, D).transpose(1, 2)
+            g = as_contiguous(part, q.dtype).view(q.shape)                                    # (B * H, T, D)
+            g_weights = torch.bmm(g, v.mT)                                                    # (B * H, T, T)
+            if mask is not None:
+                g_weights *= mask
+            g_scores = torch._softmax_backward_data(g_weights, weights, -1, q.dtype).mul_(D**-0.5)
+            out = grad_qkv[row:row + B * T].view(B, T, 3, C // D, D).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
+            out[0].copy_(torch.bmm(g_scores, k).view(out[0].shape))
+            out[1].copy_(torch.bmm(g_scores.mT, q).view(out[0].shape))
+            out[2].copy_(torch.bmm(dropped.mT, g).view(out[0].shape))
+            row += B * T
+        return grad_qkv, None, None, None
 
 
 class SelfAttention(nn.Module):
@@ -169,14 +238,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         C, p = x.shape[1], self.p if self.training else 0.0
+        qkv = self.qkv(x)                                                                     # (N, 3C)
+        if x.device.type == "cpu" and (self.training or torch.is_grad_enabled()):
+            with torch.autocast("cpu", enabled=False):
+                mixed = PackedAttention.apply(qkv, groups, self.heads, p)
+            return self.out(mixed)                                                            # (N, C)
         mixed = []
-        # split, not slices: the backward of a slice fills a tensor of the full size with zeros, once per group
-        for (B, T), qkv in zip(groups, self.qkv(x).split([B * T for B, T in groups])):
-            qkv = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
-            if x.device.type == "cpu" and torch.is_grad_enabled():
-                qkv = qkv.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
-            mixed.append(attention(*qkv, p).transpose(1, 2).reshape(B * T, C))
-        return self.out(torch.cat(mixed))                                                 # (N, C)
+        for (B, T), part in zip(groups, qkv.split([B * T for B, T in groups])):
+            q, k, v = part.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+            part = F.scaled_dot_product_attention(q, k, v, dropout_p=p)   # no text has padding to hide
+            mixed.append(part.transpose(1, 2).reshape(B * T, C))
+        return self.out(torch.cat(mixed))                                                     # (N, C)
 
 
 class Block(nn.Module):

@@ -24,9 +24,6 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch loads: oneDNN keeps the kernel of every shape it meets, and every batch has its own number of tokens.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -36,8 +33,8 @@ import torch.nn.functional as F
 import data
 from evaluate import git_commit
 from finetune_srl import HelpFormatter
-from model import (Bert, BertConfig, MLMHead, check_sizes, dropout, fast_dtype, from_pretrained, load_head, pack,
-                   paper_sizes, parse_sizes, save_pretrained, size_name)
+from model import (Bert, BertConfig, MLMHead, check_sizes, dropout, fast_dtype, from_pretrained,
+                   keep_freed_memory, load_head, pack, paper_sizes, parse_sizes, save_pretrained, size_name)
 
 HELD_OUT = 500          # documents that are never trained on: the validation loss
 PIECE = 1024            # rows of logits at a time: 48 MB in float32 and bfloat16 with 8,192 words, 187 MB with 30,522
@@ -160,17 +157,18 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     """
     bert, transform = model.bert, model.head.transform
     to = lambda array: torch.from_numpy(array).to(batch.input_ids.device, non_blocking=True)
+    shown = lambda ids: batch._replace(input_ids=F.pad(to(ids), (0, len(batch.input_ids) - len(ids))))   # fillers: 0
     encoder_masked, decoder_masked = to(masked.encoder_masked), to(masked.decoder_masked)       # (M,), (M',)
 
     # encode
-    taps = bert(batch._replace(input_ids=to(masked.encoder_ids)), [n for n, _ in sizes])        # S x (N, C)
+    taps = bert(shown(masked.encoder_ids), [n for n, _ in sizes])                               # S x (N, C)
     hidden = [transform(h[encoder_masked, :d]) for h, (_, d) in zip(taps, sizes)]               # S x (M, C)
     labels = [batch.input_ids[encoder_masked]] * len(sizes)
     if objective == "smae":
         # bottleneck
         bottleneck = torch.stack([transform(h[batch.starts, :d]) for h, (_, d) in zip(taps, sizes)])   # (S, B, C)
         # decode
-        embeddings = bert.embed(batch._replace(input_ids=to(masked.decoder_ids)))                      # (N, C)
+        embeddings = bert.embed(shown(masked.decoder_ids))                                             # (N, C)
         hidden += transform(decode(model.decoder, embeddings, bottleneck, batch, decoder_masked))      # S x (M', C)
         labels += [batch.input_ids[decoder_masked]] * len(sizes)
     # loss: all rows in one call, each weighted so that the sum is the mean over terms of the mean over positions
@@ -293,6 +291,7 @@ def check_resumed(args, saved):
 
 def main(args):
     start = time.time()
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     out_dir = Path(args.out_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun sets them
@@ -417,7 +416,7 @@ def main(args):
     def loss_of(documents, seed):
         """ -> smae_loss, number of tokens, arithmetic of the step """
         masked = data.smae_batch(documents, args.max_length, rates, tokenizer, seed)
-        batch = pack(masked.texts, args.device)
+        batch = pack(masked.texts, args.device, multiple=128)
         with autocast:
             found = smae_loss(model, batch, masked, sizes, args.objective)
         N, M = len(masked.encoder_ids), len(masked.encoder_masked)

@@ -1,13 +1,22 @@
 """
-What does packing buy? One SRL step of this project against the same step on padded batches of transformers' BertModel: same
-weights, texts, loss, dtype and optimizer, in turn, medians. Not a test: pytest does not collect it.
+How fast is this, against what people would pick instead and against the machine? No test: pytest does not collect it.
 
-    python tests/bench.py MODEL PAIRS [--batch_size 64] [--max_length 64] [--dtype bfloat16]
+    python tests/bench.py MODEL PAIRS [--parts srl encode] [--batch_size 64] [--max_length 64]
 
-MODEL: a BERT folder; PAIRS: anything finetune_srl.py --train_pairs takes.
+MODEL: a BERT folder; PAIRS: what finetune_srl.py --train_pairs takes, with one negative a row. Every figure is measured
+in this run: the contestants, a process each, take their steps in turn, on the same rows, weights, dropout 0.1 and
+bfloat16 autocast; medians. A step is forward, loss, backward, clipping, fused AdamW; tokenising and padding are done
+before the clock starts. Encoding includes tokenising. Useful arithmetic: 6 x parameters of the blocks x real tokens,
+2 x in encoding. Without sentence-transformers its rows are left out. Matryoshka2dLoss runs as it comes: the last layer
+and one other a step, one of the dims at each.
 """
 import argparse
+import functools
+import importlib.util
+import itertools
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,68 +25,239 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-from finetune_srl import srl_loss
-from model import from_pretrained, pack, paper_sizes
+import evaluate
+from finetune_srl import cached_backward, srl_loss
+from model import from_pretrained, keep_freed_memory, pack, paper_sizes
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+
+def update(parameters, optimizer):
+    """ the end of everybody's step """
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# contestants: args -> prepare, step; prepare(B rows of three strings) -> what step takes
+
+
+def packed(args, sizes=None, micro_batch=0):
+    """ this project """
+    keep_freed_memory()
+    tokenizer = data.load_tokenizer(args.model)
+    model = from_pretrained(args.model, **DROPOUT).train()
+    sizes = sizes or paper_sizes(model.config)
+    optimizer = model.configure_optimizers(1e-6, 0.0)
+
+    def prepare(rows):
+        return [ids for texts in zip(*rows) for ids in data.tokenize(list(texts), tokenizer, args.max_length)]
+
+    def embed(texts):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.encode(pack(texts, multiple=128), [layer for layer, _ in sizes])
+
+    def step(texts):
+        Q = len(texts) // 3
+        loss_of = lambda taps: srl_loss({n: t[:Q] for n, t in taps.items()}, {n: t[Q:] for n, t in taps.items()},
+                                        sizes, "cosine", 0.05, 1.0)
+        if micro_batch:
+            cached_backward(embed, texts, -(-Q // micro_batch), loss_of, lambda loss: loss)
+        else:
+            loss_of(embed(texts))[0].backward()
+        update(model.parameters(), optimizer)
+    return prepare, step
+
+
+def packed_full_size(args):
+    """ this project, the full size alone """
+    config = from_pretrained(args.model).config
+    return packed(args, paper_sizes(config)[-1:])
+
+
+def packed_micro_batch(args):
+    """ this project, 16 times the batch, --micro_batch of the batch """
+    return packed(args, micro_batch=args.batch_size)
+
+
+def padded(args):
+    """ transformers' BertModel, one padded batch, our loss """
+    from transformers import BertModel
+    tokenizer = data.load_tokenizer(args.model)
+    model = BertModel.from_pretrained(args.model, add_pooling_layer=False, **DROPOUT).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    sizes = paper_sizes(model.config)
+
+    def prepare(rows):
+        texts = [text for column in zip(*rows) for text in column]
+        return tokenizer(texts, padding=True, truncation=True, max_length=args.max_length, return_tensors="pt")
+
+    def step(batch):
+        Q = len(batch["input_ids"]) // 3
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model(**batch, output_hidden_states=True).hidden_states
+        mask = batch["attention_mask"][:, :, None]
+        taps = {layer: (hidden[layer] * mask).sum(1) / mask.sum(1) for layer, _ in sizes}   # (Q + P, C)
+        srl_loss({n: t[:Q] for n, t in taps.items()}, {n: t[Q:] for n, t in taps.items()}, sizes, "cosine", 0.05,
+                 1.0)[0].backward()
+        update(model.parameters(), optimizer)
+    return prepare, step
+
+
+def sentence_transformers(args, two_d=False):
+    """ its MultipleNegativesRankingLoss; every column padded to its longest text, as its collator does """
+    from sentence_transformers import SentenceTransformer, losses
+    model = SentenceTransformer(args.model, device="cpu", config_kwargs=DROPOUT).train()
+    model.max_seq_length = args.max_length
+    loss_of = losses.MultipleNegativesRankingLoss(model)
+    if two_d:
+        config = model[0].auto_model.config
+        loss_of = losses.Matryoshka2dLoss(model, loss_of, sorted({dim for _, dim in paper_sizes(config)}, reverse=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def prepare(rows):
+        return [model.preprocess(list(texts)) for texts in zip(*rows)]
+
+    def step(columns):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of([dict(column) for column in columns], None)   # it writes into what it is given
+        loss.backward()
+        update(model.parameters(), optimizer)
+    return prepare, step
+
+
+def sentence_transformers_2d(args):
+    """ its Matryoshka2dLoss, with the dims of our sizes """
+    return sentence_transformers(args, two_d=True)
+
+
+# The SMAE step comes here when there is one: smae(args) -> prepare, step; its row goes to CONTESTANTS.
+
+MICRO_BATCH = "here, 16 x the batch, --micro_batch"
+CONTESTANTS = {"here": packed, "here, full size alone": packed_full_size,
+               "sentence-transformers Matryoshka2dLoss": sentence_transformers_2d,
+               "sentence-transformers MultipleNegativesRankingLoss": sentence_transformers,
+               "transformers, padded": padded, MICRO_BATCH: packed_micro_batch}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parts
+
+
+def measure_peak(config, tokens, dtype):
+    """ FLOP/s of the matrix product: the median of ten, the better of the block's widest and a square one """
+    best = 0.0
+    for M, K, N in ((tokens, config.hidden_size, config.intermediate_size), (2048, 2048, 2048)):
+        a, b, times = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), []
+        for _ in range(13):
+            start = time.perf_counter()
+            a @ b.T
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * M * K * N / statistics.median(times[3:]))
+    return best
+
+
+def median_in_turn(functions, rounds):
+    """ {name: function of the number of the round} -> {name: median seconds}; two rounds to warm up """
+    seconds = {name: [] for name in functions}
+    for number in range(-2, rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            took = function(number + 2)   # what a worker measured itself
+            seconds[name].append(took or time.perf_counter() - start)
+    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+def work(args, rows):
+    """ a process of its own for each contestant: the number of a batch comes in, seconds and peak kilobytes go out """
+    large = 16 if args.worker == MICRO_BATCH else 1
+    prepare, step = CONTESTANTS[args.worker](args)
+    for line in sys.stdin:
+        first = int(line) * args.batch_size % len(rows)
+        batch = prepare(rows[first:first + large * args.batch_size])
+        start = time.perf_counter()
+        step(batch)
+        print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+
+
+def table(title, seconds, tokens, flops, peaks, first="here"):
+    """ one row a contestant, all against the first; flops {name: FLOP} """
+    print(f"\n{title}\n{'':52} {'ms':>7} {'x ours':>7} {'tokens/s':>9}  share of the bfloat16 / float32 peak")
+    for name, s in seconds.items():
+        shares = " / ".join(f"{flops[name] / s / peak:.0%}" for peak in peaks.values())
+        print(f"{name:52} {1000 * s:7.0f} {s / seconds[first]:7.2f} {tokens / s:9.0f}  {shares}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("pairs")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--max_length", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--parts", nargs="+", choices=["srl", "encode"], default=["srl", "encode"])
+    parser.add_argument("--batch_size", type=int, default=64, help="rows a step")
+    parser.add_argument("--max_length", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant, after two to warm up")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)   # the name of the contestant that this process is
     args = parser.parse_args()
+    rows = [(query, positives[0], negatives[0]) for query, positives, negatives
+            in itertools.islice(iter(data.load_pairs(args.pairs)), 16 * args.batch_size) if negatives]
 
-    from transformers import BertModel
-    tokenizer = data.load_tokenizer(args.model)
-    pairs = data.tokenize_pairs(data.load_pairs(args.pairs), tokenizer, args.max_length, args.max_length)
-    ours = from_pretrained(args.model, hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout).train()
-    theirs = BertModel.from_pretrained(args.model, add_pooling_layer=False, hidden_dropout_prob=args.dropout,
-                                       attention_probs_dropout_prob=args.dropout).train()
-    sizes = paper_sizes(ours.config)
-    layers = [layer for layer, _ in sizes]
-    autocast = torch.autocast("cpu", getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    if args.worker:
+        work(args, rows)
+        return
 
-    def encode_packed(texts):
-        return ours.encode(pack(texts), layers)
+    installed = importlib.util.find_spec("sentence_transformers") is not None
+    if not installed:
+        print("sentence-transformers is not installed: its rows are left out")
+    names = [name for name in CONTESTANTS if installed or not name.startswith("sentence")]
+    model, tokenizer = from_pretrained(args.model), data.load_tokenizer(args.model)
+    parameters = sum(p.numel() for p in model.blocks.parameters())
+    peaks = {dtype: measure_peak(model.config, 3072, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; peak of the matrix products: " +
+          ", ".join(f"{dtype} {peak / 1e9:.0f} GFLOP/s".removeprefix("torch.") for dtype, peak in peaks.items()))
 
-    def encode_padded(texts):
-        longest = max(map(len, texts))
-        input_ids = torch.zeros(len(texts), longest, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for i, text in enumerate(texts):
-            input_ids[i, :len(text)], mask[i, :len(text)] = torch.from_numpy(text.astype("int64")), 1
-        hidden = theirs(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        weights = mask[:, :, None] / mask.sum(1)[:, None, None]
-        return {layer: (hidden[layer] * weights).sum(1) for layer in layers}
+    if "srl" in args.parts:
+        command = [sys.executable, __file__, args.model, args.pairs, "--batch_size", str(args.batch_size),
+                   "--max_length", str(args.max_length), "--worker"]
+        workers = {name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                          stderr=subprocess.DEVNULL) for name in names}
+        kilobytes = {}
+        def ask(name, number):
+            print(number, file=workers[name].stdin, flush=True)
+            seconds, kilobytes[name] = workers[name].stdout.readline().split()
+            return float(seconds)
+        seconds = median_in_turn({name: functools.partial(ask, name) for name in names if name != MICRO_BATCH},
+                                 args.rounds)
+        texts = [text for row in rows[2 * args.batch_size:(2 + args.rounds) * args.batch_size] for text in row]
+        tokens = sum(map(len, data.tokenize(texts, tokenizer, args.max_length))) / args.rounds
+        table(f"SRL step, {args.batch_size} rows, {tokens:.0f} tokens, bfloat16", seconds, tokens,
+              dict.fromkeys(names, 6 * parameters * tokens), peaks)
+        ask(MICRO_BATCH, 0)   # the optimizer has its memory from here on
+        micro = ask(MICRO_BATCH, 0)
+        print(f"{MICRO_BATCH:52} {1000 * micro:7.0f} {micro / seconds['here'] / 16:7.2f} a row")
+        for worker in workers.values():
+            worker.stdin.close()
+        print(f"\npeak memory, a process each\n{'':52} {'GB':>7} {'x ours':>7}")
+        for name, peak in kilobytes.items():
+            print(f"{name:52} {int(peak) / 1e6:7.2f} {int(peak) / int(kilobytes['here']):7.2f}")
 
-    contestants = {"packed": (encode_packed, ours.configure_optimizers(1e-6, 0.0)),
-                   "padded": (encode_padded, torch.optim.AdamW(theirs.parameters(), lr=1e-6, fused=True))}
-    seconds = {name: [] for name in contestants}
-    useful = padded = 0
-    for step in range(-2, args.steps):   # two to warm up
-        queries, passages = data.srl_batch(pairs, args.batch_size, 1, 1, step + 2)
-        texts = queries + passages
-        useful, padded = useful + sum(map(len, texts)), padded + len(texts) * max(map(len, texts))
-        for name, (encode, optimizer) in contestants.items():
-            start = time.perf_counter()
-            with autocast:
-                taps = encode(texts)
-            loss, _, _ = srl_loss({n: t[:len(queries)] for n, t in taps.items()}, {n: t[len(queries):] for n, t in taps.items()},
-                                  sizes, "cosine", 0.05, 1.0)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-            optimizer.step()
-            if step >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    packed_time, padded_time = (statistics.median(seconds[name]) for name in ("packed", "padded"))
-    print(f"{args.batch_size} queries a step, {useful / (args.steps + 2):.0f} tokens, {padded / (args.steps + 2):.0f} when padded to the longest "
-          f"({useful / padded:.0%} of them useful; packed 100%), {args.dtype}, dropout {args.dropout}")
-    print(f"padded {1000 * padded_time:.0f} ms, packed {1000 * packed_time:.0f} ms: {padded_time / packed_time:.2f}x")
+    if "encode" in args.parts:
+        texts = [text for row in rows for text in row]
+        layer = model.config.num_hidden_layers
+        keep_freed_memory()   # one process here, so it serves both sides
+        def embed(dtype, layer, number):
+            evaluate.embed(model, tokenizer, texts, [layer], dtype)
+        runs = {f"here, {dtype}": functools.partial(embed, dtype, layer) for dtype in ("bfloat16", "float32")}
+        runs["here, bfloat16, layer 1 alone"] = functools.partial(embed, "bfloat16", 1)
+        if installed:
+            from sentence_transformers import SentenceTransformer
+            for dtype in ("bfloat16", "float32"):
+                theirs = SentenceTransformer(args.model, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
+                def encode(number, theirs=theirs):
+                    theirs.encode(texts)
+                runs[f"sentence-transformers encode, {dtype}"] = encode
+        seconds = median_in_turn(runs, 3)
+        tokens = sum(map(len, data.tokenize(texts, tokenizer, tokenizer.model_max_length)))
+        flops = {name: 2 * parameters * tokens / (layer if "alone" in name else 1) for name in runs}
+        table(f"encoding {len(texts)} texts, {tokens} tokens", seconds, tokens, flops, peaks, "here, bfloat16")
 
 
 if __name__ == "__main__":

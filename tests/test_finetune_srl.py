@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import data
 import finetune_srl
-from finetune_srl import get_lr, main, parse_args, srl_loss
+from finetune_srl import cached_backward, get_lr, main, parse_args, srl_loss
 from model import Bert, BertConfig, from_pretrained, pack
 
 ROOT = Path(finetune_srl.__file__).parent
@@ -76,6 +77,44 @@ def test_gradient_of_the_loss():
     small = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     loss = lambda x: srl_loss({1: x[:2], 2: full[:2]}, {1: x[2:], 2: full[2:]}, ((1, 4), (2, 6)), "cosine", 0.5, 1.0)[0]
     assert torch.autograd.gradcheck(loss, small)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradient_caching_equals_one_large_batch(config, texts, p, chunks):
+    """ 4 queries, 4 positives and 4 negatives, 4 sizes: every gradient to rounding in float64, with dropout too """
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = p
+    torch.manual_seed(0)
+    model = Bert(config).double().train()
+    embed = lambda texts: model.encode(pack(texts), [1, 2, 3, 4])
+    loss_of = lambda taps: srl_loss({n: t[:4] for n, t in taps.items()}, {n: t[4:] for n, t in taps.items()},
+                                    ((1, 8), (2, 16), (3, 32), (4, 48)), "cosine", 0.1, 1.0)
+    torch.manual_seed(1)
+    parts = [embed(texts[k::chunks]) for k in range(chunks)]   # all graphs at once; dropout as drawn chunk by chunk
+    order = [i for k in range(chunks) for i in range(len(texts))[k::chunks]]
+    back = [order.index(i) for i in range(len(texts))]
+    expected, _, _ = loss_of({n: torch.cat([part[n] for part in parts])[back] for n in (1, 2, 3, 4)})
+    expected.backward()
+    random_state = torch.get_rng_state()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss, nce, kl = cached_backward(embed, texts, chunks, loss_of, scale=lambda loss: loss)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12) and len(nce) == len(kl) == 4
+    for gradient, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), random_state)    # the next step continues as it would have
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_micro_batch_trains_as_the_whole_batch(pairs_file, tmp_path, dtype):
+    """ --micro_batch 5 of 16: the log of a run is that of a run without, to rounding; as large as the batch, exactly """
+    def losses(name, *flags):
+        run(pairs_file, tmp_path / name, "--dtype", dtype, *flags)
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    whole = losses("a")
+    assert losses("b", "--micro_batch", "5") == pytest.approx(whole, abs=1e-5 if dtype == "float32" else 2e-2)
+    assert losses("c", "--micro_batch", "16", "--dropout", "0.1") == losses("d", "--dropout", "0.1")
 
 
 def test_overfits_one_batch(pairs_file, tokenizer):
@@ -185,3 +224,26 @@ def test_stops_when_the_loss_is_not_a_number(pairs_file, tmp_path):
     with pytest.raises(FloatingPointError, match="step .*the loss is .*--learning_rate"):
         run(pairs_file, tmp_path / "a", "--learning_rate", "1e30", "--grad_clip", "0")
     assert not (tmp_path / "a" / "model.safetensors").exists()
+
+
+def test_compile_takes_any_length_without_breaks(config):
+    """ --compile: no graph break (fullgraph) and at most three graphs for 12 lengths in 10 blocks, dropout on """
+    from torch._dynamo.testing import CompileCounter
+    config.num_hidden_layers, config.hidden_dropout_prob = 10, 0.1   # more blocks than dynamo's limit of recompilations
+    model, counter = Bert(config).train(), CompileCounter()
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.rest = torch.compile(block.rest, dynamic=True, fullgraph=True, backend=counter)
+    rng, after_two = np.random.default_rng(0), None
+    for step in range(12):
+        texts = [rng.integers(5, 97, size=n) for n in rng.integers(3, 40, size=5 + step)]
+        model.encode(pack(texts), [10])[10].sum().backward()
+        after_two = counter.frame_count if step == 1 else after_two
+    assert counter.frame_count == after_two <= 3
+
+
+def test_help_loads_nothing_slow():
+    """ what takes seconds to import is imported where it is used: --help needs torch and not much else """
+    code = ("import sys, finetune_srl; slow = {'transformers', 'datasets', 'scipy.stats', 'matplotlib'} & set(sys.modules); "
+            "sys.exit(str(slow) if slow else 0)")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -74,6 +74,21 @@ def test_no_token_of_a_pack_is_padding(texts):
         pack([texts[0], np.array([], dtype=np.int64)])
 
 
+def test_fillers_belong_to_nobody(model, texts):
+    """ N filled up to a multiple of 64: the same embeddings and gradients to rounding, for both poolings """
+    for pooling in ("mean", "cls"):
+        model.config.pooling, found = pooling, []
+        for multiple in (1, 64):
+            batch = pack(texts, multiple=multiple)
+            assert len(batch.input_ids) % multiple == 0 and len(batch.starts) == len(texts)
+            model.zero_grad()
+            embedding = model.encode(batch, [4])[4]
+            embedding.square().mean().backward()
+            found.append([embedding.detach()] + [p.grad for p in model.parameters()])
+        for plain, filled in zip(*found):
+            torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_early_exit_is_exact_and_runs_nothing_above(model, texts):
     """ layers=[2] equals layers=[2, 4] at layer 2 bit by bit, and the blocks above 2 do not run """
     batch = pack(texts)

@@ -395,7 +395,9 @@ def main(args):
         out_dir.mkdir(parents=True, exist_ok=True)
         versions = {"commit": git_commit(), "torch": torch.__version__}
         (out_dir / "args.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
-        log_file = open(out_dir / "log.jsonl", "a" if args.resume else "w")
+        kept = (out_dir / "log.jsonl").read_text().splitlines(keepends=True) if args.resume else []
+        log_file = open(out_dir / "log.jsonl", "w")   # without the steps behind the checkpoint, which come again
+        log_file.writelines(line for line in kept if json.loads(line)["step"] <= first_step)
         print(f"{args.objective}, {max_steps - first_step} steps of {args.batch_size} documents; sizes "
               f"{', '.join(map(size_name, sizes))}; {sum(p.numel() for p in trained) / 1e6:.2f}M parameters; "
               f"{args.dtype} on {args.device}, whose matrix products reach {peak / 1e12:.2f} TFLOP/s")

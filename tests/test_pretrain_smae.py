@@ -304,6 +304,8 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(pretrain_smae.os, "replace", replace)
         train(text_file, tmp_path / "halves", *flags)
+    with open(tmp_path / "halves" / "log.jsonl", "a") as log:
+        log.write('{"step": 5, "loss": 1.0}\n')   # as if the run had been killed after a fifth step
     train(text_file, tmp_path / "halves", *flags, "--resume")
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 10
     a, b = state(tmp_path / "halves"), state(tmp_path / "whole")

@@ -2,15 +2,19 @@
 How fast is this, against what people would pick instead and against the machine? No test: pytest does not collect it.
 
     python tests/bench.py MODEL PAIRS [--parts srl encode] [--batch_size 64] [--max_length 64]
+    python tests/bench.py MODEL TEXT --parts windows paragraphs --batch_size 16 --rounds 3
 
-MODEL: a BERT folder; PAIRS: what finetune_srl.py --train_pairs takes, with one negative a row. Every figure is measured
-in this run: the contestants, a process each, take their steps in turn, on the same rows, weights, dropout 0.1 and
-bfloat16 autocast; medians. A step is forward, loss, backward, clipping, fused AdamW; tokenising and padding are done
-before the clock starts. Encoding includes tokenising. Useful arithmetic: 6 x parameters of the blocks x real tokens,
-2 x in encoding. Without sentence-transformers its rows are left out. Matryoshka2dLoss runs as it comes: the last layer
-and one other a step, one of the dims at each.
+MODEL: a BERT folder; PAIRS: what finetune_srl.py --train_pairs takes, with one negative a row; TEXT: what
+pretrain_smae.py --train_text takes, for the SMAE step at the shape of BERT-base: windows of 128 tokens, all full, or
+whole paragraphs of 512 tokens at most. Every figure is measured in this run: the contestants, a process each, take
+their steps in turn, on the same rows, dropout 0.1 and bfloat16 autocast, from the same weights (SMAE: random ones);
+medians. A step is forward, loss, backward, clipping, fused AdamW; tokenising and padding are done before the clock
+starts. Encoding includes tokenising. Useful arithmetic: 6 x parameters of the blocks x real tokens, 2 x in encoding,
+and `arithmetic` of pretrain_smae.py. Without sentence-transformers its rows are left out. Matryoshka2dLoss runs as it
+comes: the last layer and one other a step, one of the dims at each.
 """
 import argparse
+import copy
 import functools
 import importlib.util
 import itertools
@@ -21,13 +25,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import evaluate
 from finetune_srl import cached_backward, srl_loss
-from model import from_pretrained, keep_freed_memory, pack, paper_sizes
+from model import Bert, BertConfig, MLMHead, from_pretrained, keep_freed_memory, pack, paper_sizes
+from pretrain_smae import SMAE, arithmetic, smae_loss
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -131,13 +138,95 @@ def sentence_transformers_2d(args):
     return sentence_transformers(args, two_d=True)
 
 
-# The SMAE step comes here when there is one: smae(args) -> prepare, step; its row goes to CONTESTANTS.
+# SMAE, at the shape of BERT-base, from random weights: args -> prepare, step; prepare(B documents of token ids)
 
+
+def smae_masked(args):
+    """ documents -> Masked, the same for both sides """
+    tokenizer = data.load_tokenizer(args.model)
+    return lambda documents: data.smae_batch(documents, args.max_length, (0.2, 0.4), tokenizer, [len(documents[0])])
+
+
+def smae_packed(args, micro_batch=None):
+    """ this project """
+    keep_freed_memory()
+    config = BertConfig()
+    model = SMAE(Bert(config), MLMHead(config)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    masked_of = smae_masked(args)
+
+    def prepare(documents):
+        size = micro_batch or len(documents)
+        return [masked_of(documents[i:i + size]) for i in range(0, len(documents), size)]
+
+    def step(pieces):
+        for masked in pieces:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _, _ = smae_loss(model, pack(masked.texts, multiple=128), masked, paper_sizes(config))
+            (loss / len(pieces)).backward()
+        update(model.parameters(), optimizer)
+    return prepare, step
+
+
+def smae_micro_batch(args):
+    """ this project, --micro_batch 4 """
+    return smae_packed(args, micro_batch=4)
+
+
+def smae_padded(args):
+    """ transformers' BertForMaskedLM and BertLayer, padded to the longest, vocabulary heads at all positions """
+    from transformers import BertConfig as Config, BertForMaskedLM
+    model = BertForMaskedLM(Config()).train()
+    model.smae_decoder = copy.deepcopy(model.bert.encoder.layer[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    head, sizes = model.cls.predictions, paper_sizes(BertConfig())
+    masked_of = smae_masked(args)
+
+    def prepare(documents):
+        masked = masked_of(documents)
+        lengths = [len(text) for text in masked.texts]
+        def pad(flat, fill):
+            padded = np.full((len(lengths), max(lengths)), fill)                                  # (B, T)
+            padded[np.arange(max(lengths)) < np.array(lengths)[:, None]] = flat
+            return torch.from_numpy(padded)
+        def labels(positions):
+            true, flat = np.concatenate(masked.texts), np.full(sum(lengths), -100)
+            flat[positions] = true[positions]
+            return pad(flat, -100).flatten()
+        return (pad(masked.encoder_ids, 0), labels(masked.encoder_masked), pad(masked.decoder_ids, 0),
+                labels(masked.decoder_masked), pad(np.ones(sum(lengths), dtype=np.int64), 0))
+
+    def transform(x):
+        dense = head.transform.dense
+        return head.transform.LayerNorm(F.gelu(F.linear(x, dense.weight[:, :x.shape[-1]], dense.bias)))
+
+    def step(batch):
+        encoder_ids, encoder_labels, decoder_ids, decoder_labels, mask = batch
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.bert(encoder_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            embeddings, terms = model.bert.embeddings(decoder_ids), []
+            bias = torch.zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
+            for layer, dim in sizes:
+                tap = hidden[layer][:, :, :dim]                                                   # (B, T, D)
+                terms.append(F.cross_entropy(head.decoder(transform(tap)).flatten(0, 1), encoder_labels))
+                inputs = torch.cat([transform(tap[:, :1]).to(embeddings.dtype), embeddings[:, 1:]], 1)
+                decoded = model.smae_decoder(inputs, attention_mask=bias)
+                decoded = decoded[0] if isinstance(decoded, tuple) else decoded                   # (B, T, C)
+                terms.append(F.cross_entropy(head.decoder(transform(decoded)).flatten(0, 1), decoder_labels))
+        (sum(terms) / len(terms)).backward()
+        update(model.parameters(), optimizer)
+    return prepare, step
+
+
+SMAE_LENGTHS = {"windows": 128, "paragraphs": 512}   # tokens at most
 MICRO_BATCH = "here, 16 x the batch, --micro_batch"
 CONTESTANTS = {"here": packed, "here, full size alone": packed_full_size,
                "sentence-transformers Matryoshka2dLoss": sentence_transformers_2d,
                "sentence-transformers MultipleNegativesRankingLoss": sentence_transformers,
                "transformers, padded": padded, MICRO_BATCH: packed_micro_batch}
+SMAE_CONTESTANTS = {"here": smae_packed, "here, --micro_batch 4": smae_micro_batch,
+                    "transformers, padded, heads at all positions": smae_padded}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # parts
@@ -167,16 +256,48 @@ def median_in_turn(functions, rounds):
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
 
-def work(args, rows):
+def load_rows(args, part):
+    """ what the contestants of a part take their batches from """
+    if part in ("srl", "encode"):
+        return [(query, positives[0], negatives[0]) for query, positives, negatives
+                in itertools.islice(iter(data.load_pairs(args.source)), 16 * args.batch_size) if negatives]
+    documents = data.tokenize_documents(data.load_texts(args.source), data.load_tokenizer(args.model))
+    if part == "windows":
+        documents = (document for document in documents if len(document) >= SMAE_LENGTHS[part] - 2)
+    return list(itertools.islice(documents, (2 + args.rounds) * args.batch_size))
+
+
+def work(args):
     """ a process of its own for each contestant: the number of a batch comes in, seconds and peak kilobytes go out """
+    rows = load_rows(args, args.parts[0])
     large = 16 if args.worker == MICRO_BATCH else 1
-    prepare, step = CONTESTANTS[args.worker](args)
+    prepare, step = (CONTESTANTS if args.parts[0] == "srl" else SMAE_CONTESTANTS)[args.worker](args)
     for line in sys.stdin:
         first = int(line) * args.batch_size % len(rows)
         batch = prepare(rows[first:first + large * args.batch_size])
         start = time.perf_counter()
         step(batch)
         print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+
+
+def start_workers(names, args, part, max_length):
+    """ -> ask(name, number of a batch) -> seconds; {name: peak kilobytes} filled in as they come """
+    command = [sys.executable, __file__, args.model, args.source, "--batch_size", str(args.batch_size), "--max_length",
+               str(max_length), "--rounds", str(args.rounds), "--parts", part, "--worker"]
+    workers = {name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+               for name in names}
+    kilobytes = {}
+    def ask(name, number):
+        print(number, file=workers[name].stdin, flush=True)
+        seconds, kilobytes[name] = workers[name].stdout.readline().split()
+        return float(seconds)
+    return ask, kilobytes
+
+
+def print_memory(kilobytes):
+    print(f"\npeak memory, a process each\n{'':52} {'GB':>7} {'x ours':>7}")
+    for name, peak in kilobytes.items():
+        print(f"{name:52} {int(peak) / 1e6:7.2f} {int(peak) / int(kilobytes['here']):7.2f}")
 
 
 def table(title, seconds, tokens, flops, peaks, first="here"):
@@ -190,18 +311,15 @@ def table(title, seconds, tokens, flops, peaks, first="here"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--parts", nargs="+", choices=["srl", "encode"], default=["srl", "encode"])
+    parser.add_argument("source", help="PAIRS or TEXT")
+    parser.add_argument("--parts", nargs="+", choices=["srl", "encode", *SMAE_LENGTHS], default=["srl", "encode"])
     parser.add_argument("--batch_size", type=int, default=64, help="rows a step")
     parser.add_argument("--max_length", type=int, default=64, help="tokens of a text")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant, after two to warm up")
     parser.add_argument("--worker", help=argparse.SUPPRESS)   # the name of the contestant that this process is
     args = parser.parse_args()
-    rows = [(query, positives[0], negatives[0]) for query, positives, negatives
-            in itertools.islice(iter(data.load_pairs(args.pairs)), 16 * args.batch_size) if negatives]
-
     if args.worker:
-        work(args, rows)
+        work(args)
         return
 
     installed = importlib.util.find_spec("sentence_transformers") is not None
@@ -215,15 +333,8 @@ def main():
           ", ".join(f"{dtype} {peak / 1e9:.0f} GFLOP/s".removeprefix("torch.") for dtype, peak in peaks.items()))
 
     if "srl" in args.parts:
-        command = [sys.executable, __file__, args.model, args.pairs, "--batch_size", str(args.batch_size),
-                   "--max_length", str(args.max_length), "--worker"]
-        workers = {name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                          stderr=subprocess.DEVNULL) for name in names}
-        kilobytes = {}
-        def ask(name, number):
-            print(number, file=workers[name].stdin, flush=True)
-            seconds, kilobytes[name] = workers[name].stdout.readline().split()
-            return float(seconds)
+        rows = load_rows(args, "srl")
+        ask, kilobytes = start_workers(names, args, "srl", args.max_length)
         seconds = median_in_turn({name: functools.partial(ask, name) for name in names if name != MICRO_BATCH},
                                  args.rounds)
         texts = [text for row in rows[2 * args.batch_size:(2 + args.rounds) * args.batch_size] for text in row]
@@ -233,14 +344,21 @@ def main():
         ask(MICRO_BATCH, 0)   # the optimizer has its memory from here on
         micro = ask(MICRO_BATCH, 0)
         print(f"{MICRO_BATCH:52} {1000 * micro:7.0f} {micro / seconds['here'] / 16:7.2f} a row")
-        for worker in workers.values():
-            worker.stdin.close()
-        print(f"\npeak memory, a process each\n{'':52} {'GB':>7} {'x ours':>7}")
-        for name, peak in kilobytes.items():
-            print(f"{name:52} {int(peak) / 1e6:7.2f} {int(peak) / int(kilobytes['here']):7.2f}")
+        print_memory(kilobytes)
+
+    for part in [part for part in args.parts if part in SMAE_LENGTHS]:
+        rows, length = load_rows(args, part)[2 * args.batch_size:], SMAE_LENGTHS[part]
+        ask, kilobytes = start_workers(SMAE_CONTESTANTS, args, part, length)
+        seconds = median_in_turn({name: functools.partial(ask, name) for name in SMAE_CONTESTANTS}, args.rounds)
+        N = sum(min(len(document) + 2, length) for document in rows) / args.rounds
+        config = BertConfig()
+        flops = arithmetic(config, paper_sizes(config), "smae", args.batch_size, N, 0.2 * N, 0.4 * N)
+        table(f"SMAE step, BERT-base, {part}, {args.batch_size} texts, {N:.0f} tokens", seconds, N,
+              dict.fromkeys(SMAE_CONTESTANTS, flops), peaks)
+        print_memory(kilobytes)
 
     if "encode" in args.parts:
-        texts = [text for row in rows for text in row]
+        texts = [text for row in load_rows(args, "encode") for text in row]
         layer = model.config.num_hidden_layers
         keep_freed_memory()   # one process here, so it serves both sides
         def embed(dtype, layer, number):

@@ -257,8 +257,8 @@ def arithmetic(config, sizes, objective, B, N, M, M_decoder):
     C, I, V, S = config.hidden_size, config.intermediate_size, config.vocab_size, len(sizes)
     products = N * sizes[-1][0] * (4 * C * C + 2 * C * I) + M * sum(C * d + V * C for _, d in sizes)
     if objective == "smae":
-        products += (N + S * B) * 3 * C * C + S * M_decoder * (C * C + 2 * C * I + C * C + V * C)
-        products += B * sum(C * d for _, d in sizes)
+        products += (3 * N + 2 * S * B) * C * C + B * sum(C * d for _, d in sizes)    # decoder's qkv, bottlenecks
+        products += S * M_decoder * (C * C + 2 * C * I + C * C + V * C)               # the rest of it, head
     return 6 * products
 
 

@@ -38,6 +38,7 @@ from model import (Bert, BertConfig, MLMHead, check_sizes, dropout, fast_dtype, 
 
 HELD_OUT = 500          # documents that are never trained on: the validation loss
 PIECE = 1024            # rows of logits at a time: 48 MB in float32 and bfloat16 with 8,192 words, 187 MB with 30,522
+COUNTED = 10_000_000    # tokens, at most, that the frequencies of the words are taken from
 VOCABULARY = 200_000    # documents, at most, that a vocabulary is trained on
 
 
@@ -68,8 +69,8 @@ def parse_args(argv=None):
     group.add_argument("--hidden_size", type=int, default=192, help="channels, from scratch: a multiple of 64")
     group.add_argument("--vocab_size", type=int, default=8192, help="WordPiece vocabulary, from scratch")
     group.add_argument("--embedding_lr_scale", type=float, default=3.0,
-                       help="learning rate of the embeddings over that of the rest, from scratch: a word is rarer than "
-                            "a block")
+                       help="learning rate of the word embeddings over that of the rest, from scratch: a word is rarer "
+                            "than a block")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--objective", choices=["smae", "mlm"], default="smae",
@@ -366,13 +367,19 @@ def main(args):
             i = i * args.batch_size + piece * micro_batch
             return [text[k] for k in train[data.epoch_order(len(train), args.seed, epoch)[i:i + micro_batch]]]
         max_steps = args.max_steps or max(1, round(args.epochs * steps))
+        if init_from == "scratch":
+            # The bias says how frequent a word is. Else the embeddings have to: all rare ones then move to one side,
+            # until they are hard to tell apart (see results/README.md).
+            ids = text.tokens[:COUNTED] & (np.iinfo(text.tokens.dtype).max >> 1)   # without the bit
+            counts = np.bincount(ids, minlength=len(tokenizer)) + 1
+            with torch.no_grad():
+                head.bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
     # optimizer
     trained = {name: p for name, p in model.named_parameters() if args.objective == "smae" or "decoder" not in name}
-    embeddings = {name: p for name, p in trained.items() if name.startswith(("bert.word", "bert.pos", "bert.token"))}
-    rest = [p for name, p in trained.items() if name not in embeddings]
+    rest = [p for name, p in trained.items() if name != "bert.word.weight"]
     scale = args.embedding_lr_scale if args.init_from == "scratch" else 1.0
-    groups = [{"params": list(embeddings.values()), "weight_decay": args.weight_decay, "scale": scale},
+    groups = [{"params": [bert.word.weight], "weight_decay": args.weight_decay, "scale": scale},
               {"params": [p for p in rest if p.dim() >= 2], "weight_decay": args.weight_decay, "scale": 1.0},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
     trained = list(trained.values())

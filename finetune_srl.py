@@ -80,7 +80,7 @@ def parse_args(argv=None):
                        help="share of the steps in which the rate rises; then it falls linearly to 0")
     group.add_argument("--weight_decay", type=float, default=0.1, help="on the matrices alone")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip")
-    group.add_argument("--epochs", type=float, default=2.5, help="passes over the pairs")
+    group.add_argument("--epochs", type=float, default=3.6, help="passes over the pairs")
     group.add_argument("--max_steps", type=int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
     group.add_argument("--seed", type=int, default=1, help="of the weights, the order of the pairs and dropout")
 

@@ -281,7 +281,7 @@ def work(args):
 
 
 def start_workers(names, args, part, max_length):
-    """ -> ask(name, number of a batch) -> seconds; {name: peak kilobytes} filled in as they come """
+    """ -> ask(name, number of a batch) -> seconds; finish(), which ends the processes and prints their peak memory """
     command = [sys.executable, __file__, args.model, args.source, "--batch_size", str(args.batch_size), "--max_length",
                str(max_length), "--rounds", str(args.rounds), "--parts", part, "--worker"]
     workers = {name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -291,13 +291,14 @@ def start_workers(names, args, part, max_length):
         print(number, file=workers[name].stdin, flush=True)
         seconds, kilobytes[name] = workers[name].stdout.readline().split()
         return float(seconds)
-    return ask, kilobytes
-
-
-def print_memory(kilobytes):
-    print(f"\npeak memory, a process each\n{'':52} {'GB':>7} {'x ours':>7}")
-    for name, peak in kilobytes.items():
-        print(f"{name:52} {int(peak) / 1e6:7.2f} {int(peak) / int(kilobytes['here']):7.2f}")
+    def finish():
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+        print(f"\npeak memory, a process each\n{'':52} {'GB':>7} {'x ours':>7}")
+        for name, peak in kilobytes.items():
+            print(f"{name:52} {int(peak) / 1e6:7.2f} {int(peak) / int(kilobytes['here']):7.2f}", flush=True)
+    return ask, finish
 
 
 def table(title, seconds, tokens, flops, peaks, first="here"):
@@ -334,7 +335,7 @@ def main():
 
     if "srl" in args.parts:
         rows = load_rows(args, "srl")
-        ask, kilobytes = start_workers(names, args, "srl", args.max_length)
+        ask, finish = start_workers(names, args, "srl", args.max_length)
         seconds = median_in_turn({name: functools.partial(ask, name) for name in names if name != MICRO_BATCH},
                                  args.rounds)
         texts = [text for row in rows[2 * args.batch_size:(2 + args.rounds) * args.batch_size] for text in row]
@@ -344,18 +345,18 @@ def main():
         ask(MICRO_BATCH, 0)   # the optimizer has its memory from here on
         micro = ask(MICRO_BATCH, 0)
         print(f"{MICRO_BATCH:52} {1000 * micro:7.0f} {micro / seconds['here'] / 16:7.2f} a row")
-        print_memory(kilobytes)
+        finish()
 
     for part in [part for part in args.parts if part in SMAE_LENGTHS]:
         rows, length = load_rows(args, part)[2 * args.batch_size:], SMAE_LENGTHS[part]
-        ask, kilobytes = start_workers(SMAE_CONTESTANTS, args, part, length)
+        ask, finish = start_workers(SMAE_CONTESTANTS, args, part, length)
         seconds = median_in_turn({name: functools.partial(ask, name) for name in SMAE_CONTESTANTS}, args.rounds)
         N = sum(min(len(document) + 2, length) for document in rows) / args.rounds
         config = BertConfig()
         flops = arithmetic(config, paper_sizes(config), "smae", args.batch_size, N, 0.2 * N, 0.4 * N)
         table(f"SMAE step, BERT-base, {part}, {args.batch_size} texts, {N:.0f} tokens", seconds, N,
               dict.fromkeys(SMAE_CONTESTANTS, flops), peaks)
-        print_memory(kilobytes)
+        finish()
 
     if "encode" in args.parts:
         texts = [text for row in load_rows(args, "encode") for text in row]

@@ -448,6 +448,7 @@ def read_lines(path):
 
 
 def column_text(rows):
+    """ yields the column text of dicts; raises ValueError where it is missing or no string """
     for row in rows:
         if not isinstance(row.get("text"), str):
             raise ValueError(f"--train_text: a row with the columns {', '.join(row)}; it needs text, a string")

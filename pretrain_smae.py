@@ -176,7 +176,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     rows = [len(part) for part in labels]
     weights = torch.cat([bert.word.weight.new_full((n,), 1 / (len(rows) * max(1, n))) for n in rows])
     loss, ce, hit = VocabularyLoss.apply(torch.cat(hidden), bert.word.weight, model.head.bias, torch.cat(labels),
-                                         weights)
+                                         weights, torch.is_grad_enabled())
     mean = lambda x: torch.stack([part.sum() / max(1, len(part)) for part in x.split(rows)])
     return loss, mean(ce), mean(hit.float())
 
@@ -213,19 +213,20 @@ def decode(decoder, embeddings, bottleneck, batch, positions):
 class VocabularyLoss(torch.autograd.Function):
     """
     hidden (M, C), weight (V, C), bias (V,), labels (M,), row_weights (M,) -> sum of row_weights * CE, CE (M,), hit (M,)
+    training: whether gradients are wanted; torch does not tell forward that it runs under no_grad.
     The logits (M, V) never exist as a whole: a piece is multiplied out, turned into its own gradient on the spot and
     overwritten by the next. That takes the three products that any backward needs, where checkpointing takes four.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, row_weights):
+    def forward(ctx, hidden, weight, bias, labels, row_weights, training):
         device, dtype = hidden.device, hidden.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         with torch.autocast(device.type, enabled=False):
             x, w = hidden.to(dtype), weight.to(dtype)
             ce, hit = torch.empty_like(row_weights), torch.empty_like(labels, dtype=torch.bool)
-            ctx.grads = [torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)]
+            ctx.grads = [torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)] if training else []
             size = min(PIECE, max(1, len(x)))
             # buffers, because fresh memory of this size costs a CPU as much time as the product that fills it
             low, full, grad_w = x.new_empty(size, len(w)), weight.new_empty(size, len(w)), torch.empty_like(w)
@@ -237,7 +238,7 @@ class VocabularyLoss(torch.autograd.Function):
                 p = torch.softmax(logits, 1, out=logits)
                 ce[rows] = top - true - p.amax(1).log()                 # log sum exp = top - log p(top)
                 hit[rows] = true == top
-                if ctx.needs_input_grad[0]:
+                if training:
                     p.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=p.dtype)).mul_(row_weights[rows, None])
                     ctx.grads[2] += p.sum(0)
                     g = low[:len(xs)].copy_(p)                          # (m, V) gradient of the logits
@@ -248,7 +249,7 @@ class VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return *(g.mul_(grad.to(g.dtype)) for g in ctx.grads), None, None   # in place: backward runs once
+        return *(g.mul_(grad.to(g.dtype)) for g in ctx.grads), None, None, None   # in place: backward runs once
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -350,11 +351,11 @@ def main(args):
             return found
         max_steps = args.max_steps
     else:
-        if rank == 0:
-            text = data.token_file(args.train_text, tokenizer)
-        if world_size > 1:
-            dist.barrier()   # rank 0 has written the file by now
+        if rank > 0:
+            dist.barrier()   # until rank 0 has written the file
         text = data.token_file(args.train_text, tokenizer)
+        if rank == 0 and world_size > 1:
+            dist.barrier()
         split = np.random.default_rng(0).permutation(len(text))
         held_out, train = np.split(split, [min(HELD_OUT, (len(text) + 9) // 10)])
         held_out = [text[i] for i in held_out]
@@ -454,7 +455,8 @@ def main(args):
             tokens, operations = tokens + N * world_size, operations + flops
         if world_size > 1:
             for p in trained:
-                dist.all_reduce(p.grad)   # the sum over pieces, wherever they were computed
+                if p.grad is not None:   # blocks above the largest size have none
+                    dist.all_reduce(p.grad)   # the sum over pieces, wherever they were computed
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         scaler.step(optimizer)

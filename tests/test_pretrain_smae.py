@@ -115,12 +115,12 @@ def test_loss_is_the_equations(smae, batch, monkeypatch):
 
 
 def test_vocabulary_loss(monkeypatch):
-    """ weighted CE, hits and gradients equal plain logits; no gradient is computed that nobody asked for """
+    """ weighted CE, hits and gradients equal plain logits, also where exp is no float32 """
     monkeypatch.setattr(pretrain_smae, "PIECE", 4)
     torch.manual_seed(0)
     x, w, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((10, 5), (7, 5), (7,)))
     labels, weights = torch.randint(7, (10,)), torch.rand(10, dtype=torch.float64)
-    loss, ce, hit = VocabularyLoss.apply(x, w, b, labels, weights)
+    loss, ce, hit = VocabularyLoss.apply(x, w, b, labels, weights, True)
     (3 * loss).backward()
     mine = [t.grad for t in (x, w, b)]
     x.grad = w.grad = b.grad = None
@@ -132,7 +132,7 @@ def test_vocabulary_loss(monkeypatch):
     for got, t in zip(mine, (x, w, b)):
         torch.testing.assert_close(got, t.grad, atol=1e-12, rtol=0)
     far = torch.zeros(1, 5), torch.zeros(7, 5), torch.tensor([500.0] + [0.0] * 6)   # exp(-500) is no float32
-    assert VocabularyLoss.apply(*far, torch.tensor([1]), torch.ones(1))[0] == 500
+    assert VocabularyLoss.apply(*far, torch.tensor([1]), torch.ones(1), False)[0] == 500
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -344,6 +344,15 @@ def test_checkpoint(text_file, tmp_path):
     tuned = from_pretrained(tmp_path / "srl")
     assert torch.allclose(tuned.word.weight, bert.word.weight, atol=1e-7)
     assert data.load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
+
+
+def test_bias_starts_at_the_frequencies(text_file, tmp_path):
+    """ from scratch, the head's bias is the log frequency of each word (one more counted for those that never occur) """
+    train(text_file, tmp_path / "out", "--max_steps", "1", "--learning_rate", "1e-30")
+    tokenizer = data.load_tokenizer(tmp_path / "out")
+    text = data.token_file(text_file, tokenizer)
+    counts = np.bincount(np.concatenate([text[i] & 0x7fff for i in range(len(text))]), minlength=len(tokenizer)) + 1
+    assert np.allclose(state(tmp_path / "out")["head.bias"], np.log(counts / counts.sum()), atol=1e-6)
 
 
 def test_init_without_head(tmp_path, model, tokenizer):

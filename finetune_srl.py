@@ -50,6 +50,9 @@ def parse_args(argv=None):
                             "such a small batch, for one more forward pass; 0 encodes the whole batch at once")
     group.add_argument("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
     group.add_argument("--passage_max_length", type=int, default=64, help="tokens, [CLS] and [SEP] included")
+    group.add_argument("--max_length", type=int, default=256,
+                       help="tokens that the trained model reads of a text, if it has as many positions, and at least "
+                            "--passage_max_length: it finds more with longer passages, and training is faster on short")
 
     group = parser.add_argument_group("model")
     group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
@@ -104,8 +107,8 @@ def parse_args(argv=None):
                        help="torch.compile all of a block but attention; takes a minute to start")
 
     args = parser.parse_args(argv)
-    for name in ("batch_size", "query_max_length", "passage_max_length", "num_layers", "hidden_size", "log_interval",
-                 "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
+    for name in ("batch_size", "query_max_length", "passage_max_length", "max_length", "num_layers", "hidden_size",
+                 "log_interval", "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
     for name in ("micro_batch", "negatives", "kl_weight", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
@@ -206,7 +209,8 @@ def main(args):
         model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                 num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                 intermediate_size=4 * args.hidden_size,
-                                max_position_embeddings=max(args.query_max_length, args.passage_max_length),
+                                max_position_embeddings=max(args.query_max_length, args.passage_max_length,
+                                                            args.max_length),
                                 initializer_range=0.01,   # half of BERT's: Adam's steps weigh twice as much
                                 hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
     else:
@@ -222,7 +226,8 @@ def main(args):
     config.num_hidden_layers = config.sizes[-1][0]
     del model.blocks[config.num_hidden_layers:]            # --sizes 6:128 is a separate model: no layer above 6
     config.pooling, config.similarity = args.pooling, args.similarity
-    tokenizer.model_max_length = args.passage_max_length   # evaluate.py and others read it
+    # what evaluate.py and others read of a text
+    tokenizer.model_max_length = min(max(args.max_length, args.passage_max_length), config.max_position_embeddings)
     layers = [layer for layer, _ in config.sizes]
     model.to(args.device).train()
 

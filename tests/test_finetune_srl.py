@@ -158,8 +158,11 @@ def test_a_run_end_to_end(pairs_file, tmp_path, beir):
     assert json.loads((tmp_path / "a" / "args.json").read_text())["sizes"] == [[1, 8], [3, 64]]
     results = json.loads((tmp_path / "a" / "eval.json").read_text())["results"]
     assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 64), (None, None)}
-    run(pairs_file, tmp_path / "c", "--init_from", str(tmp_path / "a"), "--passage_max_length", "16", "--pooling", "cls")
+    assert a.config.max_position_embeddings == data.load_tokenizer(tmp_path / "a").model_max_length == 256
+    run(pairs_file, tmp_path / "c", "--init_from", str(tmp_path / "a"), "--passage_max_length", "16", "--pooling", "cls",
+        "--max_length", "8")
     assert from_pretrained(tmp_path / "c").config.pooling == "cls"
+    assert data.load_tokenizer(tmp_path / "c").model_max_length == 16   # not below what it was trained on
 
 
 def test_compiled_is_the_same(pairs_file, tmp_path):

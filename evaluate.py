@@ -87,17 +87,17 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
     model.eval()   # no dropout
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # equal lengths side by side: see model.Pack
     embeddings = {layer: torch.empty(len(texts), model.config.hidden_size) for layer in layers}
-    with tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
+    # one autocast for all batches: it casts every weight once and keeps the copy
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    with autocast, tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
         start = 0
         while start < len(order):
             # the longest of a batch is its last: take as many as fit if all were as long as the one batch_tokens away
             end = start + max(1, batch_tokens // len(texts[order[start]]))
             end = start + max(1, batch_tokens // len(texts[order[min(end, len(order)) - 1]]))
             rows = order[start:end]
-            with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-                batch = pack([texts[i] for i in rows], device, multiple=128)
-                pooled = model.encode(batch, layers)   # {layer: (B of the batch, C)}
-            for layer, embedding in pooled.items():
+            batch = pack([texts[i] for i in rows], device, multiple=128)
+            for layer, embedding in model.encode(batch, layers).items():   # {layer: (B of the batch, C)}
                 embeddings[layer][rows] = embedding.float().cpu()
                 if not embeddings[layer][rows].isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")

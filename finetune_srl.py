@@ -64,12 +64,10 @@ def parse_args(argv=None):
     group.add_argument("--dropout", type=float, default=0.0,
                        help="in the hidden layers and the attention (BERT was pre-trained with 0.1)")
 
-    group = parser.add_argument_group("model from scratch; a loaded one brings its own and has one learning rate")
+    group = parser.add_argument_group("model from scratch; a loaded one brings its own")
     group.add_argument("--num_layers", type=int, default=6, help="blocks")
     group.add_argument("--hidden_size", type=int, default=192, help="channels, a multiple of 64 (the width of a head)")
     group.add_argument("--vocab_size", type=int, default=8192, help="WordPiece vocabulary, trained on the pairs")
-    group.add_argument("--embedding_lr_scale", type=float, default=5.0,
-                       help="learning rate of the embeddings over that of the rest: a word is rarer than a block")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--temperature", type=float, default=0.1,
@@ -79,6 +77,9 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=float, default=8e-4, help="peak, of AdamW")
+    group.add_argument("--embedding_lr_scale", type=float,
+                       help="learning rate of the embeddings over that of the rest, for a word is rarer than a block; by "
+                            "default 5 from scratch, 1 for a loaded model")
     group.add_argument("--warmup", type=float, default=0.1,
                        help="share of the steps in which the rate rises; then it falls linearly to 0")
     group.add_argument("--weight_decay", type=float, default=0.1, help="on the matrices alone")
@@ -108,12 +109,16 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     for name in ("batch_size", "query_max_length", "passage_max_length", "max_length", "num_layers", "hidden_size",
-                 "log_interval", "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
+                 "log_interval", "temperature", "learning_rate", "epochs"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
     for name in ("micro_batch", "negatives", "kl_weight", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more")
+    if args.embedding_lr_scale is None:
+        args.embedding_lr_scale = 5.0 if args.init_from == "scratch" else 1.0
+    if args.embedding_lr_scale <= 0:
+        parser.error(f"--embedding_lr_scale {args.embedding_lr_scale}: must be above 0")
     for name in ("warmup", "dropout"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more and below 1")
@@ -236,8 +241,7 @@ def main(args):
     max_steps = args.max_steps or max(1, round(args.epochs * (len(pairs.queries) // batch_size)))
 
     # torchrun comes here: init_process_group, rank and world size, gathered embeddings (see README, todos)
-    optimizer = model.configure_optimizers(args.learning_rate, args.weight_decay,
-                                           args.embedding_lr_scale if args.init_from == "scratch" else 1.0)
+    optimizer = model.configure_optimizers(args.learning_rate, args.weight_decay, args.embedding_lr_scale)
     autocast = torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
     scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
     if args.compile:

@@ -92,7 +92,7 @@ def parse_args(argv=None):
     group.add_argument("--retrieval", default="docs",
                        help="docs, a folder in BEIR layout or a BEIR set of the hub: its dev queries are used while "
                             'training, its test queries at the end; "" for none')
-    group.add_argument("--eval_interval", type=int, default=200,
+    group.add_argument("--eval_interval", type=int, default=300,
                        help="steps between two evaluations on the dev queries; 0 for none")
 
     group = parser.add_argument_group("system")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does SMAE help? The docs of this machine: pre-train by SMAE, by plain MLM on the same tokens, or not at all, then the
 # quick start's fine-tuning, passages of 64 tokens and embeddings 5 times as fast for all; three seeds. SMAE takes 21
-# minutes a seed on 2 cores, fine-tuning 4.6 each time.
+# minutes a seed on 2 cores, fine-tuning 4.8 each time.
 # results/README.md says what is known so far.
 set -euo pipefail
 cd "$(dirname "$0")/.."

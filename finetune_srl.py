@@ -108,17 +108,15 @@ def parse_args(argv=None):
                        help="torch.compile all of a block but attention; takes a minute to start")
 
     args = parser.parse_args(argv)
+    if args.embedding_lr_scale is None:
+        args.embedding_lr_scale = 5.0 if args.init_from == "scratch" else 1.0
     for name in ("batch_size", "query_max_length", "passage_max_length", "max_length", "num_layers", "hidden_size",
-                 "log_interval", "temperature", "learning_rate", "epochs"):
+                 "log_interval", "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
     for name in ("micro_batch", "negatives", "kl_weight", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more")
-    if args.embedding_lr_scale is None:
-        args.embedding_lr_scale = 5.0 if args.init_from == "scratch" else 1.0
-    if args.embedding_lr_scale <= 0:
-        parser.error(f"--embedding_lr_scale {args.embedding_lr_scale}: must be above 0")
     for name in ("warmup", "dropout"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more and below 1")

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     group.add_argument("--passage_max_length", type=int, default=64, help="tokens, [CLS] and [SEP] included")
     group.add_argument("--max_length", type=int, default=256,
                        help="tokens that the trained model reads of a text, if it has as many positions, and at least "
-                            "--passage_max_length: it finds more with longer passages, and training is faster on short")
+                            "as many as in training: it finds more with longer passages, and trains faster on short")
 
     group = parser.add_argument_group("model")
     group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
@@ -76,10 +76,10 @@ def parse_args(argv=None):
                        help="of the term that pulls every size to the largest; 0 leaves it out")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--learning_rate", type=float, default=8e-4, help="peak, of AdamW")
+    group.add_argument("--learning_rate", type=float, default=5e-4, help="peak, of AdamW")
     group.add_argument("--embedding_lr_scale", type=float,
                        help="learning rate of the embeddings over that of the rest, for a word is rarer than a block; by "
-                            "default 5 from scratch, 1 for a loaded model")
+                            "default 8 from scratch, 1 for a loaded model")
     group.add_argument("--warmup", type=float, default=0.1,
                        help="share of the steps in which the rate rises; then it falls linearly to 0")
     group.add_argument("--weight_decay", type=float, default=0.1, help="on the matrices alone")
@@ -109,7 +109,8 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     if args.embedding_lr_scale is None:
-        args.embedding_lr_scale = 5.0 if args.init_from == "scratch" else 1.0
+        args.embedding_lr_scale = 8.0 if args.init_from == "scratch" else 1.0
+    args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)
     for name in ("batch_size", "query_max_length", "passage_max_length", "max_length", "num_layers", "hidden_size",
                  "log_interval", "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
         if getattr(args, name) <= 0:
@@ -212,8 +213,7 @@ def main(args):
         model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                 num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                 intermediate_size=4 * args.hidden_size,
-                                max_position_embeddings=max(args.query_max_length, args.passage_max_length,
-                                                            args.max_length),
+                                max_position_embeddings=args.max_length,
                                 initializer_range=0.01,   # half of BERT's: Adam's steps weigh twice as much
                                 hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
     else:
@@ -229,8 +229,7 @@ def main(args):
     config.num_hidden_layers = config.sizes[-1][0]
     del model.blocks[config.num_hidden_layers:]            # --sizes 6:128 is a separate model: no layer above 6
     config.pooling, config.similarity = args.pooling, args.similarity
-    # what evaluate.py and others read of a text
-    tokenizer.model_max_length = min(max(args.max_length, args.passage_max_length), config.max_position_embeddings)
+    tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # evaluate.py reads as much
     layers = [layer for layer, _ in config.sizes]
     model.to(args.device).train()
 

@@ -390,11 +390,20 @@ def epoch_order(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def srl_batch(pairs, batch_size, negatives, seed, step):
+def window(text, length, rng):
+    """ (T,) ids -> `length` of them where T is above it, [CLS] and [SEP] kept: the beginning or, as often, any piece """
+    if len(text) <= length:
+        return text
+    start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)
+    return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
+
+
+def srl_batch(pairs, batch_size, negatives, passage_max_length, seed, step):
     """
     Batch number `step` -> Q queries and P >= Q passages, lists of (T,) ids: passage i is the positive of query i; the
     hard negatives (at most `negatives` a query) come after the Q positives, so rows may have different numbers of them.
-    Every epoch visits every row once in an order of its own; the last, incomplete batch is dropped.
+    Of passages above passage_max_length a window. Every epoch visits every row once in an order of its own; the last,
+    incomplete batch is dropped.
     """
     epoch, i = divmod(step, len(pairs.queries) // batch_size)
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
@@ -402,7 +411,7 @@ def srl_batch(pairs, batch_size, negatives, seed, step):
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
     hard = [pairs.negatives[row][k] for row in rows
             for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
-    return [pairs.queries[row] for row in rows], positives + hard
+    return [pairs.queries[row] for row in rows], [window(text, passage_max_length, rng) for text in positives + hard]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # running text, for pre-training

@@ -8,7 +8,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
         --passage_max_length 512 --out_dir out/nli                     # the paper's STS run; one GPU, not measured here
     python finetune_srl.py --init_from bert-base-uncased --train_pairs Tevatron/msmarco-passage --negatives 7 \\
         --pooling cls --similarity dot --temperature 1 --learning_rate 1e-4 --weight_decay 0 --dropout 0.1 --epochs 3 \\
-        --passage_max_length 196 --out_dir out/marco                   # the paper's retrieval run, likewise
+        --passage_max_length 196 --max_length 196 --out_dir out/marco  # the paper's retrieval run, likewise
 
 What comes out: OUT_DIR with an ordinary Hugging Face model, log.jsonl, args.json and eval.json (the table at the end).
 Method: arXiv 2410.13230. The loss is srl_loss below; where it departs from the paper or its reference code, the README
@@ -49,10 +49,12 @@ def parse_args(argv=None):
                        help="encode this many queries and their passages at a time: the same gradient in the memory of "
                             "such a small batch, for one more forward pass; 0 encodes the whole batch at once")
     group.add_argument("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
-    group.add_argument("--passage_max_length", type=int, default=64, help="tokens, [CLS] and [SEP] included")
+    group.add_argument("--passage_max_length", type=int, default=64,
+                       help="tokens of a passage in a step: of a longer one its beginning or, as often, another window")
     group.add_argument("--max_length", type=int, default=256,
-                       help="tokens that the trained model reads of a text, if it has as many positions, and at least "
-                            "as many as in training: it finds more with longer passages, and trains faster on short")
+                       help="tokens that are read of a passage, and by the trained model of any text, if it has as many "
+                            "positions; at least as many as in a step. It finds more with longer passages, and trains "
+                            "faster on short ones")
 
     group = parser.add_argument_group("model")
     group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
@@ -233,7 +235,7 @@ def main(args):
     layers = [layer for layer, _ in config.sizes]
     model.to(args.device).train()
 
-    pairs = data.tokenize_pairs(rows, tokenizer, args.query_max_length, args.passage_max_length)
+    pairs = data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
     batch_size = min(args.batch_size, len(pairs.queries))
     max_steps = args.max_steps or max(1, round(args.epochs * (len(pairs.queries) // batch_size)))
 
@@ -273,7 +275,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
-        queries, passages = data.srl_batch(pairs, batch_size, args.negatives, args.seed, step)
+        queries, passages = data.srl_batch(pairs, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         texts = queries + passages
         optimizer.zero_grad(set_to_none=True)
         if args.micro_batch:

@@ -125,11 +125,11 @@ def pairs():
 
 def test_a_batch_is_a_function_of_seed_and_step(pairs):
     """ the same twice, in any order of calls; different for another seed, step or epoch """
-    batch = lambda seed, step: [text.tolist() for part in data.srl_batch(pairs, 4, 2, seed, step) for text in part]
+    batch = lambda seed, step: [text.tolist() for part in data.srl_batch(pairs, 4, 2, 9, seed, step) for text in part]
     first = [batch(1, step) for step in (0, 1, 2, 3)]
     assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
     assert batch(2, 0) != first[0] and first[0] != first[1]
-    rows = [[int(query[0]) for query in data.srl_batch(pairs, 5, 0, 1, step)[0]] for step in range(4)]
+    rows = [[int(query[0]) for query in data.srl_batch(pairs, 5, 0, 9, 1, step)[0]] for step in range(4)]
     assert rows[0] + rows[1] != rows[2] + rows[3]   # the second epoch has an order of its own
 
 
@@ -137,13 +137,26 @@ def test_batches_align_and_cover_an_epoch(pairs):
     """ passage i is a positive of query i; at most two negatives a query follow; two batches of 5 see every row once """
     seen = []
     for step in (0, 1):
-        queries, passages = data.srl_batch(pairs, 5, 2, 1, step)
+        queries, passages = data.srl_batch(pairs, 5, 2, 9, 1, step)
         rows = [int(query[0]) for query in queries]
         seen += rows
         assert [int(p[0]) % 100 for p in passages[:5]] == rows
         assert len(passages) == 5 + sum(min(2, row % 4) for row in rows)
         assert {(int(p[0]) - 300) // 10 for p in passages[5:]} == {row for row in rows if row % 4}
     assert sorted(seen) == list(range(10))
+
+
+def test_windows_of_long_passages():
+    """ [CLS] and [SEP] stay, the piece between is contiguous; half of them are the beginning, the others lie anywhere """
+    text, rng = np.arange(20), np.random.default_rng(0)
+    found = [data.window(text, 8, rng).tolist() for _ in range(2000)]
+    assert all(w[0] == 0 and w[-1] == 19 and w[1:-1] == list(range(w[1], w[1] + 6)) for w in found)
+    share = np.bincount([w[1] for w in found], minlength=14) / len(found)     # a window begins at 1 .. 13
+    assert abs(share[1] - (0.5 + 0.5 / 13)) < 0.04 and all(abs(share[2:] - 0.5 / 13) < 0.02) and len(share) == 14
+    assert data.window(text, 20, rng) is text
+    pairs = data.Pairs([np.arange(20)] * 4, [[text]] * 4, [[text]] * 4)
+    queries, passages = data.srl_batch(pairs, 4, 1, 8, 1, 0)
+    assert [len(q) for q in queries] == [20] * 4 and [len(p) for p in passages] == [8] * 8
 
 
 def test_tokenize_pairs(pairs_file, tokenizer):

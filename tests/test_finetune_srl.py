@@ -121,7 +121,7 @@ def test_overfits_one_batch(pairs_file, tokenizer):
     """ 60 steps on the same 8 pairs bring the loss of three sizes, KL included, below 0.01 (it starts above 1.5) """
     torch.manual_seed(0)
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), tokenizer, 32, 32)
-    queries, passages = data.srl_batch(pairs, 8, 0, 1, 0)
+    queries, passages = data.srl_batch(pairs, 8, 0, 32, 1, 0)
     model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128,
                             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
     optimizer = model.configure_optimizers(1e-3, 0.01)

@@ -112,6 +112,20 @@ def test_early_exit_is_exact_and_runs_nothing_above(model, texts):
     assert ran == [1, 2]
 
 
+def test_encoding_in_bfloat16(model, texts):
+    """ under autocast everything between the layers is bfloat16 in eval mode, float32 in training; the embeddings agree """
+    batch = pack(texts)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(batch, [1, 3])[1].dtype == torch.bfloat16
+        found = model.encode(batch, [1, 3])
+        assert model.train()(batch, [3])[0].dtype == torch.float32
+    with torch.no_grad():
+        exact = model.eval().encode(batch, [1, 3])
+    for n in (1, 3):
+        assert found[n].dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(found[n], exact[n]).min() > 0.999
+
+
 def test_gradient_stops_at_the_tap(model, texts):
     """ A loss on the first 8 dims of layer 2 gives nothing to blocks 3 and 4, and 0 beyond dim 8 of the last LayerNorm. """
     model.encode(pack(texts), [2])[2][:, :8].square().sum().backward()

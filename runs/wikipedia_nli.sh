@@ -7,13 +7,14 @@ set -euo pipefail
 text=$(realpath "$1") triplets=$(realpath "$2") sts=$(realpath "${@:3}")
 cd "$(dirname "$0")/.."
 for start in smae mlm scratch; do
-    init="--init_from out/wikipedia-$start --embedding_lr_scale 5"
+    init="--init_from out/wikipedia-$start"
     if [ $start = scratch ]; then
         init="--hidden_size 256"
     else
         python pretrain_smae.py --train_text "$text" --objective $start --hidden_size 256 --epochs 1 --out_dir out/wikipedia-$start
     fi
     python finetune_srl.py $init --train_pairs "$triplets" --retrieval= --temperature 0.05 --epochs 2 \
+        --learning_rate 8e-4 --embedding_lr_scale 5 \
         --query_max_length 64 --out_dir out/wikipedia-$start-srl
     python evaluate.py out/wikipedia-$start-srl --sts $sts
 done

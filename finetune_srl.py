@@ -112,11 +112,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.embedding_lr_scale is None:
         args.embedding_lr_scale = 8.0 if args.init_from == "scratch" else 1.0
-    args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)
     for name in ("batch_size", "query_max_length", "passage_max_length", "max_length", "num_layers", "hidden_size",
                  "log_interval", "temperature", "learning_rate", "embedding_lr_scale", "epochs"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
+    args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)
     for name in ("micro_batch", "negatives", "kl_weight", "weight_decay", "grad_clip", "max_steps", "eval_interval"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)}: must be 0 or more")

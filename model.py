@@ -299,8 +299,9 @@ class Bert(nn.Module):
         assert max(T for _, T in batch.groups) <= self.config.max_position_embeddings, f"{batch.groups[-1]}"
         x = self.word(batch.input_ids) + self.position(batch.position_ids) + self.token_type.weight[0]
         x = dropout(self.norm(x), self.config.hidden_dropout_prob if self.training else 0.0)
-        if not self.training and torch.is_autocast_enabled(x.device.type):   # on CPU all between the layers is bfloat16, too:
-            x = x.to(torch.get_autocast_dtype(x.device.type))                # encoding is 7 % faster, no less accurate
+        if not self.training and torch.is_autocast_enabled(x.device.type):
+            # On CPU what runs between the layers is then bfloat16, too: encoding is 7 % faster and no less accurate.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def forward(self, batch, layers):

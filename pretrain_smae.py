@@ -315,7 +315,8 @@ def main(args):
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
-                               intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
+                               intermediate_size=4 * args.hidden_size,
+                               max_position_embeddings=max(512, args.max_length),   # fine-tuning may read more
                                hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
         head = MLMHead(bert.config)
     else:

@@ -342,6 +342,7 @@ def test_checkpoint(text_file, tmp_path):
                                                "--max_steps", "1", "--passage_max_length", "24", "--query_max_length", "24",
                                                "--out_dir", str(tmp_path / "srl"), "--learning_rate", "1e-30"]))
     tuned = from_pretrained(tmp_path / "srl")
+    assert data.load_tokenizer(tmp_path / "srl").model_max_length == 256   # more than was pre-trained on
     assert torch.allclose(tuned.word.weight, bert.word.weight, atol=1e-7)
     assert data.load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
 

@@ -391,7 +391,7 @@ def epoch_order(n, seed, epoch):
 
 
 def window(text, length, rng):
-    """ (T,) ids -> `length` of them where T is above it, [CLS] and [SEP] kept: the beginning or, as often, any piece """
+    """ (T,) ids -> `length` of them if there are more, [CLS] and [SEP] kept: the beginning or, as often, any piece """
     if len(text) <= length:
         return text
     start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)

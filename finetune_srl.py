@@ -50,7 +50,7 @@ def parse_args(argv=None):
                             "such a small batch, for one more forward pass; 0 encodes the whole batch at once")
     group.add_argument("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
     group.add_argument("--passage_max_length", type=int, default=64,
-                       help="tokens of a passage in a step: of a longer one its beginning or, as often, another window")
+                       help="tokens of a passage in a step: of a longer one its beginning or, as often, any window")
     group.add_argument("--max_length", type=int, default=256,
                        help="tokens that are read of a passage, and by the trained model of any text, if it has as many "
                             "positions; at least as many as in a step. It finds more with longer passages, and trains "
@@ -80,8 +80,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=float, default=5e-4, help="peak, of AdamW")
     group.add_argument("--embedding_lr_scale", type=float,
-                       help="learning rate of the embeddings over that of the rest, for a word is rarer than a block; by "
-                            "default 8 from scratch, 1 for a loaded model")
+                       help="learning rate of the embeddings over that of the rest, for a word is rarer than a block; "
+                            "by default 8 from scratch, 1 for a loaded model")
     group.add_argument("--warmup", type=float, default=0.1,
                        help="share of the steps in which the rate rises; then it falls linearly to 0")
     group.add_argument("--weight_decay", type=float, default=0.1, help="on the matrices alone")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does SMAE help? The docs of this machine: pre-train by SMAE, by plain MLM on the same tokens, or not at all, then the
 # quick start's fine-tuning; three seeds. The vector is that of [CLS] in all, as in the paper's retrieval: it is what
-# SMAE trains. On 2 cores a seed takes about 25 minutes. results/README.md has the outcome, and that of mean pooling.
+# SMAE trains. A seed takes 35 minutes on one core. results/README.md has the outcome, and that of mean pooling.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for seed in 1 2 3; do

@@ -50,7 +50,7 @@ def parse_args(argv=None):
                             "such a small batch, for one more forward pass; 0 encodes the whole batch at once")
     group.add_argument("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
     group.add_argument("--passage_max_length", type=int, default=64,
-                       help="tokens of a passage in a step: of a longer one its beginning or, as often, any window")
+                       help="tokens of a passage in a step: of a longer one the start or, as often, any window")
     group.add_argument("--max_length", type=int, default=256,
                        help="tokens that are read of a passage, and by the trained model of any text, if it has as many "
                             "positions; at least as many as in a step. It finds more with longer passages, and trains "
@@ -218,9 +218,6 @@ def main(args):
                                 max_position_embeddings=args.max_length,
                                 initializer_range=0.01,   # half of BERT's: Adam's steps weigh twice as much
                                 hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout))
-        # LayerNorm gives every token the same norm. A size ranks better if common words put theirs where it is not
-        # scored: in the channels behind its dims. The full size has none behind, so its last sixth begins with gain 0.
-        model.blocks[-1].norm2.weight.data[-args.hidden_size // 6:] = 0
     else:
         model = from_pretrained(args.init_from, hidden_dropout_prob=args.dropout,
                                 attention_probs_dropout_prob=args.dropout)
@@ -233,6 +230,10 @@ def main(args):
     config.sizes = check_sizes(args.sizes or paper_sizes(config), config)
     config.num_hidden_layers = config.sizes[-1][0]
     del model.blocks[config.num_hidden_layers:]            # --sizes 6:128 is a separate model: no layer above 6
+    if args.init_from == "scratch":
+        # The mean over tokens weighs a word by its norm in the dims of a size, but LayerNorm gives all the same norm: so
+        # common words put theirs in channels that are not scored. The largest size needs some of these, too: gain 0.
+        model.blocks[-1].norm2.weight.data[-config.hidden_size // 6:] = 0
     config.pooling, config.similarity = args.pooling, args.similarity
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # evaluate.py reads as much
     layers = [layer for layer, _ in config.sizes]

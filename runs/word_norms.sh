@@ -5,15 +5,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python - "$@" <<'PYTHON'
-import json, sys
+import sys
 import numpy as np, torch
 from scipy.stats import spearmanr
 import data
 from model import from_pretrained, pack, size_name
 
 model, tokenizer = from_pretrained(sys.argv[1]), data.load_tokenizer(sys.argv[1])
-with open(data.docs_folder() / "corpus.jsonl") as file:
-    texts = data.tokenize([json.loads(line)["text"] for line in file][:2000], tokenizer, tokenizer.model_max_length)
+_, texts = next(data.Collection("docs").shards())
+texts = data.tokenize(texts[:2000], tokenizer, tokenizer.model_max_length)
 count = np.bincount(np.concatenate([np.unique(text) for text in texts]), minlength=len(tokenizer))   # (V,) texts a word
 batch = pack(texts[:300])
 with torch.no_grad():

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     group.add_argument("--passage_max_length", type=int, default=64,
                        help="tokens of a passage in a step: of a longer one the start or, as often, any window")
     group.add_argument("--max_length", type=int, default=256,
-                       help="tokens that are read of a passage, and by the trained model of any text, if it has as many "
+                       help="tokens read of a passage, and by the trained model of any text, if it has so many "
                             "positions; at least as many as in a step. It finds more with longer passages, and trains "
                             "faster on short ones")
 
@@ -231,7 +231,7 @@ def main(args):
     config.num_hidden_layers = config.sizes[-1][0]
     del model.blocks[config.num_hidden_layers:]            # --sizes 6:128 is a separate model: no layer above 6
     if args.init_from == "scratch":
-        # The mean over tokens weighs a word by its norm in the dims of a size, but LayerNorm gives all the same norm: so
+        # The mean over tokens weighs a word by its norm in the dims of a size, but LayerNorm makes all norms equal: so
         # common words put theirs in channels that are not scored. The largest size needs some of these, too: gain 0.
         model.blocks[-1].norm2.weight.data[-config.hidden_size // 6:] = 0
     config.pooling, config.similarity = args.pooling, args.similarity

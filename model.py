@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sizes: (layer, dim) pairs
@@ -164,14 +165,19 @@ def fast_dtype():
     return "bfloat16" if fast else "float32"
 
 
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """
     The scripts call this first. glibc gives large blocks back to the system as soon as they are free, and the system
-    clears them anew, hundreds of megabytes in every step: 3 to 10 % of it. Nothing happens with another C library.
+    clears them anew, hundreds of megabytes in every step: 3 to 10 % of it. keep=False is the opposite, the least memory:
+    every block from 1 MB on has a mapping of its own, so that none is lost between others. Nothing happens with another
+    C library.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)           # M_MMAP_MAX: no block has a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: what is free at the end of the heap stays
+        if keep:
+            libc.mallopt(-4, 0)           # M_MMAP_MAX: no block has a mapping of its own
+            libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: what is free at the end of the heap stays
+        else:
+            libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: else glibc raises it to 32 MB by and by
 
 
 def as_contiguous(x, dtype):
@@ -280,6 +286,7 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpointing = False   # True: keep what goes into a block, not what is inside; backward runs it again
         C = config.hidden_size
         self.word = nn.Embedding(config.vocab_size, C)
         self.position = nn.Embedding(config.max_position_embeddings, C)
@@ -310,7 +317,7 @@ class Bert(nn.Module):
         x = self.embed(batch)
         taps = {0: x}
         for n, block in enumerate(self.blocks[:max(layers)], start=1):
-            x = block(x, batch.groups)
+            x = checkpoint(block, x, batch.groups, use_reentrant=False) if self.checkpointing else block(x, batch.groups)
             if n in layers:
                 taps[n] = x
         return [taps[n] for n in layers]

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 from evaluate import git_commit
@@ -58,6 +59,9 @@ def parse_args(argv=None):
     group.add_argument("--micro_batch", type=int, default=0,
                        help="documents at a time, by which memory goes; pieces of a batch are spread over the ranks; 0 "
                             "is one piece a rank")
+
+    group.add_argument("--gradient_checkpointing", action=flag, default=False,
+                       help="compute the blocks of the encoder again in the backward pass: less memory, more time")
 
     group = parser.add_argument_group("model")
     group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
@@ -170,7 +174,9 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
         bottleneck = torch.stack([transform(h[batch.starts, :d]) for h, (_, d) in zip(taps, sizes)])   # (S, B, C)
         # decode
         embeddings = bert.embed(shown(masked.decoder_ids))                                             # (N, C)
-        hidden += transform(decode(model.decoder, embeddings, bottleneck, batch, decoder_masked))      # S x (M', C)
+        args = model.decoder, embeddings, bottleneck, batch, decoder_masked
+        decoded = checkpoint(decode, *args, use_reentrant=False) if bert.checkpointing else decode(*args)
+        hidden += transform(decoded)                                                                   # S x (M', C)
         labels += [batch.input_ids[decoder_masked]] * len(sizes)
     # loss: all rows in one call, each weighted so that the sum is the mean over terms of the mean over positions
     rows = [len(part) for part in labels]
@@ -249,7 +255,9 @@ class VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return *(g.mul_(grad.to(g.dtype)) for g in ctx.grads), None, None, None   # in place: backward runs once
+        grads = [g.mul_(grad.to(g.dtype)) for g in ctx.grads]   # in place: backward runs once
+        del ctx.grads   # else the loss keeps them alive, and torch copies what it could take over
+        return *grads, None, None, None
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -293,7 +301,7 @@ def check_resumed(args, saved):
 
 def main(args):
     start = time.time()
-    keep_freed_memory()
+    keep_freed_memory(not args.gradient_checkpointing)
     torch.manual_seed(args.seed)
     out_dir = Path(args.out_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun sets them
@@ -331,6 +339,7 @@ def main(args):
     config.sizes = sizes if args.objective == "smae" else ()
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
+    bert.checkpointing = args.gradient_checkpointing
     if (Path(init_from) / "training_state.pt").exists():   # further pre-training goes on with its decoder
         earlier = saved or torch.load(Path(init_from) / "training_state.pt", map_location="cpu")
         model.load_state_dict(earlier["model"])
@@ -387,7 +396,8 @@ def main(args):
     trained = list(trained.values())
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
-    autocast = torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    autocast = torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32",
+                              cache_enabled=not args.gradient_checkpointing)   # casts of the weights outlive a block
     if args.resume:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])

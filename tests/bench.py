@@ -147,31 +147,25 @@ def smae_masked(args):
     return lambda documents: data.smae_batch(documents, args.max_length, (0.2, 0.4), tokenizer, [len(documents[0])])
 
 
-def smae_packed(args, micro_batch=None):
+def smae_packed(args, checkpointing=False):
     """ this project """
-    keep_freed_memory()
+    keep_freed_memory(not checkpointing)
     config = BertConfig()
     model = SMAE(Bert(config), MLMHead(config)).train()
+    model.bert.checkpointing = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
-    masked_of = smae_masked(args)
-
-    def prepare(documents):
-        size = micro_batch or len(documents)
-        return [masked_of(documents[i:i + size]) for i in range(0, len(documents), size)]
-
-    def step(pieces):
-        for masked in pieces:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, _, _ = smae_loss(model, pack(masked.texts, multiple=128), masked, paper_sizes(config))
-            (loss / len(pieces)).backward()
+    def step(masked):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=not checkpointing):
+            loss, _, _ = smae_loss(model, pack(masked.texts, multiple=128), masked, paper_sizes(config))
+        loss.backward()
         update(model.parameters(), optimizer)
-    return prepare, step
+    return smae_masked(args), step
 
 
-def smae_micro_batch(args):
-    """ this project, --micro_batch 4 """
-    return smae_packed(args, micro_batch=4)
+def smae_checkpointing(args):
+    """ this project, --gradient_checkpointing """
+    return smae_packed(args, checkpointing=True)
 
 
 def smae_padded(args):
@@ -225,7 +219,7 @@ CONTESTANTS = {"here": packed, "here, full size alone": packed_full_size,
                "sentence-transformers Matryoshka2dLoss": sentence_transformers_2d,
                "sentence-transformers MultipleNegativesRankingLoss": sentence_transformers,
                "transformers, padded": padded, MICRO_BATCH: packed_micro_batch}
-SMAE_CONTESTANTS = {"here": smae_packed, "here, --micro_batch 4": smae_micro_batch,
+SMAE_CONTESTANTS = {"here": smae_packed, "here, --gradient_checkpointing": smae_checkpointing,
                     "transformers, padded, heads at all positions": smae_padded}
 
 # ----------------------------------------------------------------------------------------------------------------------

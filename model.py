@@ -216,9 +216,9 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         N, C = grad.shape
-        grad_qkv, row = grad.new_empty(N, 3 * C), 0
+        grad_qkv, row, saved = grad.new_empty(N, 3 * C), 0, ctx.saved_tensors   # checkpointing lets them be read once
         for i, (B, T) in enumerate(ctx.groups):
-            q, k, v, weights, mask, dropped = ctx.saved_tensors[6 * i:6 * i + 6]
+            q, k, v, weights, mask, dropped = saved[6 * i:6 * i + 6]
             D = q.shape[-1]
             part = grad[row:row + B * T].view(B, T, C // D, D).transpose(1, 2)
             g = as_contiguous(part, q.dtype).view(q.shape)                                    # (B * H, T, D)
@@ -286,7 +286,7 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = False   # True: keep what goes into a block, not what is inside; backward runs it again
+        self.gradient_checkpointing = False   # see run
         C = config.hidden_size
         self.word = nn.Embedding(config.vocab_size, C)
         self.position = nn.Embedding(config.max_position_embeddings, C)
@@ -311,13 +311,17 @@ class Bert(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
+    def run(self, function, *args):
+        """ function(*args); with gradient_checkpointing its inside is not kept for backward but computed a second time """
+        return checkpoint(function, *args, use_reentrant=False) if self.gradient_checkpointing else function(*args)
+
     def forward(self, batch, layers):
         """ Pack, L layers (0 .. num_hidden_layers) -> list of L taps (N, C); no block above max(layers) runs """
         assert all(0 <= n <= len(self.blocks) for n in layers), f"{layers}, and the model has {len(self.blocks)} blocks"
         x = self.embed(batch)
         taps = {0: x}
         for n, block in enumerate(self.blocks[:max(layers)], start=1):
-            x = checkpoint(block, x, batch.groups, use_reentrant=False) if self.checkpointing else block(x, batch.groups)
+            x = self.run(block, x, batch.groups)
             if n in layers:
                 taps[n] = x
         return [taps[n] for n in layers]

@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import data
 from evaluate import git_commit
@@ -174,9 +173,8 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
         bottleneck = torch.stack([transform(h[batch.starts, :d]) for h, (_, d) in zip(taps, sizes)])   # (S, B, C)
         # decode
         embeddings = bert.embed(shown(masked.decoder_ids))                                             # (N, C)
-        args = model.decoder, embeddings, bottleneck, batch, decoder_masked
-        decoded = checkpoint(decode, *args, use_reentrant=False) if bert.checkpointing else decode(*args)
-        hidden += transform(decoded)                                                                   # S x (M', C)
+        decoded = bert.run(decode, model.decoder, embeddings, bottleneck, batch, decoder_masked)       # S x (M', C)
+        hidden += transform(decoded)
         labels += [batch.input_ids[decoder_masked]] * len(sizes)
     # loss: all rows in one call, each weighted so that the sum is the mean over terms of the mean over positions
     rows = [len(part) for part in labels]
@@ -294,7 +292,7 @@ def check_resumed(args, saved):
     """ Raises ValueError when a flag that decides what is computed is not what it was. """
     free = {"out_dir", "overwrite", "resume", "log_interval", "device", "compile"}
     for name, value in vars(args).items():
-        if name not in free and saved[name] != value:
+        if name not in free and saved.get(name, value) != value:   # a newer flag is in no older run
             raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
                              "the flags it was begun with, or begin another with --init_from")
 
@@ -339,7 +337,7 @@ def main(args):
     config.sizes = sizes if args.objective == "smae" else ()
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
-    bert.checkpointing = args.gradient_checkpointing
+    bert.gradient_checkpointing = args.gradient_checkpointing
     if (Path(init_from) / "training_state.pt").exists():   # further pre-training goes on with its decoder
         earlier = saved or torch.load(Path(init_from) / "training_state.pt", map_location="cpu")
         model.load_state_dict(earlier["model"])

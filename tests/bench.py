@@ -152,7 +152,7 @@ def smae_packed(args, checkpointing=False):
     keep_freed_memory(not checkpointing)
     config = BertConfig()
     model = SMAE(Bert(config), MLMHead(config)).train()
-    model.bert.checkpointing = checkpointing
+    model.bert.gradient_checkpointing = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step(masked):

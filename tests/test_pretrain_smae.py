@@ -135,6 +135,32 @@ def test_vocabulary_loss(monkeypatch):
     assert VocabularyLoss.apply(*far, torch.tensor([1]), torch.ones(1), False)[0] == 500
 
 
+def test_gradient_checkpointing(smae, batch):
+    """ loss and gradients are the same bits, dropout on; of a block its input is kept for backward and nothing else """
+    for block in [*smae.bert.blocks, smae.decoder]:
+        block.p = block.attention.p = 0.1
+    def kept(function):
+        """ -> bytes that backward needs, what function returns """
+        sizes = []
+        def note(tensor):
+            sizes.append(tensor.numel() * tensor.element_size())
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            found = function()
+        return sum(sizes), found
+    runs = []
+    for smae.bert.gradient_checkpointing in (False, True):
+        smae.zero_grad()
+        torch.manual_seed(1)
+        size, (loss, *_) = kept(lambda: smae_loss(smae.train(), *batch, SIZES))
+        loss.backward()
+        runs.append((size, loss, [p.grad for p in smae.parameters()]))
+    assert torch.equal(runs[0][1], runs[1][1]) and all(map(torch.equal, runs[0][2], runs[1][2]))
+    (three, _), (four, taps) = (kept(lambda: smae.bert(batch[0], [n])) for n in (3, 4))
+    assert four - three == taps[0].numel() * taps[0].element_size()
+    assert runs[1][0] < runs[0][0] / 3   # the decoder's inside is not kept either
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_autocast(smae, batch, dtype):
     """ under autocast the loss is that of float32 to the digits that the type has """

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import string
 import sys
 import sysconfig
@@ -36,6 +37,23 @@ from tqdm import tqdm
 
 DOCS_PACKAGES = "numpy scipy torch transformers datasets pandas sympy networkx huggingface_hub".split()
 CACHE = Path(__file__).parent / "out"   # git-ignored; deleting it loses nothing but half a minute
+
+
+def part_of(folder):
+    """ -> the new folder that this process fills; publish then makes it `folder`: an interrupted run leaves no half one """
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    return part
+
+
+def publish(part, folder):
+    """ Rename what is complete. A second run begun at the same time may have been faster: then its folder serves both. """
+    try:
+        os.replace(part, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(part)
 
 
 def docs_folder():
@@ -95,8 +113,8 @@ def build_docs(folder):
     order = np.random.default_rng(0).permutation(len(corpus)).tolist()
     test, dev = order[:1000], order[1000:1500]
 
-    part = folder.with_name(folder.name + ".part")   # rename at the end: an interrupted build leaves no half corpus
-    (part / "qrels").mkdir(parents=True, exist_ok=True)
+    part = part_of(folder)
+    (part / "qrels").mkdir(exist_ok=True)
     def write(file, rows):
         (part / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write("train.jsonl", [{"name": name, "query": query, "positive": passage} for name, query, passage in train])
@@ -106,7 +124,7 @@ def build_docs(folder):
     for split, rows in (("test", test), ("dev", dev)):
         lines = ["query-id\tcorpus-id\tscore\n"] + [f"q{i}\t{i}\t1\n" for i in rows]
         (part / "qrels" / f"{split}.tsv").write_text("".join(lines))
-    os.replace(part, folder)
+    publish(part, folder)
     return folder
 
 
@@ -504,8 +522,7 @@ def token_file(source, tokenizer):
         about += [os.path.abspath(source), os.stat(source).st_size, os.stat(source).st_mtime_ns]
     folder = CACHE / f"text-{zlib.crc32(json.dumps(about).encode()):08x}"
     if not folder.exists():
-        part, ends = folder.with_name(f"{folder.name}.{os.getpid()}.part"), [0]
-        part.mkdir(parents=True, exist_ok=True)
+        part, ends = part_of(folder), [0]
         with open(part / "tokens.bin", "wb") as file:
             for tokens in tqdm(tokenize_documents(load_texts(source), tokenizer), desc="tokenising", unit=" documents"):
                 tokens.tofile(file)
@@ -513,7 +530,7 @@ def token_file(source, tokenizer):
         if len(ends) < 3:
             raise ValueError(f"--train_text {source} holds {len(ends) - 1} documents with text; give two or more")
         np.save(part / "ends.npy", np.array(ends[1:]))
-        os.replace(part, folder)
+        publish(part, folder)
     return TokenFile(folder)
 
 

@@ -1,5 +1,6 @@
 """ SMAE: the loss against a literal transcription, masking, what reaches what, checkpoints, text from anywhere. """
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -454,6 +455,18 @@ class TestText:
         with gzip.open(text_file, "at") as file:
             file.write("one more line\n")
         assert len(data.token_file(text_file, words)) == len(LINES) + 1   # a file that has changed is read again
+
+    def test_two_runs_at_once(self, text_file, words, monkeypatch):
+        """ the file that a second run finishes while the first still tokenises serves both, and nothing else stays """
+        monkeypatch.setattr(os, "getpid", itertools.count().__next__)
+        inner = data.tokenize_documents
+        def overtaken(*args):
+            monkeypatch.setattr(data, "tokenize_documents", inner)
+            data.token_file(text_file, words)
+            return inner(*args)
+        monkeypatch.setattr(data, "tokenize_documents", overtaken)
+        assert len(data.token_file(text_file, words)) == len(LINES)
+        assert len(os.listdir(data.CACHE)) == 1
 
     def test_large_vocabulary(self):
         """ a vocabulary that 15 bits do not hold takes 32 """

@@ -40,14 +40,14 @@ CACHE = Path(__file__).parent / "out"   # git-ignored; deleting it loses nothing
 
 
 def part_of(folder):
-    """ -> the new folder that this process fills; publish then makes it `folder`: an interrupted run leaves no half one """
+    """ -> a new folder to fill, which publish then makes `folder`: an interrupted run leaves no half one """
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True, exist_ok=True)
     return part
 
 
 def publish(part, folder):
-    """ Rename what is complete. A second run begun at the same time may have been faster: then its folder serves both. """
+    """ Rename what is complete. Another run at the same time may have been faster: then its folder serves both. """
     try:
         os.replace(part, folder)
     except OSError:

@@ -168,9 +168,9 @@ def fast_dtype():
 def keep_freed_memory(keep=True):
     """
     The scripts call this first. glibc gives large blocks back to the system as soon as they are free, and the system
-    clears them anew, hundreds of megabytes in every step: 3 to 10 % of it. keep=False is the opposite, the least memory:
-    every block from 1 MB on has a mapping of its own, so that none is lost between others. Nothing happens with another
-    C library.
+    clears them anew, hundreds of megabytes in every step: 3 to 10 % of it. keep=False is the opposite, the least
+    memory: every block from 1 MB on has a mapping of its own, so that no holes are left between blocks. Nothing happens
+    with another C library.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if keep:
@@ -312,7 +312,7 @@ class Bert(nn.Module):
         return x
 
     def run(self, function, *args):
-        """ function(*args); with gradient_checkpointing its inside is not kept for backward but computed a second time """
+        """ function(*args); with gradient_checkpointing, backward computes its inside again instead of keeping it """
         return checkpoint(function, *args, use_reentrant=False) if self.gradient_checkpointing else function(*args)
 
     def forward(self, batch, layers):

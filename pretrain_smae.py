@@ -1,7 +1,7 @@
 """
 Pre-train one BERT encoder so that every size has learnt to sum up a text: SMAE, Starbucks Masked Autoencoding.
 
-    python pretrain_smae.py                       # the docs of this machine, from scratch; 21 minutes on 2 cores
+    python pretrain_smae.py                       # the docs of this machine, scratch; 21 minutes on 2 cores with AMX
     python pretrain_smae.py --objective mlm       # the control: plain masked language modelling on the same tokens
     python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine          # a line is a document
     torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased --streaming \\
@@ -59,9 +59,6 @@ def parse_args(argv=None):
                        help="documents at a time, by which memory goes; pieces of a batch are spread over the ranks; 0 "
                             "is one piece a rank")
 
-    group.add_argument("--gradient_checkpointing", action=flag, default=False,
-                       help="compute the blocks of the encoder again in the backward pass: less memory, more time")
-
     group = parser.add_argument_group("model")
     group.add_argument("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
     group.add_argument("--sizes", type=parse_sizes,
@@ -103,6 +100,9 @@ def parse_args(argv=None):
                        help="of the matrix products (autocast); the weights stay float32")
     group.add_argument("--compile", action=flag, default=torch.cuda.is_available(),
                        help="torch.compile all of a block but attention; takes a minute to start")
+    group.add_argument("--gradient_checkpointing", action=flag, default=False,
+                       help="compute the inside of blocks and decoder again in backward, and give freed memory back: "
+                            "for BERT-base 2.5 GB in place of 3.6 to 5.1, in 1.6 times the time")
 
     args = parser.parse_args(argv)
     for name in ("max_length", "batch_size", "num_layers", "hidden_size", "learning_rate", "epochs", "log_interval",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import data
 import finetune_srl
+import model
 import pretrain_smae
 from model import Bert, from_pretrained, load_head, pack
 from pretrain_smae import SMAE, MLMHead, VocabularyLoss, smae_loss
@@ -339,6 +340,17 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
     assert all(torch.equal(a[name], b[name]) for name in b)
     with pytest.raises(ValueError, match="--resume: --learning_rate is 0.5, and the run in .* had 0.001"):
         train(text_file, tmp_path / "halves", *flags, "--resume", "--learning_rate", "0.5")
+
+
+def test_gradient_checkpointing_flag(text_file, tmp_path, monkeypatch):
+    """ a run with --gradient_checkpointing ends with the same bits, having computed 2 blocks and the decoder again """
+    train(text_file, tmp_path / "plain", "--max_steps", "3")
+    again, inner = [], model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *args, **kwargs: again.append(args[0]) or inner(*args, **kwargs))
+    train(text_file, tmp_path / "again", "--max_steps", "3", "--gradient_checkpointing")
+    assert len(again) == 3 * 4   # 3 steps and the validation
+    a, b = state(tmp_path / "plain"), state(tmp_path / "again")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_checkpoint(text_file, tmp_path):

@@ -395,7 +395,7 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == "float16")
     autocast = torch.autocast(device_type, getattr(torch, args.dtype), enabled=args.dtype != "float32",
-                              cache_enabled=not args.gradient_checkpointing)   # casts of the weights outlive a block
+                              cache_enabled=not args.gradient_checkpointing)   # a cached cast lives until forward ends
     if args.resume:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])

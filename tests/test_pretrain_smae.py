@@ -340,6 +340,7 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
     assert all(torch.equal(a[name], b[name]) for name in b)
     with pytest.raises(ValueError, match="--resume: --learning_rate is 0.5, and the run in .* had 0.001"):
         train(text_file, tmp_path / "halves", *flags, "--resume", "--learning_rate", "0.5")
+    pretrain_smae.check_resumed(pretrain_smae.parse_args(["--out_dir", str(tmp_path)]), {})   # a run older than a flag
 
 
 def test_gradient_checkpointing_flag(text_file, tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def main(args):
     config.sizes = check_sizes(args.sizes or paper_sizes(config), config)
     config.num_hidden_layers = config.sizes[-1][0]
     del model.blocks[config.num_hidden_layers:]            # --sizes 6:128 is a separate model: no layer above 6
-    if args.init_from == "scratch":
+    if args.init_from == "scratch" and args.pooling == "mean":
         # The mean over tokens weighs a word by its norm in the dims of a size, but LayerNorm makes all norms equal: so
         # common words put theirs in channels that are not scored. The largest size needs some of these, too: gain 0.
         model.blocks[-1].norm2.weight.data[-config.hidden_size // 6:] = 0

@@ -101,8 +101,8 @@ def parse_args(argv=None):
     group.add_argument("--compile", action=flag, default=torch.cuda.is_available(),
                        help="torch.compile all of a block but attention; takes a minute to start")
     group.add_argument("--gradient_checkpointing", action=flag, default=False,
-                       help="compute the inside of blocks and decoder again in backward, and give freed memory back: "
-                            "for BERT-base 2.5 GB in place of 3.6 to 5.1, in 1.6 times the time")
+                       help="least memory: compute the inside of blocks and decoder again in backward, and give freed "
+                            "memory back; BERT-base then takes 1.6 times as long a step")
 
     args = parser.parse_args(argv)
     for name in ("max_length", "batch_size", "num_layers", "hidden_size", "learning_rate", "epochs", "log_interval",

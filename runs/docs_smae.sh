@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does SMAE help? The docs of this machine: pre-train by SMAE, by plain MLM on the same tokens, or not at all, then the
 # quick start's fine-tuning; three seeds. The vector is that of [CLS] in all, as in the paper's retrieval: it is what
-# SMAE trains. A seed takes 40 minutes on one core. Each run ends with two tables: the 1,000 test queries, then the
+# SMAE trains. A seed takes about 40 minutes on one core with AMX. Each run ends with two tables: the 1,000 test queries, then the
 # 3,988 of results/README.md, which has the outcome, and that of mean pooling.
 set -euo pipefail
 cd "$(dirname "$0")/.."

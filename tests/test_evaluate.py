@@ -69,7 +69,7 @@ def test_bm25_by_hand():
 
 
 def test_encode_ignores_batches_and_order(model, texts):
-    """ one text a batch, all in one, and in another order: the same embeddings to rounding (float64) """
+    """ one text a batch, all in one, and in another order: the same float32 embeddings, of a float64 model """
     model.double()
     one, all_of_them = encode(model, texts, [2, 4], batch_tokens=1), encode(model, texts, [2, 4])
     turned = encode(model, texts[::-1], [2, 4], batch_tokens=40)

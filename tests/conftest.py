@@ -1,17 +1,19 @@
 """ Shared by the tests: no network, small models, small texts. """
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"   # before anything imports huggingface_hub
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from model import Bert, BertConfig
+from model import Bert, BertConfig, save_pretrained
 
 
 @pytest.fixture
@@ -35,13 +37,14 @@ def texts():
 
 
 # The nouns of a sentence say which pair it belongs to: a small model learns to match them in seconds.
-NOUNS = "apple bridge candle dragon engine forest garden hammer island jacket kitchen lantern mirror needle orange pencil".split()
+NOUNS = ("apple bridge candle dragon engine forest garden hammer "
+         "island jacket kitchen lantern mirror needle orange pencil").split()
 
 
-@pytest.fixture
-def pairs_file(tmp_path):
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
     """ 64 (query, positive) rows """
-    path = tmp_path / "pairs.jsonl"
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = [f'{{"query": "where is the {a} {b}", "positive": "the {a} stands beside the {b} in the morning"}}\n'
             for a in NOUNS[:8] for b in NOUNS[8:]]
     path.write_text("".join(rows))
@@ -58,13 +61,49 @@ def beir(tmp_path):
               ("d3", "garden", "apple trees in the garden"), ("d4", "", "nothing of the kind")]
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
         file.writelines(f'{{"_id": "{i}", "title": "{title}", "text": "{text}"}}\n' for i, title, text in corpus)
-    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "apple fruit"}\n{"_id": "q2", "text": "river bridge"}\n'
-                                          '{"_id": "q3", "text": "not judged"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "apple fruit"}\n'
+                                          '{"_id": "q2", "text": "river bridge"}\n{"_id": "q3", "text": "not judged"}\n')
     for split in ("test", "dev"):
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td3\t1\nq2\td2\t1\n")
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer(pairs_file):
-    return data.train_wordpiece((text for query, positives, _ in data.load_pairs(pairs_file) for text in [query, *positives]), 200)
+    """ WordPiece, trained on the pairs """
+    rows = data.load_pairs(pairs_file)
+    return data.train_wordpiece((text for query, positives, _ in rows for text in [query, *positives]), 200)
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tokenizer, tmp_path_factory):
+    """ a folder with a BERT of 3 layers x 48, no weight of which is at its usual start: errors show """
+    torch.manual_seed(0)
+    model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=3, num_attention_heads=3,
+                            intermediate_size=80, max_position_embeddings=64, layer_norm_eps=1e-3))
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=float("norm" in name and p.dim() == 1), std=0.2)
+    save_pretrained(model, tokenizer, folder := tmp_path_factory.mktemp("bert"))
+    return str(folder)
+
+
+@pytest.fixture
+def refused(capsys):
+    """ what main(parse_args(flags)) says when it refuses: the last line of stderr or the text of a ValueError """
+    def call(script, flags):
+        with pytest.raises((SystemExit, ValueError)) as stop:
+            script.main(script.parse_args(flags))
+        if isinstance(stop.value, SystemExit):
+            assert stop.value.code == 2
+            return capsys.readouterr().err.strip().splitlines()[-1]
+        return str(stop.value)
+    return call
+
+
+def refused_process(script, *flags):
+    """ the same of a process: exit status 2, no traceback, and the one line of stderr """
+    command = [sys.executable, str(ROOT / script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line, = done.stderr.splitlines()
+    return line

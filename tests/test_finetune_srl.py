@@ -11,10 +11,28 @@ import torch
 
 import data
 import finetune_srl
+import model
 from finetune_srl import cached_backward, get_lr, main, parse_args, srl_loss
 from model import Bert, BertConfig, from_pretrained, pack
 
 ROOT = Path(finetune_srl.__file__).parent
+
+
+def loss_and_terms(*args):
+    """ srl_loss -> loss, [InfoNCE a size], [KL a size]; the tests know the form of what it returns from here alone """
+    loss, nce, kl = srl_loss(*args)
+    return loss, nce, kl
+
+
+def logged(out_dir, kind="loss"):
+    """ the records of log.jsonl that have this key; "nce" and "kl" are lists, from the smallest size to the largest """
+    records = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if kind in record]
+
+
+def adamw(bert, learning_rate, weight_decay, embedding_lr_scale=1.0):
+    """ the optimizer of a run """
+    return bert.configure_optimizers(learning_rate, weight_decay, embedding_lr_scale)
 
 
 def run(pairs_file, out_dir, *flags):
@@ -22,6 +40,59 @@ def run(pairs_file, out_dir, *flags):
     main(parse_args(["--train_pairs", pairs_file, "--out_dir", str(out_dir), "--retrieval", "", "--vocab_size", "200", "--num_layers", "3",
                      "--hidden_size", "64", "--sizes", "1:8,3:64", "--batch_size", "16", "--max_steps", "4", "--log_interval", "1",
                      "--dtype", "float32", "--device", "cpu", "--no-compile", *flags]))
+
+
+class Masks:
+    """ dropout masks of a generator of their own: the same ones in every run, whatever else draws random numbers """
+
+    def __init__(self):
+        self.random = torch.Generator().manual_seed(0)
+
+    def __call__(self, size, p, dtype):
+        return (torch.rand(size, generator=self.random) >= p).to(dtype) / (1 - p)
+
+
+def plain_loop(bert_folder, pairs_file, lrs, embedding_scale, weight_decay, clip, kl_weight, p):
+    """ what a run of main has to do, in plain PyTorch -> the trained model, [loss a step], [norm a step] """
+    bert = from_pretrained(bert_folder, hidden_dropout_prob=p, attention_probs_dropout_prob=p).train()
+    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), data.load_tokenizer(bert_folder), 32, 64)
+    embeddings = {"word.weight", "position.weight", "token_type.weight"}
+    optimizer = torch.optim.AdamW([{"params": [q], "weight_decay": weight_decay if q.dim() > 1 else 0.0,
+                                    "scale": embedding_scale if name in embeddings else 1.0}
+                                   for name, q in bert.named_parameters()])
+    losses, norms = [], []
+    for step, lr in enumerate(lrs):
+        queries, passages = data.srl_batch(pairs, 16, 1, 64, 1, step)
+        taps = bert.encode(pack(queries + passages), [1, 3])
+        loss, *_ = loss_and_terms({n: t[:16] for n, t in taps.items()}, {n: t[16:] for n, t in taps.items()},
+                                  ((1, 8), (3, 48)), "cosine", 0.2, kl_weight)
+        bert.zero_grad()
+        loss.backward()
+        norm = torch.stack([q.grad.norm() for q in bert.parameters()]).norm()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+            for q in group["params"]:
+                q.grad *= min(1, clip / norm)
+        optimizer.step()
+        losses.append(loss.item()), norms.append(norm.item())
+    return bert, losses, norms
+
+
+def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path, monkeypatch):
+    """ Four steps of main give the weights, losses and norms of a plain loop, with every option on. """
+    monkeypatch.setattr(model, "dropout_mask", Masks())
+    run(pairs_file, tmp_path / "a", "--init_from", bert_folder, "--sizes", "1:8,3:48", "--max_length", "64",
+        "--learning_rate", "0.002", "--warmup", "0.5", "--embedding_lr_scale", "3", "--weight_decay", "0.3",
+        "--grad_clip", "0.5", "--kl_weight", "0.3", "--temperature", "0.2", "--dropout", "0.25")
+    monkeypatch.setattr(model, "dropout_mask", Masks())
+    bert, losses, norms = plain_loop(bert_folder, pairs_file, [0.001, 0.002, 0.002, 0.001], 3.0, 0.3, 0.5, 0.3, 0.25)
+    assert min(norms) < 0.5 < max(norms)   # clipping bites in some steps
+    assert [r["loss"] for r in logged(tmp_path / "a")] == pytest.approx(losses, rel=1e-4)
+    assert [r["norm"] for r in logged(tmp_path / "a")] == pytest.approx(norms, rel=1e-3)
+    for (name, found), want in zip(from_pretrained(tmp_path / "a").named_parameters(), bert.parameters()):
+        if name.endswith("qkv.bias"):   # softmax ignores the bias of the keys: its gradient is rounding error
+            found, want = (torch.cat([bias[:48], bias[96:]]) for bias in (found, want))
+        torch.testing.assert_close(found, want, rtol=0, atol=2e-5, msg=name)
 
 
 def test_loss_by_hand():

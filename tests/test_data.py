@@ -115,6 +115,46 @@ def test_docs_hold_out_whole_files_and_no_text_twice(tmp_path, monkeypatch):
     assert (folder / "train.jsonl").read_bytes() == (data.build_docs(tmp_path / "again") / "train.jsonl").read_bytes()
 
 
+def docs_of(site, modules, monkeypatch):
+    """ {module: [(query, passage), ...]} of a package that is made here -> the folder of its docs corpus """
+    (site / "fakepackage").mkdir(parents=True)
+    for module, texts in ({"__init__": []} | modules).items():
+        (site / "fakepackage" / f"{module}.py").write_text("".join(
+            f'def f{i}():\n    """{query}\n\n    {passage}"""\n' for i, (query, passage) in enumerate(texts)))
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(data, "DOCS_PACKAGES", ["fakepackage"])
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda _: str(site / "fakepackage"))   # no standard library
+    return data.build_docs(site.parent / "docs")
+
+
+# By the checksum of their names these two modules are held out, and the other two are not.
+HELD_OUT, TRAIN = ("m6", "m7"), ("m0", "m1")
+
+
+def test_dev_queries_are_no_test_queries(tmp_path, monkeypatch):
+    """ The docs corpus has 1,000 test queries and 500 dev queries, and no query is in both. """
+    text = "is what the passage with the number {} says in its at least fifteen words, as all of them say {}"
+    modules = {m: [(f"query number {m} {i}", text.format(f"{m} {i}", i)) for i in range(800)] for m in HELD_OUT}
+    modules |= {TRAIN[0]: [("query of the train half", text.format("x", "y"))]}
+    folder = docs_of(tmp_path / "site", modules, monkeypatch)
+    test, dev = (data.Collection(f"{folder}:{split}") for split in ("test", "dev"))
+    assert len(test.queries) == 1000 and len(dev.queries) == 500 and not set(test.queries) & set(dev.queries)
+    assert not set(test.queries.values()) & set(dev.queries.values())
+
+
+def test_no_query_or_passage_of_the_held_out_half_is_trained_on(tmp_path, monkeypatch):
+    """ Neither a query nor a passage is in both halves, whatever its case, its punctuation and its partner. """
+    passage = ("This passage, number {}, goes on for at least fifteen words; it says that it is", "passage number {} again")
+    passages = [" ".join(passage).format(i, i) for i in range(9)]
+    held_out = [("Sort an array in place.", passages[0]), ("Reverse the given list.", passages[1])]
+    train = [("Sort an array in place.", passages[2]), ("reverse the -- GIVEN list", passages[3]),   # queries again
+             ("Another query for the first", passages[0]), ("Another query for the second", passages[1].upper()),
+             ("Another query for the third", passages[1].replace(";", ",")), ("A query of its own", passages[4])]
+    folder = docs_of(tmp_path / "site", {HELD_OUT[0]: held_out, TRAIN[0]: train, TRAIN[1]: train[-1:]}, monkeypatch)
+    assert [row["query"] for _, row in data.read_rows(folder / "train.jsonl")] == ["A query of its own"]
+    assert [row["query"] for _, row in data.read_rows(folder / "corpus.jsonl")] == [query for query, _ in held_out]
+
+
 @pytest.fixture
 def pairs():
     """ row i: query [i], positives [100 + i] (and [200 + i] in even rows), i % 4 negatives """
@@ -144,6 +184,14 @@ def test_batches_align_and_cover_an_epoch(pairs):
         assert len(passages) == 5 + sum(min(2, row % 4) for row in rows)
         assert {(int(p[0]) - 300) // 10 for p in passages[5:]} == {row for row in rows if row % 4}
     assert sorted(seen) == list(range(10))
+
+
+def test_every_positive_and_every_negative_has_its_turn(pairs):
+    """ Over the steps a row gives each of its positives, and each of its negatives, about equally often. """
+    drawn = [int(p[0]) for step in range(300) for p in data.srl_batch(pairs, 10, 1, 9, 1, step)[1]]
+    count = {value: drawn.count(value) for value in (100, 200, 330, 331, 332)}   # of row 0, and of row 3
+    assert count[100] + count[200] == count[330] + count[331] + count[332] == 300
+    assert min(count[100], count[200]) > 120 and min(count[330], count[331], count[332]) > 70
 
 
 def test_windows_of_long_passages():

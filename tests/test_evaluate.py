@@ -3,8 +3,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 import data
 import evaluate
+from conftest import refused_process
 from data import Collection
 from evaluate import bm25, encode, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
 from model import save_pretrained
@@ -25,6 +24,15 @@ def test_metrics_by_hand():
     assert ndcg_at_10(ranked, grades) == pytest.approx(dcg / ideal, abs=1e-12)
     assert recall_at_100(ranked, grades) == pytest.approx(2 / 3)
     assert mrr_at_10(list("abcdefghij") + ["k"], {"k": 1}) == 0   # rank 11
+
+
+def test_metrics_at_their_edges():
+    """ A document of grade 0 is no hit; recall looks at a hundred documents and divides by all relevant ones. """
+    assert mrr_at_10(["c", "b"], {"c": 0, "b": 1}) == 1 / 2
+    ids = [f"d{i}" for i in range(200)]
+    assert recall_at_100(ids, {"d99": 1}) == 1 and recall_at_100(ids, {"d100": 1}) == 0
+    assert recall_at_100(ids, {doc: 1 for doc in ids}) == 1 / 2
+    assert recall_at_100(ids, {"d0": 1, "d5": 0, "d150": 2}) == 1 / 2
 
 
 def ranking(scores, ids):
@@ -110,9 +118,8 @@ def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, evaluate.__file__, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith("give one that save_pretrained wrote")
-    assert "Traceback" not in done.stderr
+    """ A process that is given a folder without a model ends with status 2 and one line on stderr. """
+    assert refused_process("evaluate.py", str(tmp_path)).endswith("give one that save_pretrained wrote")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +188,57 @@ def test_a_query_is_no_answer_to_itself(saved, beir):
     assert items["4:48"]["Recall@100"] == [0.5] and items["BM25"]["Recall@100"] == [0.5] and items["BM25"]["MRR@10"] == [1]
 
 
+@pytest.fixture
+def ranked_by(tmp_path, monkeypatch, saved):
+    """ (documents, queries: {id: text}; vectors {text: [...]}) -> per-item values and {query: [ids]}: nothing is encoded """
+    def call(documents, queries, vectors, size_of_shard, run="1-2"):
+        folder = tmp_path / "made"
+        (folder / "qrels").mkdir(parents=True)
+        for name, texts in (("corpus", documents), ("queries", queries)):
+            lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()]
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+        judged = "".join(f"{query}\t{query if query in documents else next(iter(documents))}\t1\n" for query in queries)
+        (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+        monkeypatch.setattr(data, "SHARD", size_of_shard)
+        monkeypatch.setattr(evaluate, "embed", lambda model, tokenizer, texts, layers, *rest, **named: {
+            layer: torch.tensor([vectors[text] for text in texts]) for layer in layers})
+        model, tokenizer = evaluate.load_model(saved)
+        model.config.similarity = "dot"
+        _, items = evaluate.retrieval(model, tokenizer, str(folder), ((1, 2),), "float32", save_run=tmp_path / "runs")
+        found = {query: [] for query in queries}
+        for line in (tmp_path / "runs" / f"made-{run}.run").read_text().splitlines():
+            found[line.split()[0]].append(line.split()[2])
+        return items, found
+    return call
+
+
+def test_a_thousand_queries_are_no_answers_to_themselves(ranked_by):
+    """ Of 1,100 queries that are documents none finds itself, those beyond the first 1,024 included. """
+    texts = {f"d{i}": f"word{i}" for i in range(1100)}
+    angles = {f"word{i}": [math.cos(i / 1000), math.sin(i / 1000)] for i in range(1100)}
+    items, found = ranked_by(texts, texts, angles, 25_000)
+    assert not any(items["1:2"]["Recall@100"])
+    assert all(len(ids) == 100 and query not in ids for query, ids in found.items())
+    assert found["d1050"][:2] in (["d1049", "d1051"], ["d1051", "d1049"])
+
+
+@pytest.mark.parametrize("size_of_shard", [25_000, 40])
+def test_ties_at_rank_100(ranked_by, size_of_shard):
+    """ Of 150 documents with the same score the hundred with the last ids are kept, whatever their order and shards. """
+    ids = [f"d{i:03}" for i in np.random.default_rng(0).permutation(150)]
+    _, found = ranked_by({key: "same" for key in ids}, {"q": "query"}, {"same": [1.0, 0.0], "query": [1.0, 0.0]},
+                         size_of_shard)
+    assert found["q"] == [f"d{i:03}" for i in range(149, 49, -1)]
+
+
+def test_bm25_finds_nothing_without_a_word_in_common(ranked_by):
+    """ In the run of BM25 stand the documents that share a word with the query, and no others. """
+    documents = {"d1": "an apple", "d2": "a bridge", "d3": "apple tree", "d4": "nothing"}
+    vectors = {text: [1.0, 0.0] for text in [*documents.values(), "apple apple", "unknown"]}
+    _, found = ranked_by(documents, {"q1": "apple apple", "q2": "unknown"}, vectors, 25_000, run="BM25")
+    assert set(found["q1"]) == {"d1", "d3"} and found["q2"] == []
+
+
 @pytest.mark.parametrize("pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "cls"}])
 def test_sentence_transformers_folder(saved, pooling):
     """ pooling, length and lower-casing come from its own files; what is not supported is refused """
@@ -221,10 +279,27 @@ def test_compare_marks_what_is_significant(tmp_path, capsys):
         evaluate.compare([files[0], write("d.json", queries, 1.0, ids="other")])
 
 
+def test_bootstrap_is_paired():
+    """ A small gain on every pair is significant although each Spearman alone varies more; equal values give p = 1. """
+    rng = np.random.default_rng(0)
+    gold, noise = rng.normal(size=300), rng.normal(size=300)
+    x, y = gold + noise, gold + 0.93 * noise
+    rows = rng.integers(300, size=(200, 300))
+    spread = np.std([evaluate.spearman(x[row], gold[row]) for row in rows])
+    assert evaluate.spearman(y, gold) - evaluate.spearman(x, gold) < spread
+    assert evaluate.paired_bootstrap(x, y, gold) < 1e-3
+    assert evaluate.paired_bootstrap(x, x, gold) == 1
+
+
 def test_plot(saved, beir, sts_file, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: figures are optional")
-    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--retrieval", str(beir), "--plot", str(tmp_path / "f.svg")]))
-    assert "1:8" in (tmp_path / "f.svg").read_text() or (tmp_path / "f.svg").stat().st_size > 5000
+    """ The figure names the model and labels each size with its bytes, as text of the SVG. """
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed: figures are optional")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):   # text stays text
+        evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--retrieval", str(beir),
+                                           "--plot", str(tmp_path / "f.svg")]))
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "f.svg").read_text())
+    assert {"1:8", "32 B", "4:48", "192 B", str(saved)} <= set(texts)
+    assert any("mine Spearman, beir nDCG@10" in text for text in texts)
 
 
 def test_grid_and_speed(saved, sts_file, tmp_path, capsys):

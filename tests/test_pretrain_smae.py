@@ -60,6 +60,15 @@ def smae(config, words):
     return model.double().eval()
 
 
+def loss_and_terms(model, batch, masked, sizes, objective="smae"):
+    """
+    smae_loss -> loss, (terms,) CE, (terms,) accuracy: MLM of every size, then MAE of every size. The tests know the
+    form of what it returns from here alone.
+    """
+    loss, ce, accuracy = smae_loss(model, batch, masked, sizes, objective)
+    return loss, ce, accuracy
+
+
 @pytest.fixture
 def batch(documents, words):
     masked = data.smae_batch(documents[:12], 24, (0.2, 0.4), words, [1, 0])
@@ -104,7 +113,7 @@ def test_loss_is_the_equations(smae, batch, monkeypatch):
     want.backward()
     grads = {name: p.grad for name, p in smae.named_parameters()}
     smae.zero_grad()
-    loss, ce, _ = smae_loss(smae, pack(batch[1].texts, multiple=35), batch[1], SIZES)
+    loss, ce, _ = loss_and_terms(smae, pack(batch[1].texts, multiple=35), batch[1], SIZES)
     assert len(batch[0].input_ids) % 35   # so there are fillers, and they change nothing
     loss.backward()
     torch.testing.assert_close(loss, want, atol=1e-10, rtol=0)
@@ -112,7 +121,7 @@ def test_loss_is_the_equations(smae, batch, monkeypatch):
     for name, p in smae.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], atol=1e-10, rtol=0, msg=name)
         assert p.grad.abs().max() > 1e-6 or name == "bert.token_type.weight", name
-    mlm, *_ = smae_loss(smae, *batch, SIZES, "mlm")
+    mlm, *_ = loss_and_terms(smae, *batch, SIZES, "mlm")
     torch.testing.assert_close(mlm, sum(terms[:3]) / 3, atol=1e-10, rtol=0)
 
 
@@ -154,7 +163,7 @@ def test_gradient_checkpointing(smae, batch):
     for smae.bert.gradient_checkpointing in (False, True):
         smae.zero_grad()
         torch.manual_seed(1)
-        size, (loss, *_) = kept(lambda: smae_loss(smae.train(), *batch, SIZES))
+        size, (loss, *_) = kept(lambda: loss_and_terms(smae.train(), *batch, SIZES))
         loss.backward()
         runs.append((size, loss, [p.grad for p in smae.parameters()]))
     assert torch.equal(runs[0][1], runs[1][1]) and all(map(torch.equal, runs[0][2], runs[1][2]))
@@ -167,9 +176,9 @@ def test_gradient_checkpointing(smae, batch):
 def test_autocast(smae, batch, dtype):
     """ under autocast the loss is that of float32 to the digits that the type has """
     smae.float()
-    exact, *_ = smae_loss(smae, *batch, SIZES)
+    exact, *_ = loss_and_terms(smae, *batch, SIZES)
     with torch.autocast("cpu", getattr(torch, dtype)):
-        loss, *_ = smae_loss(smae, *batch, SIZES)
+        loss, *_ = loss_and_terms(smae, *batch, SIZES)
     loss.backward()
     assert 0 < abs(loss - exact) < 0.02 * exact
     assert all(p.grad.isfinite().all() for p in smae.parameters())
@@ -249,13 +258,13 @@ class TestWhatReachesWhat:
         """ a size (n, d) trains the blocks up to n and none above, and all three together train every block """
         for n, d in SIZES:
             smae.zero_grad()
-            smae_loss(smae, *batch, [(n, d)])[0].backward()
+            loss_and_terms(smae, *batch, [(n, d)])[0].backward()
             reached = [block.down.weight.grad is not None and bool(block.down.weight.grad.any()) for block in smae.bert.blocks]
             assert reached == [i < n for i in range(4)]
 
     def test_head_columns_beyond_d(self, smae, batch):
         """ the MLM of a size d leaves the dense weight's columns beyond d alone """
-        smae_loss(smae, *batch, [(2, 16)], "mlm")[0].backward()
+        loss_and_terms(smae, *batch, [(2, 16)], "mlm")[0].backward()
         grad = smae.head.dense.weight.grad
         assert grad[:, :16].abs().min() > 0 and not grad[:, 16:].any()
 
@@ -263,19 +272,19 @@ class TestWhatReachesWhat:
         """ neither MLM nor bottleneck look at coordinates beyond d of a tap """
         taps = [tap.detach().requires_grad_() for tap in smae.bert(batch[0], [n for n, _ in SIZES])]
         monkeypatch.setattr(smae.bert, "forward", lambda *_: taps)
-        smae_loss(smae, *batch, SIZES)[0].backward()
+        loss_and_terms(smae, *batch, SIZES)[0].backward()
         for tap, (_, d) in zip(taps, SIZES):
             assert tap.grad[batch[0].starts, :d].abs().min() > 0 and not tap.grad[:, d:].any()
 
     def test_decoder_sees_position_0_alone(self, smae, batch, monkeypatch):
         """ other taps at every position but 0 change MLM and leave MAE as it is; at position 0 it is the reverse """
         taps = smae.bert(batch[0]._replace(input_ids=torch.from_numpy(batch[1].encoder_ids)), [n for n, _ in SIZES])
-        _, before, _ = smae_loss(smae, *batch, SIZES)
+        _, before, _ = loss_and_terms(smae, *batch, SIZES)
         def losses(where):
             other = [tap.index_put((where,), torch.randn(len(where), tap.shape[1], dtype=tap.dtype)) for tap in taps]
             with monkeypatch.context() as patch:
                 patch.setattr(smae.bert, "forward", lambda *_: other)
-                return smae_loss(smae, *batch, SIZES)[1]
+                return loss_and_terms(smae, *batch, SIZES)[1]
         first = batch[0].starts
         rest = torch.tensor(sorted(set(range(len(batch[0].input_ids))) - set(first.tolist())))
         after = losses(rest)
@@ -289,7 +298,7 @@ def test_overfit(smae, batch):
     smae.float().train()
     optimizer = torch.optim.Adam(smae.parameters(), lr=3e-3)
     for _ in range(150):
-        loss, ce, accuracy = smae_loss(smae, *batch, SIZES)
+        loss, ce, accuracy = loss_and_terms(smae, *batch, SIZES)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -305,13 +314,92 @@ def train(text_file, out, *flags):
     pretrain_smae.main(pretrain_smae.parse_args(["--train_text", text_file, "--out_dir", str(out), *common, *flags]))
 
 
+def logged(out, kind="loss"):
+    """ the records of log.jsonl that have this key """
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if kind in record]
+
+
 def losses(out):
-    log = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
-    return [(r["step"], r.get("loss"), r.get("val_loss")) for r in log]
+    """ (step, loss of training, loss of validation) of every line of the log """
+    return [(r["step"], r.get("loss"), r.get("val_loss")) for r in logged(out, "step")]
 
 
 def state(out):
     return torch.load(Path(out) / "training_state.pt")["model"]
+
+
+def plain_loop(start, text_file, lrs, embedding_scale, weight_decay, clip, p):
+    """ what a run of main has to do, in plain PyTorch: from the weights `start` -> weights, [loss a step], [norm a step] """
+    tokenizer, bert = data.load_tokenizer(start), from_pretrained(start, hidden_dropout_prob=p,
+                                                                  attention_probs_dropout_prob=p)
+    smae = SMAE(bert, load_head(start, bert.config)).train()
+    smae.load_state_dict(state(start))
+    text = data.token_file(text_file, tokenizer)
+    train = np.random.default_rng(0).permutation(len(text))[4:]            # a tenth of 32 documents is held out
+    optimizer = torch.optim.AdamW([{"params": [q], "weight_decay": weight_decay if q.dim() > 1 else 0.0,
+                                    "scale": embedding_scale if name == "bert.word.weight" else 1.0}
+                                   for name, q in smae.named_parameters()])
+    losses, norms = [], []
+    for step, lr in enumerate(lrs):
+        smae.zero_grad()
+        losses.append(0)
+        for piece in (0, 1):                                               # of 4 documents; an epoch has 3 batches
+            at = 8 * (step % 3) + 4 * piece
+            rows = train[data.epoch_order(len(train), 1, step // 3)[at:at + 4]]
+            masked = data.smae_batch([text[i] for i in rows], 24, (0.2, 0.4), tokenizer, [1, step, piece])
+            torch.manual_seed(hash((1, step, piece)))                      # of dropout
+            loss = loss_and_terms(smae, pack(masked.texts), masked, ((1, 8), (2, 64)))[0] / 2
+            loss.backward()
+            losses[-1] += loss.item()
+        norm = torch.stack([q.grad.norm() for q in smae.parameters()]).norm()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+            for q in group["params"]:
+                q.grad *= min(1, clip / norm)
+        optimizer.step()
+        norms.append(norm.item())
+    return smae, losses, norms
+
+
+def test_a_run_equals_a_plain_loop(text_file, tmp_path):
+    """ Four steps of main give the weights, losses and norms of a plain loop, with every option on. """
+    flags = ["--max_steps", "4", "--micro_batch", "4", "--sizes", "1:8,2:64", "--dropout", "0.25", "--warmup", "0.5",
+             "--embedding_lr_scale", "4", "--weight_decay", "0.3", "--grad_clip", "2"]
+    train(text_file, tmp_path / "start", *flags, "--learning_rate", "1e-30")
+    train(text_file, tmp_path / "run", *flags, "--learning_rate", "0.004")
+    lrs = [0.002, 0.004, 0.004, 0.002]                                     # two steps up, then a cosine to 0 over two
+    smae, losses, norms = plain_loop(tmp_path / "start", text_file, lrs, 4.0, 0.3, 2.0, 0.25)
+    assert min(norms) < 2 < max(norms)                                     # clipping bites in some steps
+    assert [r["loss"] for r in logged(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
+    assert [r["norm"] for r in logged(tmp_path / "run")] == pytest.approx(norms, rel=1e-3)
+    found = state(tmp_path / "run")
+    for name, want in smae.state_dict().items():
+        got = found[name]
+        if name.endswith("qkv.bias"):   # softmax ignores the bias of the keys: its gradient is rounding error
+            got, want = (torch.cat([bias[:64], bias[128:]]) for bias in (got, want))
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-5, msg=name)
+
+
+def test_dropout_of_the_bottlenecks_share(smae, batch):
+    """ Dropout at p = 0.5 hides the bottleneck from half of the decoder's heads and positions and doubles its share elsewhere. """
+    decoder, (pack_of_texts, masked) = smae.decoder, batch
+    C, H = 48, decoder.attention.heads
+    with torch.no_grad():   # values are coordinate 0, which the bottleneck alone has: what a head mixes is its share
+        decoder.attention.qkv.weight[:2 * C, 0] = 0
+        decoder.attention.qkv.weight[2 * C:] = 0
+        decoder.attention.qkv.weight[2 * C:, 0] = 1
+        decoder.attention.out.weight.copy_(torch.eye(C))
+    decoder.rest = lambda x, mixed: mixed
+    torch.manual_seed(0)
+    embeddings = torch.randn(len(pack_of_texts.input_ids), C, dtype=torch.float64)
+    bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
+    embeddings[:, 0], bottleneck[..., 0] = 0, 1
+    at, decoder.attention.p = torch.from_numpy(masked.decoder_masked), 0.5
+    share, heard = (pretrain_smae.decode(decoder.train(training), embeddings, bottleneck, pack_of_texts, at)
+                    .unflatten(2, (H, C // H))[..., 0] for training in (False, True))   # (S, M, H)
+    assert (share > 0).all() and 0.4 < (heard == 0).double().mean() < 0.6
+    torch.testing.assert_close(heard[heard != 0], 2 * share[heard != 0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -413,8 +501,7 @@ def test_ranks_and_micro_batches(text_file, tmp_path):
     script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                       f"import pathlib, data, test_pretrain_smae\ndata.CACHE = pathlib.Path({str(data.CACHE)!r})\n"
                       f"test_pretrain_smae.train({text_file!r}, {str(tmp_path / 'two')!r})\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511",
-                    str(script)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     a, b = state(tmp_path / "one"), state(tmp_path / "two")
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
     assert [loss for _, loss, _ in losses(tmp_path / "two")] == pytest.approx([x for _, x, _ in losses(tmp_path / "one")], abs=1e-4)

@@ -53,18 +53,23 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def beir(tmp_path):
+    """ see make_beir """
+    return make_beir(tmp_path / "beir")
+
+
+def make_beir(folder):
     """ a BEIR folder of 4 documents: titles, grades, a document nobody judged, gz """
     import gzip
-    folder = tmp_path / "beir"
     (folder / "qrels").mkdir(parents=True)
     corpus = [("d1", "apple", "an apple is a fruit"), ("d2", "", "a bridge crosses the river"),
               ("d3", "garden", "apple trees in the garden"), ("d4", "", "nothing of the kind")]
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
         file.writelines(f'{{"_id": "{i}", "title": "{title}", "text": "{text}"}}\n' for i, title, text in corpus)
-    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "apple fruit"}\n'
-                                          '{"_id": "q2", "text": "river bridge"}\n{"_id": "q3", "text": "not judged"}\n')
+    queries = [("q1", "apple fruit"), ("q2", "river bridge"), ("q3", "not judged")]
+    (folder / "queries.jsonl").write_text("".join(f'{{"_id": "{i}", "text": "{text}"}}\n' for i, text in queries))
     for split in ("test", "dev"):
-        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td3\t1\nq2\td2\t1\n")
+        judged = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td3\t1\nq2\td2\t1\n"
+        (folder / "qrels" / f"{split}.tsv").write_text(judged)
     return folder
 
 

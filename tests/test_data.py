@@ -34,29 +34,32 @@ def write(path):
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.csv", "p.csv.gz", "p.tsv", "p.tsv.gz", "p.parquet"])
 def test_local_files(tmp_path, name):
-    """ the same three rows from every format, gzipped or not """
+    """ Every format, gzipped or not, gives the same three rows, as often as one asks. """
     write(tmp_path / name)
     rows = data.load_pairs(str(tmp_path / name))
     assert len(rows) == 3 and list(rows) == ROWS == list(rows)   # twice: once for the vocabulary, once for the ids
 
 
 def test_hub_name_with_config_and_split(tmp_path, monkeypatch):
-    """ NAME[:CONFIG][:SPLIT] through datasets, on a local folder laid out like sentence-transformers/all-nli """
+    """ NAME[:CONFIG][:SPLIT] names the split of a data set, here a local copy of the hub's layout. """
     import datasets
     monkeypatch.chdir(tmp_path)   # a relative name with a slash, as on the hub
     for config, rows in (("triplet", DICTS), ("pair", [{"anchor": "q", "positive": "p"}])):
         for split in ("train", "dev"):
-            datasets.Dataset.from_list(rows).to_parquet(f"sentence-transformers/all-nli/{config}/{split}-00000-of-00001.parquet")
+            path = f"sentence-transformers/all-nli/{config}/{split}-00000-of-00001.parquet"
+            datasets.Dataset.from_list(rows).to_parquet(path)
     with open("sentence-transformers/all-nli/README.md", "w") as file:
-        file.write("---\nconfigs:\n" + "".join(
-            f"- config_name: {config}\n  data_files:\n" + "".join(f"  - split: {split}\n    path: {config}/{split}-*\n"
-                                                                  for split in ("train", "dev")) for config in ("triplet", "pair")) + "---\n")
+        file.write("---\nconfigs:\n")
+        for config in ("triplet", "pair"):
+            file.write(f"- config_name: {config}\n  data_files:\n")
+            file.writelines(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in ("train", "dev"))
+        file.write("---\n")
     assert list(data.load_pairs("sentence-transformers/all-nli:triplet")) == ROWS
     assert list(data.load_pairs("sentence-transformers/all-nli:pair:dev")) == [("q", ["p"], [])]
 
 
 def test_tevatron_form_of_ms_marco(tmp_path):
-    """ nested passages with titles: title and text are joined, all negatives are kept """
+    """ Of nested passages title and text are joined, and all negatives are kept. """
     path = tmp_path / "marco.jsonl"
     path.write_text(json.dumps({"query_id": "1", "query": "what is tea",
                                 "positive_passages": [{"docid": "7", "title": "Tea", "text": "A drink."}],
@@ -66,16 +69,21 @@ def test_tevatron_form_of_ms_marco(tmp_path):
 
 
 def test_numbered_and_missing_negatives(tmp_path):
+    """ Negatives come from numbered columns, and an empty cell gives none. """
     path = tmp_path / "p.jsonl"
     path.write_text('{"query": "q", "positive": "p", "negative_1": "a", "negative_2": "b"}\n'
                     '{"query": "r", "positive": "p", "negative_1": null, "negative_2": "b"}\n')
     assert list(data.load_pairs(str(path))) == [("q", ["p"], ["a", "b"]), ("r", ["p"], ["b"])]
 
 
-@pytest.mark.parametrize("text, message", [('{"query": "q", "positive": "p"}\n{"query"\n', "line 2: not a JSON object"),
-                                           ("[1]\n", "line 1: not a JSON object"), ("", "holds no pairs"),
-                                           ('{"query": "q", "answer": "p"}\n', "has the columns query, answer; it needs")])
+@pytest.mark.parametrize("text, message", [
+    ('{"query": "q", "positive": "p"}\n{"query"\n', "line 2: not a JSON object"),
+    ("[1]\n", "line 1: not a JSON object"),
+    ("", "holds no pairs"),
+    ('{"query": "q", "answer": "p"}\n', "has the columns query, answer; it needs"),
+])
 def test_bad_files_are_named_with_the_line(tmp_path, text, message):
+    """ A file that cannot be read is refused with its line, or with its columns. """
     path = tmp_path / "p.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -84,12 +92,13 @@ def test_bad_files_are_named_with_the_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("source", ["nowhere/nothing", "nowhere.jsonl", "nowhere.parquet"])
 def test_missing_sources(source):
+    """ A source that is not there is named. """
     with pytest.raises(ValueError, match=source):
         data.load_pairs(source)
 
 
 def test_docs_hold_out_whole_files_and_no_text_twice(tmp_path, monkeypatch):
-    """ built from a package made here: split by file, short docstrings left out, shared texts in the held-out half only """
+    """ The docs corpus is split by file, without short docstrings; shared texts are in the held-out half alone. """
     prose = "This second paragraph goes on for at least fifteen words so that it counts as a passage, number {}."
     package = tmp_path / "site" / "fakepackage"
     (package / "tests").mkdir(parents=True)
@@ -97,7 +106,8 @@ def test_docs_hold_out_whole_files_and_no_text_twice(tmp_path, monkeypatch):
     (package / "tests" / "test_x.py").write_text(f'"""A test file is left out.\n\n{prose.format("t")}"""\n')
     for i in range(40):
         (package / f"m{i}.py").write_text(
-            f'class C:\n    def f(self):\n        """First  paragraph\n        number {i}.\n\n        {prose.format(i)}\n\n        And more.\n        """\n'
+            f'class C:\n    def f(self):\n        """First  paragraph\n        number {i}.\n\n'
+            f'        {prose.format(i)}\n\n        And more.\n        """\n'
             f'def shared():\n    """The same in every file.\n\n    {prose.format("shared")}"""\n'
             f'def short():\n    """Too short here.\n\n    Returns: bool"""\n')
     (package / "broken.py").write_text("def f(:\n")
@@ -109,7 +119,8 @@ def test_docs_hold_out_whole_files_and_no_text_twice(tmp_path, monkeypatch):
     assert len(train) + len(corpus) == 41
     assert sum(row["query"] == "The same in every file." for row in corpus) == 1
     row = next(row for row in train if row["query"] == "First paragraph number 3.")
-    assert row == {"name": "fakepackage.m3.C.f", "query": "First paragraph number 3.", "positive": prose.format(3) + " And more."}
+    assert row == {"name": "fakepackage.m3.C.f", "query": "First paragraph number 3.",
+                   "positive": prose.format(3) + " And more."}
     assert {row["name"].split(".")[1] for row in train}.isdisjoint(row["name"].split(".")[1] for row in corpus)
     assert 0 < len(corpus) < len(train)
     assert (folder / "train.jsonl").read_bytes() == (data.build_docs(tmp_path / "again") / "train.jsonl").read_bytes()
@@ -144,8 +155,8 @@ def test_dev_queries_are_no_test_queries(tmp_path, monkeypatch):
 
 def test_no_query_or_passage_of_the_held_out_half_is_trained_on(tmp_path, monkeypatch):
     """ Neither a query nor a passage is in both halves, whatever its case, its punctuation and its partner. """
-    passage = ("This passage, number {}, goes on for at least fifteen words; it says that it is", "passage number {} again")
-    passages = [" ".join(passage).format(i, i) for i in range(9)]
+    passages = [f"This passage, number {i}, goes on for at least fifteen words; its own number, as said, is {i}"
+                for i in range(5)]
     held_out = [("Sort an array in place.", passages[0]), ("Reverse the given list.", passages[1])]
     train = [("Sort an array in place.", passages[2]), ("reverse the -- GIVEN list", passages[3]),   # queries again
              ("Another query for the first", passages[0]), ("Another query for the second", passages[1].upper()),
@@ -159,12 +170,13 @@ def test_no_query_or_passage_of_the_held_out_half_is_trained_on(tmp_path, monkey
 def pairs():
     """ row i: query [i], positives [100 + i] (and [200 + i] in even rows), i % 4 negatives """
     ids = lambda *values: np.array(values)
-    return data.Pairs([ids(i) for i in range(10)], [[ids(100 + i)] + [ids(200 + i)] * (i % 2 == 0) for i in range(10)],
+    return data.Pairs([ids(i) for i in range(10)],
+                      [[ids(100 + i)] + [ids(200 + i)] * (i % 2 == 0) for i in range(10)],
                       [[ids(300 + 10 * i + k) for k in range(i % 4)] for i in range(10)])
 
 
 def test_a_batch_is_a_function_of_seed_and_step(pairs):
-    """ the same twice, in any order of calls; different for another seed, step or epoch """
+    """ A batch is the same in any order of calls, and another one for another seed, step or epoch. """
     batch = lambda seed, step: [text.tolist() for part in data.srl_batch(pairs, 4, 2, 9, seed, step) for text in part]
     first = [batch(1, step) for step in (0, 1, 2, 3)]
     assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
@@ -174,7 +186,7 @@ def test_a_batch_is_a_function_of_seed_and_step(pairs):
 
 
 def test_batches_align_and_cover_an_epoch(pairs):
-    """ passage i is a positive of query i; at most two negatives a query follow; two batches of 5 see every row once """
+    """ Passage i is a positive of query i, at most two negatives a query follow, and an epoch sees every row once. """
     seen = []
     for step in (0, 1):
         queries, passages = data.srl_batch(pairs, 5, 2, 9, 1, step)
@@ -195,7 +207,7 @@ def test_every_positive_and_every_negative_has_its_turn(pairs):
 
 
 def test_windows_of_long_passages():
-    """ [CLS] and [SEP] stay, the piece between is contiguous; half of them are the beginning, the others lie anywhere """
+    """ A window keeps [CLS] and [SEP] and one piece: the beginning or, as often, any. """
     text, rng = np.arange(20), np.random.default_rng(0)
     found = [data.window(text, 8, rng).tolist() for _ in range(2000)]
     assert all(w[0] == 0 and w[-1] == 19 and w[1:-1] == list(range(w[1], w[1] + 6)) for w in found)
@@ -208,24 +220,26 @@ def test_windows_of_long_passages():
 
 
 def test_tokenize_pairs(pairs_file, tokenizer):
-    """ lengths are cut, rows stay aligned, ids are the tokenizer's """
+    """ Lengths are cut, rows stay aligned, ids are the tokenizer's. """
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), tokenizer, 5, 64)
     assert len(pairs.queries) == 64 and max(map(len, pairs.queries)) == 5 and not any(pairs.negatives)
-    assert tokenizer.decode(pairs.positives[9][0], skip_special_tokens=True) == "the bridge stands beside the jacket in the morning"
+    text = tokenizer.decode(pairs.positives[9][0], skip_special_tokens=True)
+    assert text == "the bridge stands beside the jacket in the morning"
 
 
 def test_rows_without_a_positive_are_left_out(tokenizer):
-    """ and when none is left, that is said """
+    """ Rows without a positive are left out, and when no row is left, that is said. """
     rows = [("apple", [], ["bridge"]), ("garden", ["candle"], ["dragon"])]
     pairs = data.tokenize_pairs(rows, tokenizer, 8, 8)
-    texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in (pairs.queries, *pairs.positives, *pairs.negatives)]
+    found = (pairs.queries, *pairs.positives, *pairs.negatives)
+    texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in found]
     assert texts == ["garden", "candle", "dragon"]   # what follows the row is still aligned
     with pytest.raises(ValueError, match="not a single row has a positive"):
         data.tokenize_pairs(rows[:1], tokenizer, 8, 8)
 
 
 def test_vocabulary_is_the_same_every_time():
-    """ The trainer by itself is not: it breaks ties by the order of a hash table. """
+    """ The same texts give the same vocabulary, although the trainer breaks ties by the order of a hash table. """
     texts = [f"where is the {a}dge {b}ine" for a in "bri led wed".split() for b in "eng mar sal".split()] * 3
     vocabularies = [data.train_wordpiece(iter(texts), 120).get_vocab() for _ in range(6)]
     assert all(v == vocabularies[0] for v in vocabularies) and vocabularies[0]["[PAD]"] == 0

@@ -17,7 +17,8 @@ from model import save_pretrained
 
 
 def test_metrics_by_hand():
-    """ relevant documents at ranks 2 (grade 1) and 4 (grade 3), a third one (grade 2) not found """
+    """ Each metric has its value of a worked example. """
+    # relevant documents at ranks 2 (grade 1) and 4 (grade 3), a third one (grade 2) not found
     ranked, grades = ["a", "b", "c", "d"], {"b": 1, "d": 3, "z": 2, "c": 0}
     assert mrr_at_10(ranked, grades) == 1 / 2
     dcg, ideal = 1 / math.log2(3) + 3 / math.log2(5), 3 + 2 / math.log2(3) + 1 / 2
@@ -36,7 +37,7 @@ def test_metrics_at_their_edges():
 
 
 def ranking(scores, ids):
-    """ one query's (P,) scores -> the 100 best ids, through the function that keeps the best and the one that ranks them """
+    """ one query's (P,) scores -> the 100 best ids, through `keep` and `rank` """
     best = (torch.full((1, evaluate.K), -np.inf), torch.zeros(1, evaluate.K, dtype=torch.long))
     half = len(ids) // 2   # as if the corpus came in two shards
     evaluate.keep(best, slice(0, 1), torch.tensor(scores[:half])[None], 0)
@@ -46,13 +47,13 @@ def ranking(scores, ids):
 
 
 def test_ties_are_broken_by_descending_document_id():
-    """ as strings: d3 comes before d10; -inf is no hit """
+    """ Equal scores rank by descending id, as strings, and -inf is no hit. """
     assert ranking(np.float32([1, 2, 1, 1, -np.inf]), ["d1", "d2", "d10", "d3", "d4"]) == ["d2", "d3", "d10", "d1"]
 
 
 def test_metrics_against_trec_eval():
-    """ random runs with ties and grades, equal to 1e-9 """
-    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval is not installed: an optional second opinion on the metrics")
+    """ The metrics of random runs with ties and grades equal those of trec_eval to 1e-9. """
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval, an optional second opinion, is not installed")
     rng = np.random.default_rng(0)
     ids = [f"d{i}" for i in range(150)]
     for _ in range(20):
@@ -63,21 +64,22 @@ def test_metrics_against_trec_eval():
             {"q": dict(zip(ids, scores.tolist()))})["q"]
         assert ndcg_at_10(ranked, grades) == pytest.approx(theirs["ndcg_cut_10"], abs=1e-9)
         assert recall_at_100(ranked, grades) == pytest.approx(theirs["recall_100"], abs=1e-9)
-        assert mrr_at_10(ranked, grades) == pytest.approx(theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0, abs=1e-9)
+        want = theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0
+        assert mrr_at_10(ranked, grades) == pytest.approx(want, abs=1e-9)
 
 
 def test_bm25_by_hand():
-    """
-    3 documents of 2, 1 and 3 words (mean 2); "tea" is in two of them: idf = log(1 + 1.5 / 2.5) = log 1.6.
-    Document 1: tf 1, norm = 1.2 * (0.25 + 0.75 * 2 / 2) = 1.2, so 2.2 / 2.2; document 3: tf 2, norm = 1.2 * 1.375 = 1.65, so 4.4 / 3.65
-    """
+    """ BM25 gives the numbers of a worked example. """
+    # 3 documents of 2, 1 and 3 words (mean 2); "tea" is in two of them: idf = log(1 + 1.5 / 2.5) = log 1.6
+    # document 1: tf 1, norm = 1.2 * (0.25 + 0.75 * 2 / 2) = 1.2, so 2.2 / 2.2
+    # document 3: tf 2, norm = 1.2 * 1.375 = 1.65, so 4.4 / 3.65
     scores = bm25(["Green tea", "coffee", "tea, tea_pot"], ["TEA?", "milk"]).toarray()
     assert scores[0] == pytest.approx([math.log(1.6), 0, math.log(1.6) * 4.4 / 3.65])
     assert scores[1].tolist() == [0, 0, 0]
 
 
 def test_encode_ignores_batches_and_order(model, texts):
-    """ one text a batch, all in one, and in another order: the same float32 embeddings, of a float64 model """
+    """ Neither the size nor the order of the batches changes an embedding, in float64. """
     model.double()
     one, all_of_them = encode(model, texts, [2, 4], batch_tokens=1), encode(model, texts, [2, 4])
     turned = encode(model, texts[::-1], [2, 4], batch_tokens=40)
@@ -87,13 +89,14 @@ def test_encode_ignores_batches_and_order(model, texts):
 
 
 def test_score_slices_first():
+    """ A score looks at the first dims alone, and the cosine divides by their norm. """
     q, p = torch.tensor([[3.0, 4.0, 100.0]]), torch.tensor([[4.0, 3.0, -100.0]])
     assert score(q, p, 2, "dot").item() == 24
     assert score(q, p, 2, "cosine").item() == pytest.approx(24 / 25)
 
 
 def test_collection(beir):
-    """ titles are joined, gz is read, only the judged queries are kept """
+    """ A collection joins titles and texts, reads .gz and keeps the judged queries alone. """
     collection = Collection(str(beir))
     (ids, texts), = collection.shards()
     assert texts[0] == "apple an apple is a fruit" and texts[1] == "a bridge crosses the river"
@@ -101,19 +104,21 @@ def test_collection(beir):
 
 
 def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
-    """ the table, the JSON beside the model, and search in the documentation """
+    """ The command line prints the table, writes the JSON beside the model, and searches in the documentation. """
     evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--retrieval", str(beir), "--device", "cpu"]))
     table = capsys.readouterr().out
     assert "1:8" in table and "BM25" in table and "Recall@100" in table
     saved = json.loads((tmp_path / "m" / "eval.json").read_text())
-    assert {"task", "metric", "layer", "dim", "value", "n"} == set(saved["results"][0])
+    assert {"task", "metric", "layer", "dim", "value", "n"} <= set(saved["results"][0])
     bm25_rows = [r for r in saved["results"] if r["layer"] is None]
     assert {r["metric"]: r["value"] for r in bm25_rows} == {"MRR@10": 1, "nDCG@10": 1, "Recall@100": 1}
 
-    (beir / "train.jsonl").write_text('{"name": "pkg.f", "query": "the bridge", "positive": "stands beside the river"}\n')
+    row = {"name": "pkg.f", "query": "the bridge", "positive": "stands beside the river"}
+    (beir / "train.jsonl").write_text(json.dumps(row) + "\n")
     (beir / "corpus.jsonl").write_text('{"_id": "0", "name": "pkg.g", "query": "an apple", "text": "fruit"}\n')
     monkeypatch.setattr(data, "docs_folder", lambda: beir)
-    evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", "the bridge stands beside the river", "--device", "cpu"]))
+    question = "the bridge stands beside the river"
+    evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
     assert "pkg.f" in capsys.readouterr().out.splitlines()[0]
 
 
@@ -128,7 +133,7 @@ def test_bad_input_is_one_line(tmp_path):
 
 @pytest.fixture
 def saved(model, tokenizer, tmp_path):
-    """ a small model of ours in a folder, 4 layers x 48 """
+    """ a folder with a small model of ours, 4 layers x 48 """
     model.config.sizes, model.word = ((1, 8), (4, 48)), torch.nn.Embedding(len(tokenizer), 48)
     model.config.vocab_size = len(tokenizer)
     save_pretrained(model, tokenizer, tmp_path / "m")
@@ -137,33 +142,39 @@ def saved(model, tokenizer, tmp_path):
 
 @pytest.fixture
 def sts_file(tmp_path):
+    """ 30 pairs of sentences """
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"sentence1": f"the {a} in the morning", "sentence2": f"a {b}", "score": i % 6}) + "\n"
-                            for i, (a, b) in enumerate(zip(("apple", "bridge", "garden") * 10, ("apple", "garden") * 15))))
+    nouns = zip(("apple", "bridge", "garden") * 10, ("apple", "garden") * 15)
+    rows = [{"sentence1": f"the {a} in the morning", "sentence2": f"a {b}", "score": i % 6}
+            for i, (a, b) in enumerate(nouns)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def test_sts_is_spearman_of_the_cosine(saved, sts_file):
-    """ against embeddings and cosines made one by one, and scipy's correlation """
+    """ The records equal cosines that are made one by one, and scipy's correlation. """
     from scipy.stats import spearmanr
     model, tokenizer = evaluate.load_model(saved)
     records, items = evaluate.sts(model, tokenizer, sts_file, ((1, 8), (4, 48)), "float32")
     rows = [row for _, row in data.read_rows(sts_file)]
     for r, (layer, dim) in zip(records, ((1, 8), (4, 48))):
-        pairs = [evaluate.embed(model, tokenizer, [row["sentence1"], row["sentence2"]], [layer])[layer][:, :dim] for row in rows]
+        texts = [[row["sentence1"], row["sentence2"]] for row in rows]
+        pairs = [evaluate.embed(model, tokenizer, pair, [layer])[layer][:, :dim] for pair in texts]
         cosine = [torch.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
+        want = spearmanr(np.round(cosine, 5), [row["score"] for row in rows]).statistic
         assert items[f"{layer}:{dim}"]["Spearman"] == pytest.approx(cosine, abs=1e-5)
-        assert r == {"task": "mine", "metric": "Spearman", "layer": layer, "dim": dim, "n": 30,
-                     "value": pytest.approx(spearmanr(np.round(cosine, 5), [row["score"] for row in rows]).statistic, abs=1e-9)}
+        assert (r["task"], r["metric"], r["layer"], r["dim"], r["n"]) == ("mine", "Spearman", layer, dim, 30)
+        assert r["value"] == pytest.approx(want, abs=1e-9)
 
 
 def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monkeypatch):
-    """ one document a shard, written to .npy, read back without the encoder: the same records as in one piece """
+    """ One document a shard, written to .npy and read back without the encoder, gives the records of one piece. """
     model, tokenizer = evaluate.load_model(saved)
     sizes = ((1, 8), (4, 48))
     in_one, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32")
     monkeypatch.setattr(data, "SHARD", 1)
-    by_shards, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e", save_run=tmp_path / "runs")
+    by_shards, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e",
+                                      save_run=tmp_path / "runs")
     assert by_shards == [r for r in in_one if r["layer"]]   # BM25 needs the corpus in one shard
     files = sorted((tmp_path / "e").glob("*.npy"))
     assert len(files) == 8 and np.load(files[0]).shape == (1, 8) and np.load(files[0]).dtype == np.float32
@@ -180,25 +191,26 @@ def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monk
 
 
 def test_a_query_is_no_answer_to_itself(saved, beir):
-    """ ArguAna: queries are documents; the one with the query's id is dropped, so the next one is first """
+    """ The document with the id of the query is dropped, and the next one is first. """
     (beir / "queries.jsonl").write_text('{"_id": "d1", "text": "apple an apple is a fruit"}\n')
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nd1\td1\t1\nd1\td3\t1\n")
     model, tokenizer = evaluate.load_model(saved)
     _, items = evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32")
-    assert items["4:48"]["Recall@100"] == [0.5] and items["BM25"]["Recall@100"] == [0.5] and items["BM25"]["MRR@10"] == [1]
+    assert items["4:48"]["Recall@100"] == [0.5]
+    assert items["BM25"]["Recall@100"] == [0.5] and items["BM25"]["MRR@10"] == [1]
 
 
 @pytest.fixture
 def ranked_by(tmp_path, monkeypatch, saved):
-    """ (documents, queries: {id: text}; vectors {text: [...]}) -> per-item values and {query: [ids]}: nothing is encoded """
+    """ documents, queries {id: text}; vectors {text: [...]}, no model -> per-item values, {query: [document ids]} """
     def call(documents, queries, vectors, size_of_shard, run="1-2"):
         folder = tmp_path / "made"
         (folder / "qrels").mkdir(parents=True)
         for name, texts in (("corpus", documents), ("queries", queries)):
             lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()]
             (folder / f"{name}.jsonl").write_text("".join(lines))
-        judged = "".join(f"{query}\t{query if query in documents else next(iter(documents))}\t1\n" for query in queries)
-        (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+        judged = [f"{query}\t{query if query in documents else next(iter(documents))}\t1\n" for query in queries]
+        (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
         monkeypatch.setattr(data, "SHARD", size_of_shard)
         monkeypatch.setattr(evaluate, "embed", lambda model, tokenizer, texts, layers, *rest, **named: {
             layer: torch.tensor([vectors[text] for text in texts]) for layer in layers})
@@ -224,7 +236,7 @@ def test_a_thousand_queries_are_no_answers_to_themselves(ranked_by):
 
 @pytest.mark.parametrize("size_of_shard", [25_000, 40])
 def test_ties_at_rank_100(ranked_by, size_of_shard):
-    """ Of 150 documents with the same score the hundred with the last ids are kept, whatever their order and shards. """
+    """ Of 150 documents with one score the hundred with the last ids are kept, whatever their order and shards. """
     ids = [f"d{i:03}" for i in np.random.default_rng(0).permutation(150)]
     _, found = ranked_by({key: "same" for key in ids}, {"q": "query"}, {"same": [1.0, 0.0], "query": [1.0, 0.0]},
                          size_of_shard)
@@ -239,25 +251,27 @@ def test_bm25_finds_nothing_without_a_word_in_common(ranked_by):
     assert set(found["q1"]) == {"d1", "d3"} and found["q2"] == []
 
 
-@pytest.mark.parametrize("pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "cls"}])
+@pytest.mark.parametrize("pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+                                     {"pooling_mode": "cls"}])
 def test_sentence_transformers_folder(saved, pooling):
-    """ pooling, length and lower-casing come from its own files; what is not supported is refused """
+    """ Pooling, length and lower-casing come from the folder's own files; what is not supported is refused. """
     (saved / "1_Pooling").mkdir()
     (saved / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48} | pooling))
     (saved / "sentence_bert_config.json").write_text('{"max_seq_length": 6, "do_lower_case": true}')
-    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
-    (saved / "modules.json").write_text(json.dumps(modules))
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (saved / "modules.json").write_text(json.dumps(modules[:2]))
     model, tokenizer = evaluate.load_model(saved)
     assert model.config.pooling == "cls" and tokenizer.model_max_length == 6
     assert evaluate.load_model(saved, max_length=5)[1].model_max_length == 5
     assert tokenizer.tokenize("The APPLE") == tokenizer.tokenize("the apple")
-    (saved / "modules.json").write_text(json.dumps(modules + [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]))
+    (saved / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="modules.json asks for Dense"):
         evaluate.load_model(saved)
 
 
 def test_compare_marks_what_is_significant(tmp_path, capsys):
-    """ a shift of every query is marked, noise is not; Spearman by the bootstrap; other data is refused """
+    """ A shift of every query is marked, by the t-test or the bootstrap, noise is not, and other data is refused. """
     rng = np.random.default_rng(0)
     gold, base = rng.normal(size=400), rng.normal(size=400)
     def write(name, queries, noise, ids="q"):
@@ -303,31 +317,40 @@ def test_plot(saved, beir, sts_file, tmp_path):
 
 
 def test_grid_and_speed(saved, sts_file, tmp_path, capsys):
-    """ every layer at every dim of the sizes; times are measured for each """
-    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--grid", "--speed", "--out", str(tmp_path / "o.json")]))
+    """ --grid evaluates every layer at every dim of the sizes, and --speed times each. """
+    out = str(tmp_path / "o.json")
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--grid", "--speed", "--out", out]))
     results = json.loads((tmp_path / "o.json").read_text())["results"]
-    assert [(r["layer"], r["dim"]) for r in results if r["metric"] == "Spearman"] == [(n, d) for n in (1, 2, 3, 4) for d in (8, 48)]
+    found = [(r["layer"], r["dim"]) for r in results if r["metric"] == "Spearman"]
+    assert found == [(layer, dim) for layer in (1, 2, 3, 4) for dim in (8, 48)]
     assert all(r["value"] > 0 for r in results if r["task"] == "cost")
 
 
+JUDGED = "query-id\tcorpus-id\tscore\n"
 BAD = {
-    "corpus.jsonl": [('{"_id": "d1", "text": "x"}\n{"_id": "d1", "text": "y"}\n', "corpus.jsonl, line 2: the id 'd1' is there twice"),
-                     ('{"_id": "d1", "text": "x"}\n{"_id": "d2"\n', "corpus.jsonl, line 2: not a JSON object"),
-                     ('{"_id": "d1"}\n', "corpus.jsonl, line 1: has the columns _id; it needs _id and text"),
-                     ("", "corpus.jsonl is empty"),
-                     ('{"_id": "d1", "text": "x"}\n', "test.tsv, line 3: document 'd3' is not in the corpus")],
-    "qrels/test.tsv": [("query-id\tcorpus-id\tscore\nq9\td1\t1\n", "test.tsv, line 2: query 'q9' is not among the queries"),
-                       ("query-id\tcorpus-id\tscore\nq1\td1\thigh\n", "test.tsv, line 2: needs the columns query-id, corpus-id and score"),
-                       ("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t2\n", "test.tsv, line 3: query 'q1' and document 'd1' are judged twice"),
-                       ("query-id\tcorpus-id\tscore\n", "no judgements")],
-    "sts.jsonl": [('{"sentence1": "a", "sentence2": "b", "score": 1}\n{"sentence1": "a", "sentence2": "b"}\n', "line 2: has the columns"),
-                  ('{"sentence1": "a", "sentence2": "b", "score": NaN}\n', "line 1: the score nan is not a finite number"),
-                  ('{"sentence1": "a", "sentence2": "b", "score": 1}\n', "1 pairs; a correlation needs two or more")],
+    "corpus.jsonl": [
+        ('{"_id": "d1", "text": "x"}\n{"_id": "d1", "text": "y"}\n',
+         "corpus.jsonl, line 2: the id 'd1' is there twice"),
+        ('{"_id": "d1", "text": "x"}\n{"_id": "d2"\n', "corpus.jsonl, line 2: not a JSON object"),
+        ('{"_id": "d1"}\n', "corpus.jsonl, line 1: has the columns _id; it needs _id and text"),
+        ("", "corpus.jsonl is empty"),
+        ('{"_id": "d1", "text": "x"}\n', "test.tsv, line 3: document 'd3' is not in the corpus")],
+    "qrels/test.tsv": [
+        (f"{JUDGED}q9\td1\t1\n", "test.tsv, line 2: query 'q9' is not among the queries"),
+        (f"{JUDGED}q1\td1\thigh\n", "test.tsv, line 2: needs the columns query-id, corpus-id and score"),
+        (f"{JUDGED}q1\td1\t1\nq1\td1\t2\n", "test.tsv, line 3: query 'q1' and document 'd1' are judged twice"),
+        (JUDGED, "no judgements")],
+    "sts.jsonl": [
+        ('{"sentence1": "a", "sentence2": "b", "score": 1}\n{"sentence1": "a", "sentence2": "b"}\n',
+         "line 2: has the columns"),
+        ('{"sentence1": "a", "sentence2": "b", "score": NaN}\n', "line 1: the score nan is not a finite number"),
+        ('{"sentence1": "a", "sentence2": "b", "score": 1}\n', "1 pairs; a correlation needs two or more")],
 }
 
 
 @pytest.mark.parametrize("file, text, message", [(file, *case) for file, cases in BAD.items() for case in cases])
 def test_bad_files_are_named_with_the_line(saved, beir, file, text, message):
+    """ A file that is wrong is refused with its name and, where there is one, its line. """
     (beir / "corpus.jsonl.gz").unlink()
     (beir / "corpus.jsonl").write_text("".join(f'{{"_id": "d{i}", "text": "text"}}\n' for i in range(1, 5)))
     (beir / file).write_text(text)
@@ -337,7 +360,7 @@ def test_bad_files_are_named_with_the_line(saved, beir, file, text, message):
 
 
 def test_figures_of_a_real_model():
-    """ all-MiniLM-L6-v2 on STS-B: 82.03, as sentence-transformers gives (where model and data are at hand) """
+    """ all-MiniLM-L6-v2 has 82.03 on STS-B, as with sentence-transformers, where model and data are at hand. """
     model_folder, sts_file = os.environ.get("MINILM"), os.environ.get("STSB")
     if not model_folder or not sts_file:
         pytest.skip("set MINILM to a folder of all-MiniLM-L6-v2 and STSB to a file of the STS-B test set")

@@ -1,6 +1,7 @@
-""" The loss is the equation, gradients go where they should, and the script runs end to end or says in one line why not. """
+""" The loss is the equation, gradients go where they should, and the script runs or says in one line why not. """
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,24 @@ import torch
 import data
 import finetune_srl
 import model
+from conftest import make_beir, refused_process
 from finetune_srl import cached_backward, get_lr, main, parse_args, srl_loss
 from model import Bert, BertConfig, from_pretrained, pack
 
 ROOT = Path(finetune_srl.__file__).parent
+
+
+SMALL = ("--retrieval= --vocab_size 200 --num_layers 3 --hidden_size 64 --sizes 1:8,3:64 --batch_size 16 --max_steps 4 "
+         "--log_interval 1 --dtype float32 --device cpu --no-compile").split()
+
+
+@pytest.fixture(scope="module")
+def trained(pairs_file, tmp_path_factory):
+    """ the folder of a run with dropout and with evaluation, which tests read and do not change """
+    folder = tmp_path_factory.mktemp("trained")
+    run(pairs_file, folder / "a", "--retrieval", str(make_beir(folder / "beir")), "--eval_interval", "2",
+        "--dropout", "0.1")
+    return folder / "a"
 
 
 def loss_and_terms(*args):
@@ -36,10 +51,8 @@ def adamw(bert, learning_rate, weight_decay, embedding_lr_scale=1.0):
 
 
 def run(pairs_file, out_dir, *flags):
-    """ a whole run on 64 short pairs, a second or two """
-    main(parse_args(["--train_pairs", pairs_file, "--out_dir", str(out_dir), "--retrieval", "", "--vocab_size", "200", "--num_layers", "3",
-                     "--hidden_size", "64", "--sizes", "1:8,3:64", "--batch_size", "16", "--max_steps", "4", "--log_interval", "1",
-                     "--dtype", "float32", "--device", "cpu", "--no-compile", *flags]))
+    """ a whole run on 64 short pairs, a second or less """
+    main(parse_args(["--train_pairs", pairs_file, "--out_dir", str(out_dir), *SMALL, *flags]))
 
 
 class Masks:
@@ -96,17 +109,15 @@ def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path, monkeypatc
 
 
 def test_loss_by_hand():
-    """
-    2 queries, 2 positives, sizes (1, 1) and (2, 2), dot product, T = 1.
-    layer 1, first coordinate: q = (1, 0), p = (2, 1), so s = [[2, 1], [0, 0]];
-        CE: -log(e^2 / (e^2 + e)) = log(1 + 1/e) and log 2, mean m1 = (log(1 + 1/e) + log 2) / 2
-    layer 2, both coordinates: q = (1, 0), (0, 1), p = (3, 0), (0, 3), so s = [[3, 0], [0, 3]]; m2 = log(1 + e^-3)
-    KL of layer 1 from the teacher's rows (a, b), (b, a), a = 1 / (1 + e^-3), b = 1 - a:
-        row 1: a log(a / c) + b log(b / d) with c = 1 / (1 + 1/e), d = 1 - c; row 2: a log(2a) + b log(2b)
-    """
+    """ srl_loss gives the numbers of a worked example: 2 queries, 2 positives, sizes (1, 1) and (2, 2), dot, T = 1. """
+    # layer 1, first coordinate: q = (1, 0), p = (2, 1), so s = [[2, 1], [0, 0]];
+    #     CE: -log(e^2 / (e^2 + e)) = log(1 + 1/e) and log 2, mean m1 = (log(1 + 1/e) + log 2) / 2
+    # layer 2, both coordinates: q = (1, 0), (0, 1), p = (3, 0), (0, 3), so s = [[3, 0], [0, 3]]; m2 = log(1 + e^-3)
+    # KL of layer 1 from the teacher's rows (a, b), (b, a), a = 1 / (1 + e^-3), b = 1 - a:
+    #     row 1: a log(a / c) + b log(b / d) with c = 1 / (1 + 1/e), d = 1 - c; row 2: a log(2a) + b log(2b)
     q = {1: torch.tensor([[1.0, 9.0], [0.0, 9.0]]), 2: torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
     p = {1: torch.tensor([[2.0, 7.0], [1.0, -7.0]]), 2: torch.tensor([[3.0, 0.0], [0.0, 3.0]])}
-    loss, nce, kl = srl_loss(q, p, ((1, 1), (2, 2)), "dot", 1.0, 0.5)
+    loss, nce, kl = loss_and_terms(q, p, ((1, 1), (2, 2)), "dot", 1.0, 0.5)
     m1, m2 = (math.log(1 + 1 / math.e) + math.log(2)) / 2, math.log(1 + math.exp(-3))
     a = 1 / (1 + math.exp(-3))
     b, c = 1 - a, 1 / (1 + 1 / math.e)
@@ -118,89 +129,93 @@ def test_loss_by_hand():
 
 
 def test_cosine_slices_before_it_normalises():
-    """ The score of (1, 1) is the cosine of one coordinate, so 1 or -1, whatever the second coordinate is; T divides it. """
+    """ The score of (1, 1) is 1 or -1, divided by T, whatever the second coordinate is. """
     q, p = {1: torch.tensor([[0.1, 5.0], [-0.1, 5.0]])}, {1: torch.tensor([[0.2, 8.0], [-0.3, 8.0]])}
-    _, nce, _ = srl_loss(q, p, ((1, 1),), "cosine", 0.5, 1.0)
+    _, nce, _ = loss_and_terms(q, p, ((1, 1),), "cosine", 0.5, 1.0)
     assert nce[0].item() == pytest.approx(math.log(1 + math.exp(-4)), abs=1e-6)   # s = [[2, -2], [-2, 2]]
 
 
 def test_hard_negatives_are_candidates_of_every_query():
-    """ A third passage, equal to the positive, doubles the denominator of both queries. """
+    """ A third passage, equal to the two positives, adds a third term to the denominator of both queries. """
     q, p = {1: torch.zeros(2, 4)}, {1: torch.zeros(3, 4)}
-    _, nce, _ = srl_loss(q, p, ((1, 4),), "dot", 1.0, 1.0)
+    _, nce, _ = loss_and_terms(q, p, ((1, 4),), "dot", 1.0, 1.0)
     assert nce[0].item() == pytest.approx(math.log(3), abs=1e-6)
 
 
+def split(taps, queries):
+    """ {layer: (Q + P, C)} -> the queries and the passages """
+    return {n: tap[:queries] for n, tap in taps.items()}, {n: tap[queries:] for n, tap in taps.items()}
+
+
 def test_the_teacher_learns_nothing_from_the_small_sizes():
-    """ With the InfoNCE part taken out, the gradient of the KL part is 0 at the full size and not at the small one. """
+    """ The gradient of the KL part alone is 0 at the full size and not at the small one. """
     torch.manual_seed(0)
     taps = {n: torch.randn(6, 8, requires_grad=True) for n in (1, 2)}
-    _, _, kl = srl_loss({n: t[:3] for n, t in taps.items()}, {n: t[3:] for n, t in taps.items()}, ((1, 4), (2, 8)), "cosine", 0.1, 1.0)
+    _, _, kl = loss_and_terms(*split(taps, 3), ((1, 4), (2, 8)), "cosine", 0.1, 1.0)
     sum(kl).backward()
     assert taps[2].grad is None or taps[2].grad.abs().max() < 1e-6   # the full size's KL with itself: rounding
     assert (taps[1].grad[:, :4].abs() > 1e-4).any() and (taps[1].grad[:, 4:] == 0).all()
 
 
 def test_gradient_of_the_loss():
-    """ autograd against finite differences in float64, for the small size (the teacher is a constant to it) """
+    """ Autograd equals finite differences in float64, for the small size (the teacher is a constant to it). """
     torch.manual_seed(0)
     full = torch.randn(5, 6, dtype=torch.float64)
     small = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    loss = lambda x: srl_loss({1: x[:2], 2: full[:2]}, {1: x[2:], 2: full[2:]}, ((1, 4), (2, 6)), "cosine", 0.5, 1.0)[0]
+    loss = lambda x: loss_and_terms(*split({1: x, 2: full}, 2), ((1, 4), (2, 6)), "cosine", 0.5, 1.0)[0]
     assert torch.autograd.gradcheck(loss, small)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_gradient_caching_equals_one_large_batch(config, texts, p, chunks):
-    """ 4 queries, 4 positives and 4 negatives, 4 sizes: every gradient to rounding in float64, with dropout too """
+    """ Gradient caching gives every gradient of the large batch, to rounding in float64, with dropout too. """
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = p
     torch.manual_seed(0)
-    model = Bert(config).double().train()
-    embed = lambda texts: model.encode(pack(texts), [1, 2, 3, 4])
-    loss_of = lambda taps: srl_loss({n: t[:4] for n, t in taps.items()}, {n: t[4:] for n, t in taps.items()},
-                                    ((1, 8), (2, 16), (3, 32), (4, 48)), "cosine", 0.1, 1.0)
+    bert = Bert(config).double().train()
+    embed = lambda texts: bert.encode(pack(texts), [1, 2, 3, 4])
+    sizes = ((1, 8), (2, 16), (3, 32), (4, 48))   # 4 queries, 4 positives and 4 negatives
+    loss_of = lambda taps: srl_loss(*split(taps, 4), sizes, "cosine", 0.1, 1.0)
     torch.manual_seed(1)
     parts = [embed(texts[k::chunks]) for k in range(chunks)]   # all graphs at once; dropout as drawn chunk by chunk
     order = [i for k in range(chunks) for i in range(len(texts))[k::chunks]]
     back = [order.index(i) for i in range(len(texts))]
-    expected, _, _ = loss_of({n: torch.cat([part[n] for part in parts])[back] for n in (1, 2, 3, 4)})
+    expected, *_ = loss_of({n: torch.cat([part[n] for part in parts])[back] for n in (1, 2, 3, 4)})
     expected.backward()
     random_state = torch.get_rng_state()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
+    gradients = [p.grad.clone() for p in bert.parameters()]
+    bert.zero_grad()
     torch.manual_seed(1)
-    loss, nce, kl = cached_backward(embed, texts, chunks, loss_of, scale=lambda loss: loss)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-12) and len(nce) == len(kl) == 4
-    for gradient, p in zip(gradients, model.parameters()):
+    loss, *terms = cached_backward(embed, texts, chunks, loss_of, scale=lambda loss: loss)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12) and terms
+    for gradient, p in zip(gradients, bert.parameters()):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
     assert torch.equal(torch.get_rng_state(), random_state)    # the next step continues as it would have
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_micro_batch_trains_as_the_whole_batch(pairs_file, tmp_path, dtype):
-    """ --micro_batch 5 of 16: the log of a run is that of a run without, to rounding; as large as the batch, exactly """
+    """ The log of a run with --micro_batch 5 of 16 is that of the whole batch to rounding, with 16 of 16 exactly. """
     def losses(name, *flags):
         run(pairs_file, tmp_path / name, "--dtype", dtype, *flags)
-        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [record["loss"] for record in logged(tmp_path / name)]
     whole = losses("a")
     assert losses("b", "--micro_batch", "5") == pytest.approx(whole, abs=1e-5 if dtype == "float32" else 2e-2)
     assert losses("c", "--micro_batch", "16", "--dropout", "0.1") == losses("d", "--dropout", "0.1")
 
 
 def test_overfits_one_batch(pairs_file, tokenizer):
-    """ 60 steps on the same 8 pairs bring the loss of three sizes, KL included, below 0.01 (it starts above 1.5) """
+    """ 60 steps on 8 pairs bring the loss of three sizes, KL included, from above 1.5 to below 0.01. """
     torch.manual_seed(0)
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), tokenizer, 32, 32)
     queries, passages = data.srl_batch(pairs, 8, 0, 32, 1, 0)
-    model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128,
-                            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
-    optimizer = model.configure_optimizers(1e-3, 0.01)
+    bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
+                           intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    optimizer = adamw(bert, 1e-3, 0.01)
     batch, losses = pack(queries + passages), []
     for _ in range(60):
-        taps = model.encode(batch, [1, 2, 3])
-        loss, _, _ = srl_loss({n: t[:8] for n, t in taps.items()}, {n: t[8:] for n, t in taps.items()},
-                              ((1, 16), (2, 32), (3, 64)), "cosine", 0.05, 1.0)
+        taps = split(bert.encode(batch, [1, 2, 3]), 8)
+        loss, *_ = loss_and_terms(*taps, ((1, 16), (2, 32), (3, 64)), "cosine", 0.05, 1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -209,7 +224,7 @@ def test_overfits_one_batch(pairs_file, tokenizer):
 
 
 def test_schedule():
-    """ rises over the first tenth, falls in a line, and the last step is not wasted at 0 """
+    """ The rate rises over the first tenth and falls in a line, and the last step is not wasted at 0. """
     args = parse_args(["--learning_rate", "1", "--warmup", "0.1", "--out_dir", "out/nowhere"])
     rates = [get_lr(step, 100, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1) and rates[10] == pytest.approx(1)
@@ -217,66 +232,72 @@ def test_schedule():
 
 
 def test_embeddings_have_a_rate_of_their_own():
-    """ 8 times as fast from scratch, as fast as the rest in a loaded model, unless --embedding_lr_scale says otherwise """
+    """ Embeddings learn 8 times as fast from scratch and as fast as the rest in a loaded model, or as a flag says. """
     scale = lambda *flags: parse_args([*flags, "--out_dir", "out/nowhere"]).embedding_lr_scale
     assert [scale(), scale("--init_from", "x"), scale("--init_from", "x", "--embedding_lr_scale", "3")] == [8, 1, 3]
-    model = Bert(BertConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64))
-    fast = {id(p) for g in model.configure_optimizers(1.0, 0.0, 3.0).param_groups if g["scale"] == 3 for p in g["params"]}
-    assert fast == {id(p) for p in (model.word.weight, model.position.weight, model.token_type.weight)}
+    bert = Bert(BertConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+                           intermediate_size=64))
+    fast = {id(p) for group in adamw(bert, 1.0, 0.0, 3.0).param_groups if group["scale"] == 3 for p in group["params"]}
+    assert fast == {id(p) for p in (bert.word.weight, bert.position.weight, bert.token_type.weight)}
 
 
-def test_a_run_end_to_end(pairs_file, tmp_path, beir):
-    """ model, log, args and evaluation are written; the same seed gives the same weights; a new run starts from the folder """
-    run(pairs_file, tmp_path / "a", "--retrieval", str(beir), "--eval_interval", "2", "--dropout", "0.1")
-    run(pairs_file, tmp_path / "b", "--dropout", "0.1")
-    a, b = (from_pretrained(tmp_path / name) for name in "ab")
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert a.config.sizes == ((1, 8), (3, 64)) and a.config.pooling == "mean"
-    records = [json.loads(line) for line in open(tmp_path / "a" / "log.jsonl")]
-    assert [r["step"] for r in records] == [1, 2, 2, 3, 4] and "dev" in records[2]
-    assert len(records[0]["nce"]) == len(records[0]["kl"]) == 2 and records[0]["learning_rate"] > 0
-    assert json.loads((tmp_path / "a" / "args.json").read_text())["sizes"] == [[1, 8], [3, 64]]
-    results = json.loads((tmp_path / "a" / "eval.json").read_text())["results"]
+def test_a_run_end_to_end(trained):
+    """ A run writes model, log, arguments and evaluation. """
+    bert = from_pretrained(trained)
+    assert bert.config.sizes == ((1, 8), (3, 64)) and bert.config.pooling == "mean"
+    assert [r["step"] for r in logged(trained, "step")] == [1, 2, 2, 3, 4]
+    assert [r["step"] for r in logged(trained, "dev")] == [2]
+    first = logged(trained)[0]
+    assert len(first["nce"]) == len(first["kl"]) == 2 and first["learning_rate"] > 0
+    assert json.loads((trained / "args.json").read_text())["sizes"] == [[1, 8], [3, 64]]
+    results = json.loads((trained / "eval.json").read_text())["results"]
     assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 64), (None, None)}
-    assert a.config.max_position_embeddings == data.load_tokenizer(tmp_path / "a").model_max_length == 256
-    run(pairs_file, tmp_path / "c", "--init_from", str(tmp_path / "a"), "--passage_max_length", "16", "--pooling", "cls",
-        "--max_length", "8")
-    assert from_pretrained(tmp_path / "c").config.pooling == "cls"
+    assert bert.config.max_position_embeddings == data.load_tokenizer(trained).model_max_length == 256
+
+
+def test_the_same_seed_gives_the_same_weights(trained, pairs_file, tmp_path):
+    """ A second run, without evaluation in between, ends with the same bits, dropout on. """
+    run(pairs_file, tmp_path / "b", "--dropout", "0.1")
+    a, b = from_pretrained(trained), from_pretrained(tmp_path / "b")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_run_starts_from_the_folder_of_another(trained, pairs_file, tmp_path):
+    """ A run takes another's folder, and its own flags decide on pooling, length and, by the largest size, depth. """
+    run(pairs_file, tmp_path / "c", "--init_from", str(trained), "--passage_max_length", "16", "--pooling", "cls",
+        "--max_length", "8", "--sizes", "2:16")
+    bert = from_pretrained(tmp_path / "c")
+    assert bert.config.pooling == "cls" and len(bert.blocks) == 2
     assert data.load_tokenizer(tmp_path / "c").model_max_length == 32   # its queries in training
 
 
-def test_the_largest_size_has_channels_that_it_does_not_score(pairs_file, tmp_path):
-    """ from scratch the last sixth of its block's gains begins at 0, whichever block that is, and no other; none for cls """
-    run(pairs_file, tmp_path / "a", "--max_steps", "1", "--learning_rate", "1e-30")
-    run(pairs_file, tmp_path / "b", "--max_steps", "1", "--learning_rate", "1e-30", "--sizes", "2:64")
-    run(pairs_file, tmp_path / "c", "--max_steps", "1", "--learning_rate", "1e-30", "--pooling", "cls")
-    for name, n, last in (("a", 3, 0), ("b", 2, 0), ("c", 3, 1)):
-        gains = torch.stack([block.norm2.weight for block in from_pretrained(tmp_path / name).blocks])   # (n, 64)
-        assert len(gains) == n and (gains[:-1] == 1).all() and (gains[-1, :53] == 1).all()
-        assert (gains[-1, 53:] - last).abs().max() < 1e-9
+@pytest.mark.parametrize("flags, blocks, last", [([], 3, 0), (["--sizes", "2:64"], 2, 0), (["--pooling", "cls"], 3, 1)])
+def test_the_largest_size_has_channels_that_it_does_not_score(pairs_file, tmp_path, flags, blocks, last):
+    """ From scratch the last sixth of the last block's gains begins at 0, and no other gain; with cls none does. """
+    run(pairs_file, tmp_path / "a", "--max_steps", "1", "--learning_rate", "1e-30", *flags)
+    gains = torch.stack([block.norm2.weight for block in from_pretrained(tmp_path / "a").blocks])   # (blocks, 64)
+    assert len(gains) == blocks and (gains[:-1] == 1).all() and (gains[-1, :53] == 1).all()
+    assert (gains[-1, 53:] - last).abs().max() < 1e-9
 
 
 def test_compiled_is_the_same(pairs_file, tmp_path):
-    """ --compile: the same losses to rounding with batches of varying lengths, and the same names in the checkpoint """
-    import shutil
+    """ --compile gives the same losses to rounding with batches of varying lengths, and the same configuration. """
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on CPU")
     run(pairs_file, tmp_path / "a")
     run(pairs_file, tmp_path / "b", "--compile")
-    a, b = ([json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")] for name in "ab")
+    a, b = ([record["loss"] for record in logged(tmp_path / name)] for name in "ab")
     assert a == pytest.approx(b, rel=1e-4)
     assert from_pretrained(tmp_path / "b").config == from_pretrained(tmp_path / "a").config
 
 
 def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
-    """ --sizes 1:8 is the separate model: one block, no KL, and the largest size of --sizes is what is kept of a deeper start """
+    """ --sizes 1:8 trains a separate model: one block, and no KL. """
     run(pairs_file, tmp_path / "a", "--sizes", "1:8")
-    model = from_pretrained(tmp_path / "a")
-    assert len(model.blocks) == model.config.num_hidden_layers == 1 and model.config.sizes == ((1, 8),)
-    assert all(json.loads(line)["kl"] == [pytest.approx(0, abs=1e-6)] for line in open(tmp_path / "a" / "log.jsonl"))
-    run(pairs_file, tmp_path / "b")
-    run(pairs_file, tmp_path / "c", "--init_from", str(tmp_path / "b"), "--sizes", "2:16")
-    assert len(from_pretrained(tmp_path / "c").blocks) == 2
+    bert = from_pretrained(tmp_path / "a")
+    assert len(bert.blocks) == bert.config.num_hidden_layers == 1 and bert.config.sizes == ((1, 8),)
+    for record in logged(tmp_path / "a"):
+        assert list(record["kl"]) == [pytest.approx(0, abs=1e-6)]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -292,52 +313,56 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     (["--retrieval", "nowhere"], "--retrieval nowhere: neither docs, nor a folder in BEIR layout"),
     (["--device", "cuda:9"], "--device cuda:9"),
 ])
-def test_bad_flags_say_what_and_why_in_one_line(pairs_file, tmp_path, flags, message):
-    """ exit status 2, no traceback, the last line of stderr names flag, value and rule; nothing is written """
-    command = [sys.executable, "finetune_srl.py", "--train_pairs", pairs_file, "--out_dir", str(tmp_path / "out"), "--retrieval", "",
-               "--vocab_size", "200", "--num_layers", "3", "--hidden_size", "64", "--max_steps", "1", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert message in done.stderr.strip().splitlines()[-1]
+def test_bad_flags_say_what_and_why(pairs_file, tmp_path, refused, flags, message):
+    """ A wrong flag ends the run with a line that names flag, value and rule, and nothing is written. """
+    flags = ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "out"), *SMALL, *flags]
+    assert message in refused(finetune_srl, flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_run_is_not_overwritten(pairs_file, tmp_path, capsys):
-    run(pairs_file, tmp_path / "a")
-    before = (tmp_path / "a" / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        run(pairs_file, tmp_path / "a", "--seed", "2")
-    assert stop.value.code == 2 and "holds a finished run" in capsys.readouterr().err
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
-    run(pairs_file, tmp_path / "a", "--seed", "2", "--overwrite")
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() != before
+def test_bad_input_is_one_line(pairs_file, tmp_path):
+    """ A process that is asked for a layer too many ends with status 2 and says so in one line, without traceback. """
+    flags = ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "out"), *SMALL, "--sizes", "9:8"]
+    assert "--sizes asks for layer 9" in refused_process("finetune_srl.py", *flags)
+
+
+def test_a_finished_run_is_not_overwritten(trained, pairs_file, tmp_path, refused):
+    """ An out_dir with a finished run in it is refused and not touched, unless --overwrite is there. """
+    folder = tmp_path / "a"
+    shutil.copytree(trained, folder)
+    before = (folder / "model.safetensors").read_bytes()
+    flags = ["--train_pairs", pairs_file, "--out_dir", str(folder), *SMALL, "--seed", "2"]
+    assert "holds a finished run" in refused(finetune_srl, flags)
+    assert (folder / "model.safetensors").read_bytes() == before
+    run(pairs_file, folder, "--seed", "2", "--overwrite")
+    assert (folder / "model.safetensors").read_bytes() != before
 
 
 def test_stops_when_the_loss_is_not_a_number(pairs_file, tmp_path):
-    """ named step and remedy, and no model is saved """
+    """ A loss that is not finite ends the run, names step and remedy, and no model is saved. """
     with pytest.raises(FloatingPointError, match="step .*the loss is .*--learning_rate"):
         run(pairs_file, tmp_path / "a", "--learning_rate", "1e30", "--grad_clip", "0")
     assert not (tmp_path / "a" / "model.safetensors").exists()
 
 
 def test_compile_takes_any_length_without_breaks(config):
-    """ --compile: no graph break (fullgraph) and at most three graphs for 12 lengths in 10 blocks, dropout on """
+    """ Ten compiled blocks need no graph break and at most three graphs for 12 lengths, dropout on. """
     from torch._dynamo.testing import CompileCounter
     config.num_hidden_layers, config.hidden_dropout_prob = 10, 0.1   # more blocks than dynamo's limit of recompilations
-    model, counter = Bert(config).train(), CompileCounter()
+    bert, counter = Bert(config).train(), CompileCounter()
     torch._dynamo.reset()
-    for block in model.blocks:
+    for block in bert.blocks:
         block.rest = torch.compile(block.rest, dynamic=True, fullgraph=True, backend=counter)
     rng, after_two = np.random.default_rng(0), None
     for step in range(12):
         texts = [rng.integers(5, 97, size=n) for n in rng.integers(3, 40, size=5 + step)]
-        model.encode(pack(texts), [10])[10].sum().backward()
+        bert.encode(pack(texts), [10])[10].sum().backward()
         after_two = counter.frame_count if step == 1 else after_two
     assert counter.frame_count == after_two <= 3
 
 
 def test_help_loads_nothing_slow():
-    """ what takes seconds to import is imported where it is used: --help needs torch and not much else """
-    code = ("import sys, finetune_srl; slow = {'transformers', 'datasets', 'scipy.stats', 'matplotlib'} & set(sys.modules); "
-            "sys.exit(str(slow) if slow else 0)")
+    """ Importing the script imports none of the packages that take seconds. """
+    code = ("import sys, finetune_srl; slow = {'transformers', 'datasets', 'scipy.stats', 'matplotlib'}; "
+            "sys.exit(', '.join(slow & set(sys.modules)) or 0)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import model as model_file
-from model import Bert, BertConfig, PackedAttention, check_sizes, dropout, from_pretrained, pack, paper_sizes, pool, save_pretrained
+from model import (Bert, BertConfig, PackedAttention, check_sizes, dropout, from_pretrained, pack, paper_sizes, pool,
+                   save_pretrained)
 
 
 def hugging_face(config, **changes):
@@ -24,7 +25,7 @@ def rows_of(tap, batch, texts):
 @pytest.mark.parametrize("act", ["gelu", "relu", "gelu_new"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_every_layer_equals_hugging_face(config, texts, act, grad):
-    """ float64, padded there and packed here, 1e-10 at every layer: the right GELU, epsilon, mask, order. Both attentions. """
+    """ Every layer equals the one of transformers to 1e-10 in float64, padded there and packed here. """
     config.hidden_act = act
     torch.manual_seed(0)
     model = Bert(config).eval()
@@ -49,7 +50,7 @@ def test_every_layer_equals_hugging_face(config, texts, act, grad):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradient_of_the_attention(p):
-    """ the backward written by hand against finite differences in float64: 2 heads of 3, three groups, with dropout too """
+    """ The backward written by hand equals finite differences in float64, with dropout too. """
     torch.manual_seed(0)
     qkv = torch.randn(9, 18, dtype=torch.float64, requires_grad=True)
     def attend(qkv):
@@ -59,7 +60,7 @@ def test_gradient_of_the_attention(p):
 
 
 def test_defaults_are_berts():
-    """ what a config.json leaves out has the value that transformers gives it """
+    """ What a config.json leaves out has the value that transformers gives it. """
     from transformers import BertConfig as TheirConfig
     theirs = TheirConfig()
     assert all(value == getattr(theirs, name) for name, value in vars(BertConfig()).items() if hasattr(theirs, name))
@@ -67,7 +68,7 @@ def test_defaults_are_berts():
 
 
 def test_grouping_changes_nothing(model, texts):
-    """ A text alone, in a batch of equal lengths or in a mixed one: the same embedding to rounding, in the caller's order. """
+    """ A text has the same embedding, to rounding, alone and among others, and the caller's order stays. """
     together = model.encode(pack(texts), [2, 4])
     for i, text in enumerate(texts):
         alone = model.encode(pack([text]), [2, 4])
@@ -76,7 +77,7 @@ def test_grouping_changes_nothing(model, texts):
 
 
 def test_no_token_of_a_pack_is_padding(texts):
-    """ N is the sum of the lengths, and positions start anew in every text """
+    """ A pack has as many tokens as its texts, and positions start anew in every text. """
     batch = pack(texts)
     assert len(batch.input_ids) == sum(map(len, texts)) == sum(B * T for B, T in batch.groups)
     for start, text in zip(batch.starts, texts):
@@ -87,7 +88,7 @@ def test_no_token_of_a_pack_is_padding(texts):
 
 
 def test_fillers_belong_to_nobody(model, texts):
-    """ N filled up to a multiple of 10: the same embeddings and gradients to rounding, for both poolings """
+    """ Fillers change no embedding and no gradient, but for rounding, with either pooling. """
     for pooling in ("mean", "cls"):
         model.config.pooling, found = pooling, []
         for multiple in (1, 10):
@@ -103,7 +104,7 @@ def test_fillers_belong_to_nobody(model, texts):
 
 
 def test_early_exit_is_exact_and_runs_nothing_above(model, texts):
-    """ layers=[2] equals layers=[2, 4] at layer 2 bit by bit, and the blocks above 2 do not run """
+    """ layers=[2] equals layers=[2, 4] at layer 2 bit by bit, and the blocks above 2 do not run. """
     batch = pack(texts)
     both = model(batch, [2, 4])
     ran = []
@@ -114,7 +115,7 @@ def test_early_exit_is_exact_and_runs_nothing_above(model, texts):
 
 
 def test_encoding_in_bfloat16(model, texts):
-    """ under autocast everything between the layers is bfloat16 in eval mode, float32 in training; the embeddings agree """
+    """ Between the layers autocast has bfloat16 in eval mode, float32 in training; the embeddings agree. """
     batch = pack(texts)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(batch, [1, 3])[1].dtype == torch.bfloat16
@@ -128,7 +129,7 @@ def test_encoding_in_bfloat16(model, texts):
 
 
 def test_gradient_stops_at_the_tap(model, texts):
-    """ A loss on the first 8 dims of layer 2 gives nothing to blocks 3 and 4, and 0 beyond dim 8 of the last LayerNorm. """
+    """ A loss on 8 dims of layer 2 gives blocks 3 and 4 no gradient, and dims beyond 8 of the last LayerNorm 0. """
     model.encode(pack(texts), [2])[2][:, :8].square().sum().backward()
     assert all(p.grad is None for block in model.blocks[2:] for p in block.parameters())
     grad = model.blocks[1].norm2.weight.grad
@@ -136,7 +137,7 @@ def test_gradient_stops_at_the_tap(model, texts):
 
 
 def test_pooling_by_hand():
-    """ texts of 2 and 1 tokens: the mean of rows, and the first row """
+    """ Of texts of 2 and 1 tokens the pools are the mean of rows, and the first row. """
     batch = pack([np.array([5, 6]), np.array([7])])                # packed by length: [7], then [5, 6]
     hidden = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 60.0]])   # of tokens 7, 5, 6
     assert pool(hidden, batch, "mean").tolist() == [[3.0, 40.0], [1.0, 10.0]]
@@ -171,7 +172,8 @@ def test_dropout_is_on_in_training_only(config, texts):
 def plain_bert(bert, texts, mask):
     """ BERT's equations for texts of equal length: mask(x) is the dropout mask, in BERT's four places -> (B, T, C) """
     B, T, C, H = len(texts), len(texts[0]), bert.config.hidden_size, bert.config.num_attention_heads
-    x = bert.norm(bert.word.weight[torch.tensor(np.array(texts))] + bert.position.weight[:T] + bert.token_type.weight[0])
+    x = bert.word.weight[torch.tensor(np.array(texts))] + bert.position.weight[:T] + bert.token_type.weight[0]
+    x = bert.norm(x)                                                                          # (B, T, C)
     x = x * mask(x)                                                                           # 1: embeddings
     for block in bert.blocks:
         qkv = x @ block.attention.qkv.weight.T + block.attention.qkv.bias
@@ -200,7 +202,7 @@ def test_dropout_is_where_bert_has_it(config, monkeypatch):
 
 
 def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
-    """ transformers.AutoModel and our own from_pretrained give the model's outputs; sizes and use are in config.json """
+    """ AutoModel and from_pretrained give the saved model's outputs; sizes and use are in config.json. """
     from transformers import AutoModel, AutoTokenizer
     model.config.sizes, model.config.pooling, model.config.similarity = ((1, 8), (4, 48)), "cls", "dot"
     save_pretrained(model, tokenizer, tmp_path / "m")
@@ -211,20 +213,22 @@ def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
     theirs = AutoModel.from_pretrained(tmp_path / "m").eval()
     with torch.no_grad():
         for text, row in zip(texts, rows_of(model(batch, [4])[0], batch, texts)):
-            torch.testing.assert_close(theirs(torch.from_numpy(text)[None]).last_hidden_state[0], row, rtol=0, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(tmp_path / "m").tokenize("the apple") == tokenizer.tokenize("the apple")
+            found = theirs(torch.from_numpy(text)[None]).last_hidden_state[0]
+            torch.testing.assert_close(found, row, rtol=0, atol=1e-5)
+    found = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert found.tokenize("the apple") == tokenizer.tokenize("the apple")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["sizes"] == [[1, 8], [4, 48]]
 
 
 @pytest.mark.parametrize("form", ["head", "old names", "bin"])
 def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, form):
-    """ with the bert. prefix, heads and pooler; with gamma and beta; as pytorch_model.bin """
+    """ A checkpoint loads with the bert. prefix and heads, with gamma and beta, and as pytorch_model.bin. """
     from safetensors.torch import load_file, save_file
     save_pretrained(model, tokenizer, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     if form == "head":
-        state = {f"bert.{name}": t for name, t in state.items()} | {"cls.predictions.bias": torch.ones(97),
-                                                                    "bert.pooler.dense.weight": torch.ones(48, 48)}
+        state = {f"bert.{name}": t for name, t in state.items()}
+        state |= {"cls.predictions.bias": torch.ones(97), "bert.pooler.dense.weight": torch.ones(48, 48)}
     if form == "old names":
         state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
                  for name, t in state.items()}
@@ -243,7 +247,7 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
                                              ({"num_hidden_layers": 5}, "has no tensor 'encoder.layer.4"),
                                              ({"vocab_size": 98}, "word.weight")])
 def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
-    """ one clear line instead of wrong embeddings """
+    """ A folder that is no BERT of ours is refused with a clear line. """
     save_pretrained(model, tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -252,7 +256,7 @@ def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
 
 
 def test_sizes_of_the_paper():
-    """ BERT-base: the six pairs and the parameter counts of the paper's table, in millions """
+    """ BERT-base has the paper's six sizes and parameter counts, in millions. """
     with torch.device("meta"):
         model = Bert(BertConfig())
     sizes = paper_sizes(model.config)

@@ -16,17 +16,27 @@ import data
 import finetune_srl
 import model
 import pretrain_smae
+from conftest import refused_process
 from model import Bert, from_pretrained, load_head, pack
 from pretrain_smae import SMAE, MLMHead, VocabularyLoss, smae_loss
 
 SIZES = ((1, 6), (2, 16), (4, 48))
 ROOT = Path(__file__).parent.parent
-LINES = ["the apple stands beside the bridge in the morning light", "a dragon sleeps in the deep forest behind the garden",
-         "every engine of the island needs a hammer and a needle", "the kitchen has a lantern and an orange mirror"] * 8
+LINES = ["the apple stands beside the bridge in the morning light",
+         "a dragon sleeps in the deep forest behind the garden",
+         "every engine of the island needs a hammer and a needle",
+         "the kitchen has a lantern and an orange mirror"] * 8
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """ The speed of the machine is measured at the start of a run: a second. test_ranks_and_micro_batches does it. """
+    monkeypatch.setattr(pretrain_smae, "matmul_peak", lambda *_: 1e12, raising=False)
 
 
 @pytest.fixture
 def text_file(tmp_path, monkeypatch):
+    """ 32 documents, 10 words long, and an empty line """
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     path = tmp_path / "text.txt.gz"
     with gzip.open(path, "wt") as file:
@@ -34,18 +44,19 @@ def text_file(tmp_path, monkeypatch):
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def words():
     """ a tokenizer whose words have one to several pieces """
     return data.train_wordpiece(LINES, 60)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def documents(words):
     """ 40 documents of 10 to 100 words """
     rng = np.random.default_rng(0)
     vocabulary = " ".join(LINES).split()
-    return list(data.tokenize_documents((" ".join(rng.choice(vocabulary, n)) for n in rng.integers(10, 100, size=40)), words))
+    texts = (" ".join(rng.choice(vocabulary, n)) for n in rng.integers(10, 100, size=40))
+    return list(data.tokenize_documents(texts, words))
 
 
 @pytest.fixture
@@ -76,14 +87,15 @@ def batch(documents, words):
 
 
 def literal_loss(model, batch, masked, sizes):
-    """ the equations of the method as they stand: one text, one size after the other, vocabulary heads at all positions """
+    """ the equations of the method as they stand: text by text, size by size, vocabulary heads at all positions """
     bert, head = model.bert, model.head
     def V(x):
         return x @ bert.word.weight.T + head.bias
     def transform(x, d):
         return head.norm(F.gelu(x @ head.dense.weight[:, :d].T + head.dense.bias))
     lengths = [len(text) for text in masked.texts]
-    encoder_ids, decoder_ids = (np.split(ids, np.cumsum(lengths)[:-1]) for ids in (masked.encoder_ids, masked.decoder_ids))
+    ends = np.cumsum(lengths)[:-1]
+    encoder_ids, decoder_ids = np.split(masked.encoder_ids, ends), np.split(masked.decoder_ids, ends)
     def labels(masked_positions):
         flat = np.full(sum(lengths), -100)
         flat[masked_positions] = np.concatenate(masked.texts)[masked_positions]
@@ -107,7 +119,7 @@ def literal_loss(model, batch, masked, sizes):
 
 
 def test_loss_is_the_equations(smae, batch, monkeypatch):
-    """ loss, every term and every gradient equal those of the literal transcription, to 1e-10 in float64 """
+    """ The loss, its terms and its gradients equal those of the equations as they stand, to 1e-10 in float64. """
     monkeypatch.setattr(pretrain_smae, "PIECE", 7)   # rows are not a multiple of it
     want, terms = literal_loss(smae, *batch, SIZES)
     want.backward()
@@ -126,7 +138,7 @@ def test_loss_is_the_equations(smae, batch, monkeypatch):
 
 
 def test_vocabulary_loss(monkeypatch):
-    """ weighted CE, hits and gradients equal plain logits, also where exp is no float32 """
+    """ Weighted CE, hits and gradients equal those of plain logits, also where exp is no float32. """
     monkeypatch.setattr(pretrain_smae, "PIECE", 4)
     torch.manual_seed(0)
     x, w, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((10, 5), (7, 5), (7,)))
@@ -147,7 +159,7 @@ def test_vocabulary_loss(monkeypatch):
 
 
 def test_gradient_checkpointing(smae, batch):
-    """ loss and gradients are the same bits, dropout on; of a block its input is kept for backward and nothing else """
+    """ With checkpointing loss and gradients are the same bits, and of a block backward keeps the input alone. """
     for block in [*smae.bert.blocks, smae.decoder]:
         block.p = block.attention.p = 0.1
     def kept(function):
@@ -174,7 +186,7 @@ def test_gradient_checkpointing(smae, batch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_autocast(smae, batch, dtype):
-    """ under autocast the loss is that of float32 to the digits that the type has """
+    """ Under autocast the loss is that of float32 to the digits that the type has. """
     smae.float()
     exact, *_ = loss_and_terms(smae, *batch, SIZES)
     with torch.autocast("cpu", getattr(torch, dtype)):
@@ -186,7 +198,7 @@ def test_autocast(smae, batch, dtype):
 
 class TestMasks:
     def test_whole_words_nested_rates(self, documents, words):
-        """ words are masked whole; special tokens never; the encoder's mask is in the decoder's; each text meets its budget """
+        """ Masks hide whole words, no special tokens, a budget a text, and the encoder's is part of the decoder's. """
         masked = data.smae_batch(documents, 80, (0.2, 0.4), words, [1, 5])
         flat, start, wide = np.concatenate(masked.texts), 0, 0
         pieces = words.convert_ids_to_tokens(range(len(words)))
@@ -212,7 +224,7 @@ class TestMasks:
         assert decoder.sum() / (len(flat) - 80) == pytest.approx(0.4, abs=0.01)
 
     def test_80_10_10(self, words):
-        """ of the masked tokens 80 % show [MASK], 10 % a random token, 10 % the true one; no other token changes """
+        """ Of the masked tokens 80 % show [MASK], 10 % a random token, 10 % the true one; no other token changes. """
         rng = np.random.default_rng(0)
         ids = rng.integers(5, len(words), size=40_000)
         hidden = rng.random(len(ids)) < 0.5
@@ -224,29 +236,31 @@ class TestMasks:
         assert len(set(shown[hidden & ~mask & ~same])) > 0.9 * len(words)   # random: from all of the vocabulary
 
     def test_every_word_is_as_likely(self):
-        """ long words are masked as often as short ones, to a few percent: the order is random, not by length """
+        """ Long words are masked as often as short ones, to a few percent. """
         begins = np.array([True] + [True, True, False, True, False, False] * 20 + [True])
         special = np.zeros(122, bool)
         special[[0, -1]] = True
         rates = np.zeros(122)
         for seed in range(400):
-            rates += data.whole_word_mask(begins, special, np.zeros(122, int), [0.3], np.random.default_rng(seed))[0] / 400
+            mask, = data.whole_word_mask(begins, special, np.zeros(122, int), [0.3], np.random.default_rng(seed))
+            rates += mask / 400
         by_length = [rates[1:-1].reshape(20, 6)[:, i].mean() for i in (0, 1, 3)]
         assert np.allclose(by_length, 0.3, atol=0.02) and rates[0] == rates[-1] == 0
 
     def test_pure_function(self, documents, words):
-        """ the same seed gives the same windows and masks; another step others; windows start anywhere """
+        """ The same seed gives the same windows and masks, another step others, and windows start anywhere. """
         def make(step):
             return data.smae_batch(documents, 16, (0.2, 0.4), words, [7, step])
         a, b, c = make(1), make(1), make(2)
         assert all(np.array_equal(x, y) for x, y in zip(a[1:], b[1:])) and len(a.encoder_ids) == len(c.encoder_ids)
         assert not np.array_equal(a.encoder_masked, c.encoder_masked)
-        window = lambda step: data.smae_batch([np.arange(1, 101, dtype=np.uint16)], 12, (0.2, 0.4), words, [7, step]).texts[0]
-        starts = {int(window(step)[1]) for step in range(2000)}
+        hundred = [np.arange(1, 101, dtype=np.uint16)]
+        windows = (data.smae_batch(hundred, 12, (0.2, 0.4), words, [7, step]).texts[0] for step in range(2000))
+        starts = {int(window[1]) for window in windows}
         assert starts == set(range(1, 92))   # the first and the last window of ten included
 
     def test_window_inside_a_word(self, words):
-        """ a window that begins inside a word treats what is left of it as a word: it is masked as often as others """
+        """ What is left of a word at the start of a window is masked as often as a word. """
         top = 1 << 15
         document = np.array([40, 41] + [30 | top] * 18, np.uint16)   # the window is all of it, and 40 begins no word
         at = [1 in data.smae_batch([document], 22, (0.2, 0.4), words, [seed]).decoder_masked for seed in range(500)]
@@ -255,21 +269,22 @@ class TestMasks:
 
 class TestWhatReachesWhat:
     def test_gradient_from_a_size(self, smae, batch):
-        """ a size (n, d) trains the blocks up to n and none above, and all three together train every block """
+        """ A size (n, d) trains the blocks up to n and none above. """
         for n, d in SIZES:
             smae.zero_grad()
             loss_and_terms(smae, *batch, [(n, d)])[0].backward()
-            reached = [block.down.weight.grad is not None and bool(block.down.weight.grad.any()) for block in smae.bert.blocks]
+            grads = [block.down.weight.grad for block in smae.bert.blocks]
+            reached = [grad is not None and bool(grad.any()) for grad in grads]
             assert reached == [i < n for i in range(4)]
 
     def test_head_columns_beyond_d(self, smae, batch):
-        """ the MLM of a size d leaves the dense weight's columns beyond d alone """
+        """ The MLM of a size d leaves the dense weight's columns beyond d alone. """
         loss_and_terms(smae, *batch, [(2, 16)], "mlm")[0].backward()
         grad = smae.head.dense.weight.grad
         assert grad[:, :16].abs().min() > 0 and not grad[:, 16:].any()
 
     def test_tap_coordinates_beyond_d(self, smae, batch, monkeypatch):
-        """ neither MLM nor bottleneck look at coordinates beyond d of a tap """
+        """ Neither MLM nor bottleneck looks at coordinates beyond d of a tap. """
         taps = [tap.detach().requires_grad_() for tap in smae.bert(batch[0], [n for n, _ in SIZES])]
         monkeypatch.setattr(smae.bert, "forward", lambda *_: taps)
         loss_and_terms(smae, *batch, SIZES)[0].backward()
@@ -277,7 +292,7 @@ class TestWhatReachesWhat:
             assert tap.grad[batch[0].starts, :d].abs().min() > 0 and not tap.grad[:, d:].any()
 
     def test_decoder_sees_position_0_alone(self, smae, batch, monkeypatch):
-        """ other taps at every position but 0 change MLM and leave MAE as it is; at position 0 it is the reverse """
+        """ Other taps at position 0 change MAE and leave MLM as it is; at all other positions it is the reverse. """
         taps = smae.bert(batch[0]._replace(input_ids=torch.from_numpy(batch[1].encoder_ids)), [n for n, _ in SIZES])
         _, before, _ = loss_and_terms(smae, *batch, SIZES)
         def losses(where):
@@ -294,7 +309,7 @@ class TestWhatReachesWhat:
 
 
 def test_overfit(smae, batch):
-    """ the head, the decoder and the encoder together learn one batch by heart """
+    """ Head, decoder and encoder together learn one batch by heart. """
     smae.float().train()
     optimizer = torch.optim.Adam(smae.parameters(), lr=3e-3)
     for _ in range(150):
@@ -308,10 +323,13 @@ def test_overfit(smae, batch):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+SMALL = ("--num_layers 2 --hidden_size 64 --vocab_size 150 --max_length 24 --batch_size 8 --max_steps 8 "
+         "--log_interval 1 --device cpu --dtype float32 --no-compile --dropout 0.1").split()
+
+
 def train(text_file, out, *flags):
-    common = ["--num_layers", "2", "--hidden_size", "64", "--vocab_size", "150", "--max_length", "24", "--batch_size", "8",
-              "--max_steps", "8", "--log_interval", "1", "--dtype", "float32", "--no-compile", "--dropout", "0.1"]
-    pretrain_smae.main(pretrain_smae.parse_args(["--train_text", text_file, "--out_dir", str(out), *common, *flags]))
+    """ a whole run on 28 documents, a second or less """
+    pretrain_smae.main(pretrain_smae.parse_args(["--train_text", text_file, "--out_dir", str(out), *SMALL, *flags]))
 
 
 def logged(out, kind="loss"):
@@ -326,11 +344,12 @@ def losses(out):
 
 
 def state(out):
+    """ the weights, decoder and head included """
     return torch.load(Path(out) / "training_state.pt")["model"]
 
 
 def plain_loop(start, text_file, lrs, embedding_scale, weight_decay, clip, p):
-    """ what a run of main has to do, in plain PyTorch: from the weights `start` -> weights, [loss a step], [norm a step] """
+    """ what a run of main has to do, in plain PyTorch, from the weights of `start` -> SMAE, losses, norms """
     tokenizer, bert = data.load_tokenizer(start), from_pretrained(start, hidden_dropout_prob=p,
                                                                   attention_probs_dropout_prob=p)
     smae = SMAE(bert, load_head(start, bert.config)).train()
@@ -382,7 +401,7 @@ def test_a_run_equals_a_plain_loop(text_file, tmp_path):
 
 
 def test_dropout_of_the_bottlenecks_share(smae, batch):
-    """ Dropout at p = 0.5 hides the bottleneck from half of the decoder's heads and positions and doubles its share elsewhere. """
+    """ At p = 0.5 dropout hides the bottleneck from half of the heads and positions and doubles its other shares. """
     decoder, (pack_of_texts, masked) = smae.decoder, batch
     C, H = 48, decoder.attention.heads
     with torch.no_grad():   # values are coordinate 0, which the bottleneck alone has: what a head mixes is its share
@@ -404,7 +423,7 @@ def test_dropout_of_the_bottlenecks_share(smae, batch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_resume(text_file, tmp_path, monkeypatch, streaming):
-    """ stopped after 4 of 8 steps and resumed: the losses and weights of an uninterrupted run, dropout on """
+    """ A run that stopped after 4 of 8 steps and is resumed has the losses and weights of an uninterrupted run. """
     if streaming:
         import datasets
         text_file = str(tmp_path / "text.parquet")
@@ -432,7 +451,7 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
 
 
 def test_gradient_checkpointing_flag(text_file, tmp_path, monkeypatch):
-    """ a run with --gradient_checkpointing ends with the same bits, having computed 2 blocks and the decoder again """
+    """ A run with --gradient_checkpointing ends with the same bits, and computes 2 blocks and the decoder again. """
     train(text_file, tmp_path / "plain", "--max_steps", "3")
     again, inner = [], model.checkpoint
     monkeypatch.setattr(model, "checkpoint", lambda *args, **kwargs: again.append(args[0]) or inner(*args, **kwargs))
@@ -443,7 +462,7 @@ def test_gradient_checkpointing_flag(text_file, tmp_path, monkeypatch):
 
 
 def test_checkpoint(text_file, tmp_path):
-    """ transformers' BertForMaskedLM takes the folder with strict keys and gives our logits; SRL starts from it """
+    """ transformers' BertForMaskedLM takes the folder with strict keys and gives our logits; SRL starts from it. """
     from transformers import AutoTokenizer, BertForMaskedLM
     out = tmp_path / "smae"
     train(text_file, out, "--max_steps", "3")
@@ -466,9 +485,10 @@ def test_checkpoint(text_file, tmp_path):
     # and with fine-tuning
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"query": line[:20], "positive": line}) + "\n" for line in LINES[:4]))
-    finetune_srl.main(finetune_srl.parse_args(["--init_from", str(out), "--train_pairs", str(pairs), "--retrieval", "",
-                                               "--max_steps", "1", "--passage_max_length", "24", "--query_max_length", "24",
-                                               "--out_dir", str(tmp_path / "srl"), "--learning_rate", "1e-30"]))
+    finetune_srl.main(finetune_srl.parse_args([
+        "--init_from", str(out), "--train_pairs", str(pairs), "--retrieval", "", "--max_steps", "1",
+        "--passage_max_length", "24", "--query_max_length", "24", "--out_dir", str(tmp_path / "srl"),
+        "--learning_rate", "1e-30", "--dtype", "float32", "--device", "cpu", "--no-compile"]))
     tuned = from_pretrained(tmp_path / "srl")
     assert data.load_tokenizer(tmp_path / "srl").model_max_length == 256   # more than was pre-trained on
     assert torch.allclose(tuned.word.weight, bert.word.weight, atol=1e-7)
@@ -476,7 +496,7 @@ def test_checkpoint(text_file, tmp_path):
 
 
 def test_bias_starts_at_the_frequencies(text_file, tmp_path):
-    """ from scratch, the head's bias is the log frequency of each word (one more counted for those that never occur) """
+    """ From scratch the head's bias is the log frequency of each word, one more counted for every word. """
     train(text_file, tmp_path / "out", "--max_steps", "1", "--learning_rate", "1e-30")
     tokenizer = data.load_tokenizer(tmp_path / "out")
     text = data.token_file(text_file, tokenizer)
@@ -485,7 +505,7 @@ def test_bias_starts_at_the_frequencies(text_file, tmp_path):
 
 
 def test_init_without_head(tmp_path, model, tokenizer):
-    """ a checkpoint without an MLM head gets a new one; the decoder starts as a copy of encoder layer 1 """
+    """ A checkpoint without an MLM head gets a new one; the decoder starts as a copy of encoder layer 1. """
     from model import save_pretrained
     save_pretrained(model, tokenizer, tmp_path)
     head = load_head(tmp_path, model.config)
@@ -495,16 +515,18 @@ def test_init_without_head(tmp_path, model, tokenizer):
 
 
 def test_ranks_and_micro_batches(text_file, tmp_path):
-    """ two ranks (gloo) with half a batch each train the weights of one process with the batch in two pieces """
+    """ Two ranks (gloo) with half a batch each train the weights of one process with the batch in two pieces. """
     train(text_file, tmp_path / "one", "--micro_batch", "4")
     script = tmp_path / "two.py"
     script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                       f"import pathlib, data, test_pretrain_smae\ndata.CACHE = pathlib.Path({str(data.CACHE)!r})\n"
                       f"test_pretrain_smae.train({text_file!r}, {str(tmp_path / 'two')!r})\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     a, b = state(tmp_path / "one"), state(tmp_path / "two")
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
-    assert [loss for _, loss, _ in losses(tmp_path / "two")] == pytest.approx([x for _, x, _ in losses(tmp_path / "one")], abs=1e-4)
+    one, two = ([r["loss"] for r in logged(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -512,7 +534,7 @@ def test_ranks_and_micro_batches(text_file, tmp_path):
 
 class TestText:
     def test_every_source(self, tmp_path, text_file):
-        """ .txt.gz, .jsonl, .parquet, a local copy of a hub set, whole and streamed, give the same documents """
+        """ Every kind of file, and a local copy of a hub set, whole or streamed, gives the same documents. """
         import datasets
         want = [f"{line} number {i}" for i, line in enumerate(LINES)]
         table = datasets.Dataset.from_dict({"text": want, "id": list(range(len(want)))})
@@ -527,22 +549,24 @@ class TestText:
             assert list(data.load_texts(source, streaming=True)) == want
 
     def test_ranks_stream_their_own(self, tmp_path):
-        """ two ranks read different files of a streamed set, and together all of it """
+        """ Two ranks read different files of a streamed set, and together all of it. """
         import datasets
         for i in range(2):
-            datasets.Dataset.from_dict({"text": [f"{i}{k}" for k in range(5)]}).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+            texts = {"text": [f"{i}{k}" for k in range(5)]}
+            datasets.Dataset.from_dict(texts).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
         first, second = (list(data.load_texts(str(tmp_path), True, rank, 2)) for rank in (0, 1))
-        assert {text[0] for text in first} == {"0"} and {text[0] for text in second} == {"1"} and len(first + second) == 10
+        assert {text[0] for text in first} == {"0"} and {text[0] for text in second} == {"1"}
+        assert len(first + second) == 10
 
     def test_stream_ends(self, tmp_path):
-        """ a stream that is too short for --max_steps says so """
+        """ A stream that is too short for --max_steps says so. """
         import datasets
         datasets.Dataset.from_dict({"text": LINES * 20}).to_parquet(tmp_path / "text.parquet")
         with pytest.raises(ValueError, match="ended at step 17; choose fewer --max_steps"):
             train(str(tmp_path / "text.parquet"), tmp_path / "out", "--streaming", "--max_steps", "30")
 
     def test_token_file(self, text_file, words):
-        """ tokenised once, memory-mapped; ids are the tokenizer's and the top bit says where a word begins """
+        """ The file holds the tokenizer's ids, with the top bit where a word begins, and is made once a text. """
         found = data.token_file(text_file, words)
         assert len(found) == len(LINES) and isinstance(found.tokens, np.memmap)
         for i, line in enumerate(LINES):
@@ -557,7 +581,7 @@ class TestText:
         assert len(data.token_file(text_file, words)) == len(LINES) + 1   # a file that has changed is read again
 
     def test_two_runs_at_once(self, text_file, words, monkeypatch):
-        """ the file that a second run finishes while the first still tokenises serves both, and nothing else stays """
+        """ The file that a second run finishes while the first still tokenises serves both, and nothing else stays. """
         monkeypatch.setattr(os, "getpid", itertools.count().__next__)
         inner = data.tokenize_documents
         def overtaken(*args):
@@ -569,7 +593,7 @@ class TestText:
         assert len(os.listdir(data.CACHE)) == 1
 
     def test_large_vocabulary(self):
-        """ a vocabulary that 15 bits do not hold takes 32 """
+        """ A vocabulary that 15 bits do not hold takes 32. """
         from transformers import BertTokenizer
         pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"word{i}" for i in range(40_000)]
         tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
@@ -579,7 +603,7 @@ class TestText:
         assert masked.texts[0].tolist() == [2, 40_004, 3]
 
     def test_validation_text_is_held_out(self, text_file, tmp_path, monkeypatch):
-        """ no document of the validation loss is ever in a training batch """
+        """ No document of the validation loss is ever in a training batch. """
         seen = {True: set(), False: set()}
         true = pretrain_smae.smae_loss
         def spy(model, batch, masked, *rest):
@@ -603,19 +627,21 @@ class TestText:
     (["--batch_size", "8", "--micro_batch", "3", "--train_text", "TEXT"], "--micro_batch 3"),
     (["--init_from", "nowhere", "--train_text", "TEXT"], "nowhere: neither a folder"),
 ])
-def test_bad_input(flags, message, text_file, tmp_path):
-    """ one clear line, exit status 2, no traceback """
+def test_bad_input(flags, message, text_file, tmp_path, refused):
+    """ Bad input ends the run with a line that names flag, value and rule. """
     flags = [text_file if flag == "TEXT" else flag for flag in flags]
-    done = subprocess.run([sys.executable, str(ROOT / "pretrain_smae.py"), "--out_dir", str(tmp_path / "out"), *flags],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert message in done.stderr.splitlines()[-1]
+    assert message in refused(pretrain_smae, ["--out_dir", str(tmp_path / "out"), "--device", "cpu", *flags])
 
 
-def test_a_run_is_not_overwritten(text_file, tmp_path, capsys):
-    """ an out_dir with a run in it is refused unless --overwrite or --resume is there """
+def test_bad_input_is_one_line(tmp_path):
+    """ A process that is given a file that is not there ends with status 2 and one line, without traceback. """
+    flags = ["--out_dir", str(tmp_path / "out"), "--train_text", "nowhere.txt"]
+    assert "nowhere.txt: no such file" in refused_process("pretrain_smae.py", *flags)
+
+
+def test_a_run_is_not_overwritten(text_file, tmp_path, refused):
+    """ An out_dir with a run in it is refused unless --overwrite or --resume is there. """
     train(text_file, tmp_path / "out", "--max_steps", "1")
-    with pytest.raises(SystemExit) as error:
-        train(text_file, tmp_path / "out", "--max_steps", "1")
-    assert error.value.code == 2 and "holds a run; add --resume or --overwrite" in capsys.readouterr().err
+    flags = ["--train_text", text_file, "--out_dir", str(tmp_path / "out"), *SMALL, "--max_steps", "1"]
+    assert "holds a run; add --resume or --overwrite" in refused(pretrain_smae, flags)
     train(text_file, tmp_path / "out", "--max_steps", "1", "--overwrite")

@@ -9,66 +9,47 @@ How good is each size of a model, and what does it cost? One pass over the texts
 
 Prints a table and writes MODEL/eval.json (or --out): "results" has one record a value, {"task", "metric", "layer",
 "dim", "value", "n"} (BM25 has layer and dim null); "per_item" has what --compare needs.
+Metrics are those of trec_eval, and Spearman's rank correlation of the cosine for STS. Search is exact, in shards, so
+memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
-STS: Spearman's rank correlation of the cosine with the gold scores. Retrieval: trec_eval's recip_rank cut at 10,
-ndcg_cut_10 (gain = grade) and recall_100 over the judged queries; equal scores rank by descending document id; a
-document with the id of the query is no hit. Search is exact and goes through the corpus in shards, so memory does not
-grow with it. MS MARCO, 8.8 M passages, six sizes of BERT-base (7,040 B a passage): ids 0.6 GB + a shard (25,000 x 6
-taps x 3 KB) 0.5 GB + its scores for 1,024 queries 0.1 GB + hits 0.1 GB; with --embeddings_dir 62 GB on disk.
-
-Shapes: Q queries, P passages of a shard, C channels, D dims that a size keeps, K candidates kept for a query
+Shapes: B texts, Q queries, P passages of a shard, C channels, D dims of a size, K candidates kept for a query
 """
-import argparse
-import functools
-import itertools
-import json
-import re
-import statistics
-import subprocess
-import sys
-import time
-import zlib
+import argparse, functools, json, math, re, statistics, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
 import scipy   # its parts load when they are first used: scipy.stats alone takes most of a second
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (check_sizes, find_folder, from_pretrained, keep_freed_memory, pack, paper_sizes, parse_sizes,
-                   size_name)
+from model import (POOLINGS, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory, named_sizes,
+                   pack, parse_sizes, score, size_name)
 
-NAMES = ("Demi", "Short", "Tall", "Grande", "Venti", "Trenta")
-BM25 = (None, None)   # the size of what has no layers: where it stands in a table
-K = 200          # candidates kept for a query: the deepest metric looks at 100, the rest is room for ties
+# ---- models and embeddings -------------------------------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------------------
-# models and embeddings
-
-
-def load_model(name, device="cpu", max_length=None):
-    """
-    Any BERT -> model, tokenizer. Pooling, similarity and length are its own: from our config.json, or from the files of
-    sentence-transformers (modules.json and its folders). Raises ValueError for what is not here: Dense, max pooling.
-    """
+def load_model(name, device="cpu", max_length=None, **overrides):
+    """ Any BERT -> model, tokenizer. Pooling, similarity and length are its own: from our config.json, or from the
+    files of sentence-transformers (modules.json and its folders). overrides: BertConfig fields to replace. Raises
+    ValueError for what this code does not have, such as a Dense module. """
     folder = find_folder(name)
-    def settings(file):
+    def settings(file):   # a path below the folder, or a path that begins with the folder
         return json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in settings("modules.json")}
     unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ValueError(f"{name}: modules.json asks for {', '.join(unknown)}, which is not supported")
     bert_folder = folder / modules.get("Transformer", "")
-    model, tokenizer = from_pretrained(bert_folder).to(device), data.load_tokenizer(bert_folder)
+    model, tokenizer = from_pretrained(bert_folder, **overrides).to(device), data.load_tokenizer(bert_folder)
     if "Pooling" in modules:
-        pooling = settings(Path(modules["Pooling"]) / "config.json")
+        pooling = settings(Path(modules["Pooling"], "config.json"))
         # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
         modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
         modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else modes
-        if modes not in (["mean"], ["cls"]):
-            raise ValueError(f"{name}: pooling {modes}; only mean or cls is supported")
+        if len(modes) != 1 or modes[0] not in POOLINGS:
+            raise ValueError(f"{name}: pooling {modes} is not supported; known are {', '.join(POOLINGS)}")
         model.config.pooling = modes[0]
     theirs = settings(bert_folder / "sentence_bert_config.json")
     if theirs.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
@@ -78,7 +59,6 @@ def load_model(name, device="cpu", max_length=None):
     length = max_length or theirs.get("max_seq_length") or tokenizer.model_max_length
     tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
     return model, tokenizer
-
 
 @torch.no_grad()
 def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
@@ -97,7 +77,7 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
             end = start + max(1, batch_tokens // len(texts[order[min(end, len(order)) - 1]]))
             rows = order[start:end]
             batch = pack([texts[i] for i in rows], device, multiple=128)
-            for layer, embedding in model.encode(batch, layers).items():   # {layer: (B of the batch, C)}
+            for layer, embedding in model.encode(batch, layers).items():   # (B of the batch, C)
                 embeddings[layer][rows] = embedding.float().cpu()
                 if not embeddings[layer][rows].isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
@@ -106,57 +86,24 @@ def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encod
     model.train(training)
     return embeddings
 
-
-def embed(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
+def embed_texts(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B strings -> {layer: (B, C) float32 on the CPU} """
     input_ids = data.tokenize(texts, tokenizer, tokenizer.model_max_length)
     return encode(model, input_ids, layers, dtype, batch_tokens, desc)
 
-
-def score(queries, passages, dim, similarity):
-    """ (Q, C), (P, C) -> (Q, P): keep the first dim coordinates, then (for cosine) normalise, then multiply """
-    q, p = queries[:, :dim], passages[:, :dim]   # (Q, D), (P, D)
-    if similarity == "cosine":
-        q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)
-    return q @ p.T                               # (Q, P)
-
-
-def record(task, metric, layer, dim, value, n):
+def record(task, metric, size, value, n):
     """ one value as it stands in eval.json """
-    return {"task": task, "metric": metric, "layer": layer, "dim": dim, "value": value, "n": n}
+    return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# STS
-
+# ---- metrics ---------------------------------------------------------------------------------------------------------
 
 def spearman(x, y):
     """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank """
     return float(scipy.stats.spearmanr(x, y).statistic)
 
-
-def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
-    """ every size on one STS set -> records, per-item values (cosines of the pairs). Raises as data.load_sts does. """
-    task, first, second, gold = data.load_sts(name)
-    texts = list(dict.fromkeys(first + second))   # each sentence once
-    row = {text: i for i, text in enumerate(texts)}
-    layers = sorted({layer for layer, _ in sizes})
-    embeddings = embed(model, tokenizer, texts, layers, dtype, batch_tokens, task)
-    records, per_item = [], {"gold": gold.tolist()}
-    for layer, dim in sizes:
-        x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
-        cosine = (x[[row[text] for text in first]] * x[[row[text] for text in second]]).sum(-1).numpy()   # (n,)
-        records.append(record(task, "Spearman", layer, dim, spearman(cosine, gold), len(gold)))
-        per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
-    return records, per_item
-
-# ----------------------------------------------------------------------------------------------------------------------
-# retrieval
-
-
 def mrr_at_10(ranked, grades):
     """ ranked document ids, {document id: grade} -> 1 / rank of the first relevant one among ten, else 0 """
     return next((1 / i for i, doc in enumerate(ranked[:10], start=1) if grades.get(doc, 0) > 0), 0.0)
-
 
 def ndcg_at_10(ranked, grades):
     """ discounted gain of the first ten over that of the best possible ten; gain is the grade itself """
@@ -165,84 +112,61 @@ def ndcg_at_10(ranked, grades):
     ideal = np.array(sorted((max(0, grade) for grade in grades.values()), reverse=True)[:10])
     return float(gain @ discount[:len(gain)] / max(ideal @ discount[:len(ideal)], 1e-12))
 
-
 def recall_at_100(ranked, grades):
     """ share of the relevant documents that are among the first hundred """
     relevant = {doc for doc, grade in grades.items() if grade > 0}
     return len(relevant & set(ranked[:100])) / max(1, len(relevant))
 
+METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_100}   # of the ranking of one query
 
-METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_100}
+# ---- STS -------------------------------------------------------------------------------------------------------------
 
+def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
+    """ every size on one STS set -> records, per-item values (cosines of the pairs). Raises as data.load_sts does. """
+    task, first, second, gold = data.load_sts(name)
+    texts = list(dict.fromkeys(first + second))   # each sentence once
+    row = {text: i for i, text in enumerate(texts)}
+    layers = sorted({layer for layer, _ in sizes})
+    embeddings = embed_texts(model, tokenizer, texts, layers, dtype, batch_tokens, task)
+    records, per_item = [], {"gold": gold.tolist()}
+    for layer, dim in sizes:
+        x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
+        cosine = (x[[row[text] for text in first]] * x[[row[text] for text in second]]).sum(-1).numpy()   # (n,)
+        records.append(record(task, "Spearman", (layer, dim), spearman(cosine, gold), len(gold)))
+        per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
+    return records, per_item
 
-def rank(scores, hits, id_rank):
-    """
-    (Q, K) scores and document numbers, (documents,) position of each id in sorted order -> yields [numbers], [scores]
-    of each query, the 100 best, best first; equal scores by descending id, as in trec_eval; -inf marks what is no hit
-    """
-    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K); the last key is the first
-    for row in range(len(scores)):
-        kept = [k for k in order[row] if scores[row, k] > -np.inf][:100]
-        yield hits[row, kept].tolist(), scores[row, kept].tolist()
+# ---- retrieval: search, then score, then report ----------------------------------------------------------------------
 
-
-def keep(best, chunk, scores, offset, own={}):
-    """
-    Put the K best of (K kept so far, P new documents whose numbers begin at offset) into the rows `chunk` of best:
-    (scores, document numbers), (Q, K) each. own {row of best: column of scores}: queries that are themselves documents
-    """
-    for q, p in own.items():
-        if chunk.start <= q < chunk.stop:
-            scores[q - chunk.start, p] = -np.inf             # a query is no answer to itself
-    top, hits = scores.topk(min(K, scores.shape[1]))         # (Q, K) each, or (Q, P) of fewer documents than K
-    top = torch.cat([best[0][chunk], top], dim=1)            # (Q, K + K)
-    hits = torch.cat([best[1][chunk], hits + offset], dim=1)
-    best[0][chunk], kept = top.topk(K)                       # (Q, K)
-    best[1][chunk] = hits.gather(1, kept)
-
-
-def bm25(docs, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
-    split = lambda text: re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
-    words = [split(text) for text in docs]
-    vocabulary = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}
-    def count(texts):   # (texts, V)
-        pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
-        rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
-        shape = (len(texts), len(vocabulary))
-        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)   # sums repeats
-    tf = count(words)
-    length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
-    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,)
-    idf = np.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
-    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's document
-    tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
-    return count([split(text) for text in queries]) @ tf.T                             # (Q, P)
-
-
-def stored(path, make):
-    """ the array of a .npy file; make() it first when the file is not there. Without a path, just make(). """
-    if not path:
-        return make()
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part.npy")   # rename at the end: never half a file
-        np.save(part, make())
-        part.replace(path)
-    return np.load(path)
-
+BM25 = (None, None)   # the "size" of BM25, which has no layers and no dims
+K = 200               # candidates kept for a query: the deepest metric looks at 100, the rest is room for ties
 
 def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
-    """ every size, and BM25 if it is one shard -> records, per-item values (of queries); raises as Collection does """
+    """ every size, and BM25 if the corpus is one shard -> records, per-item values; raises as data.Collection does """
     collection = data.Collection(name)
+    best, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir)
+    runs = {size: rank(scores.numpy(), hits.numpy(), doc_ids) for size, (scores, hits) in best.items()}
+    records, per_item = [], {"ids": list(collection.queries)}
+    for size, run in runs.items():
+        label = size_name(size) if size != BM25 else "BM25"
+        judged = list(zip((ranked for ranked, _ in run), collection.qrels.values()))
+        per_item[label] = {metric: [function(*pair) for pair in judged] for metric, function in METRICS.items()}
+        records += [record(collection.task, metric, size, float(np.mean(values)), len(judged))
+                    for metric, values in per_item[label].items()]
+        if save_run:
+            write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, run)
+    return records, per_item
+
+def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
+    """ Exact search, shard by shard -> {size: (scores (Q, K), document numbers (Q, K))}, list of document ids. The
+    encoder runs once for all sizes; with embeddings_dir it does not run where the file of a shard is there. """
     query_texts, Q = list(collection.queries.values()), len(collection.queries)
     query_row = {key: row for row, key in enumerate(collection.queries)}
-    max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # all we need of a tap
-    queries = embed(model, tokenizer, query_texts, list(max_dim), dtype, batch_tokens)            # {layer: (Q, C)}
+    max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # what sizes need
+    queries = embed_texts(model, tokenizer, query_texts, list(max_dim), dtype, batch_tokens)      # {layer: (Q, C)}
     best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in [*sizes, BM25]}
-    checksum = lambda value: f"{zlib.crc32(repr(value).encode()):08x}"
     if embeddings_dir:   # a file is found by what made it: weights, pooling, length, dtype, and the texts of the shard
-        weights = [zlib.crc32(p.detach().cpu().numpy()) for p in model.parameters()]
+        weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
         made_by = checksum([weights, model.config.pooling, tokenizer.model_max_length, dtype])
     doc_ids = []
     for number, (ids, texts) in enumerate(collection.shards()):
@@ -250,104 +174,136 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
         doc_ids += ids
         own = {query_row[key]: column for column, key in enumerate(ids) if key in query_row}
         desc = f"{collection.task}, from document {offset:,}"
-        # the encoder runs once for all layers, and not at all if their files are there
-        taps = functools.cache(lambda: embed(model, tokenizer, texts, list(max_dim), dtype, batch_tokens, desc))
+        taps = functools.cache(lambda: embed_texts(model, tokenizer, texts, list(max_dim), dtype, batch_tokens, desc))
         for layer, dims in max_dim.items():
-            path = embeddings_dir and Path(embeddings_dir) / (
-                f"{collection.task}-{number:04}-layer{layer}-dims{dims}-{made_by}-{checksum(texts)}.npy")
+            path = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{number:04}-layer{layer}-dims{dims}-"
+                                                           f"{made_by}-{checksum(texts)}.npy")
             passages = torch.from_numpy(stored(path, lambda: taps()[layer][:, :dims].numpy()))    # (P, dims)
             for size in [size for size in sizes if size[0] == layer]:
                 for start in range(0, Q, 1024):
                     chunk = slice(start, start + 1024)
                     scores = score(queries[layer][chunk], passages, size[1], model.config.similarity)   # (Q, P)
                     keep(best[size], chunk, scores, offset, own)
-    if len(doc_ids) <= data.SHARD:
+    if len(doc_ids) > data.SHARD:
+        del best[BM25]
+    else:
         scores = torch.from_numpy(bm25(texts, query_texts).toarray())   # (Q, P)
         scores[scores == 0] = -np.inf                                   # not a word in common: no hit
         keep(best[BM25], slice(0, Q), scores, offset, own)
-    else:
-        del best[BM25]
+    return best, doc_ids
 
-    records, per_item = [], {"ids": list(collection.queries)}
-    id_rank = np.argsort(np.argsort(np.array(doc_ids)))                                           # (documents,)
-    for (layer, dim), (scores, hits) in best.items():
-        label = size_name((layer, dim)) if layer else "BM25"
-        run = [([doc_ids[i] for i in row], values) for row, values in rank(scores.numpy(), hits.numpy(), id_rank)]
-        judged = list(zip((ranked for ranked, _ in run), collection.qrels.values()))
-        per_item[label] = {metric: [function(*pair) for pair in judged] for metric, function in METRICS.items()}
-        records += [record(collection.task, metric, layer, dim, float(np.mean(values)), Q)
-                    for metric, values in per_item[label].items()]
-        if save_run:
-            Path(save_run).mkdir(parents=True, exist_ok=True)
-            with open(Path(save_run) / f"{collection.task}-{label}.run".replace(":", "-"), "w") as file:
-                for query, (ranked, values) in zip(collection.queries, run):
-                    file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
-                                    for i, (document, value) in enumerate(zip(ranked, values), start=1))
-    return records, per_item
+def keep(best, chunk, scores, offset, own={}):
+    """ Put the K best of (K kept so far, P new documents whose numbers begin at offset) into the rows `chunk` of best:
+    (scores, document numbers), (Q, K) each. own {row of best: column of scores}: queries that are documents, too """
+    for row, column in own.items():
+        if chunk.start <= row < chunk.stop:
+            scores[row - chunk.start, column] = -np.inf      # a query is no answer to itself
+    top, hits = scores.topk(min(K, scores.shape[1]))         # (Q, K) each, or (Q, P) of fewer documents than K
+    top = torch.cat([best[0][chunk], top], dim=1)            # (Q, K + K)
+    hits = torch.cat([best[1][chunk], hits + offset], dim=1)
+    best[0][chunk], kept = top.topk(K)                       # (Q, K)
+    best[1][chunk] = hits.gather(1, kept)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# cost and search
+def rank(scores, hits, doc_ids):
+    """ (Q, K) scores and document numbers -> [([document id], [score]) of each query]: the 100 best, best first, equal
+    scores by descending id, as in trec_eval. A score of -inf is no hit. """
+    id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
+    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K), by the last key first
+    runs = []
+    for row in range(len(scores)):
+        kept = [k for k in order[row] if scores[row, k] > -np.inf][:100]
+        runs.append(([doc_ids[i] for i in hits[row, kept]], scores[row, kept].tolist()))
+    return runs
 
+def write_run(folder, label, queries, run):
+    """ one line a hit, in the format of trec_eval """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{label}.run", "w") as file:
+        for query, (ranked, values) in zip(queries, run):
+            file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
+                            for i, (document, value) in enumerate(zip(ranked, values), start=1))
 
-def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
-    """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
-    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of "
-             "ordinary words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
-    records = []
-    for layer, dim in sizes:
-        times = []
-        for _ in range(53):
-            start = time.perf_counter()
-            embed(model, tokenizer, ["how do I invert a large sparse matrix"], [layer], dtype)
-            times.append(1000 * (time.perf_counter() - start))
-        times = sorted(times[3:])   # the first ones warm up
-        start = time.perf_counter()
-        embed(model, tokenizer, texts, [layer], dtype, batch_tokens)
-        rate = len(texts) / (time.perf_counter() - start)
-        records += [record("cost", "ms/query", layer, dim, statistics.median(times), 50),
-                    record("cost", "p95 ms", layer, dim, times[47], 50),
-                    record("cost", "texts/s", layer, dim, rate, len(texts))]
-    return records
+def checksum(value):
+    return f"{zlib.crc32(repr(value).encode()):08x}"
 
+def stored(path, make):
+    """ the array of a .npy file; make() it first when the file is not there. Without a path, just make(). """
+    if not path:
+        return make()
+    if not path.exists():
+        with data.whole(path) as part, open(part, "wb") as file:
+            np.save(file, make())
+    return np.load(path)
+
+def bm25(docs, queries, k1=1.2, b=0.75):
+    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
+    def split(text):
+        return re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
+    words = [split(text) for text in docs]
+    vocabulary = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}
+    def count_words(texts):   # (texts, V)
+        pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
+        rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
+        shape = (len(texts), len(vocabulary))
+        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)   # sums repeats
+    tf = count_words(words)
+    length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
+    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,)
+    idf = np.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
+    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's document
+    tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
+    return count_words([split(text) for text in queries]) @ tf.T                       # (Q, P)
 
 def search(model, tokenizer, question, size, dtype, model_folder):
     """ Print the 5 docstrings that answer a question best. All embeddings are made once and kept beside the model. """
-    layer, dim = size
-    folder = data.docs_folder()
+    (layer, dim), folder = size, data.docs_folder()
     rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
     index = model_folder / f"search-{folder.name}-{layer}-{dim}-{tokenizer.model_max_length}-{dtype}.npy"
     if index.exists() and index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
         index.unlink()   # of an earlier model
     def make():
         texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
-        desc = "embedding the documentation, once"
-        return embed(model, tokenizer, texts, [layer], dtype, desc=desc)[layer][:, :dim].numpy()
+        return embed_texts(model, tokenizer, texts, [layer], dtype, desc="embedding, once")[layer][:, :dim].numpy()
     passages = torch.from_numpy(stored(index, make))                                          # (P, D)
-    query = embed(model, tokenizer, [question], [layer], dtype)[layer]                        # (1, C)
+    query = embed_texts(model, tokenizer, [question], [layer], dtype)[layer]                  # (1, C)
     scores = score(query, passages, dim, model.config.similarity)[0]                          # (P,)
     for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# reports
+# ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
 
+def cost(model, sizes):
+    """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks """
+    matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
+    return [record("cost", metric, size, value, 1) for size in sizes for metric, value in
+            (("parameters", model.num_params(size[0])), ("bytes", 4 * size[1]),
+             ("MFLOP/token", 2 * matrices * size[0] / 1e6))]
 
-def git_commit():
-    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
-    def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
+    """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
+    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of "
+             "ordinary words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
+    records = []
+    for size in sizes:
+        times = []
+        for _ in range(53):
+            start = time.perf_counter()
+            embed_texts(model, tokenizer, ["how do I invert a large sparse matrix"], [size[0]], dtype)
+            times.append(1000 * (time.perf_counter() - start))
+        times = sorted(times[3:])   # the first ones warm up
+        start = time.perf_counter()
+        embed_texts(model, tokenizer, texts, [size[0]], dtype, batch_tokens)
+        rate = len(texts) / (time.perf_counter() - start)
+        records += [record("cost", "ms/query", size, statistics.median(times), 50),
+                    record("cost", "p95 ms", size, times[47], 50), record("cost", "texts/s", size, rate, len(texts))]
+    return records
 
-
-def print_table(results, title):
-    """ one line a size, one column a value """
+def print_table(results, title, names):
+    """ one line a size, one column a value; names {size: name} """
     columns = list(dict.fromkeys((r["task"], r["metric"]) for r in results))
     rows = {}
     for r in results:
         rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
-    sizes = [size for size in rows if size[0]]
-    names = dict(zip(sizes, NAMES)) if len(sizes) == len(NAMES) else {}
     width = max([10] + [len(task) for task, _ in columns]) + 2
     def cell(v):
         return "" if v is None else f"{v:.4f}" if v < 2 else f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
@@ -355,53 +311,64 @@ def print_table(results, title):
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
     for size, values in rows.items():
-        label = f"{names.get(size, 'size'):8}{size_name(size)}" if size[0] else "BM25"
+        label = f"{names.get(size, ''):8}{size_name(size)}" if size != BM25 else "BM25"
         print(f"{label:16}" + "".join(f"{cell(values.get(column)):>{width}}" for column in columns))
 
+def load_results(spec):
+    """ [LABEL=]FILE[,FILE...] -> label, records, {task: per-item values}, those of several files (say one a size)
+    joined. Raises ValueError for a file that evaluate.py did not write. """
+    label, _, files = spec.rpartition("=")
+    results, per_item = [], {}
+    for file in files.split(","):
+        run = json.loads(Path(file).read_text())
+        if not run.get("per_item"):
+            raise ValueError(f"--compare {file}: not a file that evaluate.py wrote")
+        results += run["results"]
+        for task, items in run["per_item"].items():
+            per_item[task] = per_item.get(task, {}) | items
+        label = label or Path(run["model"]).name
+    return label, results, per_item
 
-def compare(files):
-    """
-    One table of several eval.json. The first is the baseline; * marks a difference that is significant at 0.05 after
-    Bonferroni's correction for all comparisons of the table: paired t-test over queries; for Spearman the bootstrap
-    over sentence pairs (1,000 resamples). Sizes are paired by their order (Demi with Demi), so models of any depth can
-    be compared. Raises ValueError when the files differ in their number of sizes or in their data.
-    """
-    per_items = [json.loads(Path(file).read_text()).get("per_item") for file in files]
-    if not all(per_items):
-        raise ValueError(f"--compare {files[per_items.index(None)]}: not a file that evaluate.py wrote")
-    sizes = [[key for key in next(iter(per_item.values())) if ":" in key] for per_item in per_items]   # names, 2:32
+def compare(specs, metrics=()):
+    """ One table of several results, the first of which is the baseline. * marks a difference that is significant at
+    0.05 after Bonferroni's correction for all comparisons of the table: a paired t-test over queries, for Spearman
+    the bootstrap over sentence pairs. Sizes are paired by their order, smallest with smallest. metrics: by default
+    all. Raises ValueError when the results differ in their number of sizes or in their data. """
+    labels, _, per_items = zip(*map(load_results, specs))
+    sizes = [sorted({key for items in per_item.values() for key in items if ":" in key}, key=parse_sizes)
+             for per_item in per_items]   # size names
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: the files have {', '.join(str(len(s)) for s in sizes)} sizes; "
                          "evaluate them with as many --sizes each")
     rows = [(task, metric, i) for task, items in per_items[0].items() for metric in items[sizes[0][0]]
-            for i in range(len(sizes[0]))
+            for i in range(len(sizes[0])) if not metrics or metric in metrics
             if all(metric in per_item.get(task, {}).get(own[i], {}) for own, per_item in zip(sizes, per_items))]
-    tests = max(1, len(rows) * (len(files) - 1))
-    print("".join(f"{text:>22}" for text in ["", *(f"{Path(file).parent.name}/{Path(file).name}" for file in files)]))
+    tests = max(1, len(rows) * (len(specs) - 1))
+    print("".join(f"{text:>22}" for text in ["", *labels]))
     for task, metric, i in rows:
         line, baseline = f"{task + ' ' + metric:>22}", per_items[0][task]
+        x = baseline[sizes[0][i]][metric]
         for own, per_item in zip(sizes, per_items):
             items = per_item[task]
             if any(items.get(key) != baseline.get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare: {task} is not the same set in all files; "
                                  "evaluate the models on the same data")
-            x, y = baseline[sizes[0][i]][metric], items[own[i]][metric]
+            y = items[own[i]][metric]
             value = spearman(y, items["gold"]) if metric == "Spearman" else np.mean(y)
-            if per_item is per_items[0]:
-                p = 1.0
-            elif metric == "Spearman":
-                p = paired_bootstrap(x, y, items["gold"])
-            else:
-                p = scipy.stats.ttest_rel(x, y).pvalue
-            cell = f"{own[i]} {value:.4f}{'*' if p * tests < 0.05 else ' '}"
-            line += f"{cell:>22}"
+            star = "*" if p_value(metric, x, y, items) * tests < 0.05 else " "
+            line += f"{f'{own[i]} {value:.4f}{star}':>22}"
         print(line)
     print(f"* differs from the first file at p < 0.05 / {tests} comparisons")
 
+def p_value(metric, x, y, items):
+    """ (n,) values of the baseline and of another model, item by item -> p of their difference """
+    if x == y:
+        return 1.0
+    return paired_bootstrap(x, y, items["gold"]) if metric == "Spearman" else scipy.stats.ttest_rel(x, y).pvalue
 
 def paired_bootstrap(x, y, gold, resamples=1000):
     """ (n,) cosines of two models, (n,) gold -> two-sided p of the difference of their Spearmans, taken as normal """
-    rows = np.random.default_rng(0).integers(len(gold), size=(resamples, len(gold)))
+    rows = np.random.default_rng(0).integers(len(gold), size=(resamples, len(gold)))   # the same for both models
     def correlations(values):   # (n,) -> (resamples,)
         a, b = (scipy.stats.rankdata(np.array(v)[rows], axis=1) for v in (values, gold))   # (resamples, n)
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
@@ -410,46 +377,150 @@ def paired_bootstrap(x, y, gold, resamples=1000):
     difference = abs(spearman(x, gold) - spearman(y, gold))
     return float(2 * scipy.stats.norm.sf(difference / spread)) if spread > 0 else float(difference == 0)
 
-
-def plot(files, path):
-    """ quality against cost, a line a model, a point a size -> SVG or PNG. Raises ValueError without matplotlib. """
+def plot(specs, path, metrics=()):
+    """ Quality against cost -> SVG or PNG: a line for each of the results, a point a size, BM25 as a level. metrics: to
+    average, by default Spearman and nDCG@10. Raises ValueError without matplotlib. """
     try:
         import matplotlib
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
+    matplotlib.rcParams["svg.fonttype"] = "none"   # text stays text
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]   # Okabe and Ito
-    for file, color in zip(files, itertools.cycle(colors)):
-        run = json.loads(Path(file).read_text())
-        main_results = [r for r in run["results"]
-                        if r["metric"] in ("Spearman", "nDCG@10") and r["task"] in run["per_item"]]   # no means
-        sizes = [size for size in dict.fromkeys((r["layer"], r["dim"]) for r in main_results) if size[0]]
-        cost = {(r["layer"], r["dim"]): r["value"] for r in run["results"] if r["metric"] == "MFLOP/token"}
-        x = [cost[size] for size in sizes]
-        y = [100 * np.mean([r["value"] for r in main_results if (r["layer"], r["dim"]) == size]) for size in sizes]
+    for spec, color in zip(specs, colors * len(specs)):
+        label, results, per_item = load_results(spec)
+        chosen = [r for r in results if r["metric"] in (metrics or ("Spearman", "nDCG@10")) and r["task"] in per_item]
+        def mean(size):
+            return np.mean([r["value"] for r in chosen if (r["layer"], r["dim"]) == size])
+        sizes = sorted({(r["layer"], r["dim"]) for r in chosen} - {BM25})
+        mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
+        x, y = [mflop[size] for size in sizes], [mean(size) for size in sizes]
         axes.plot(x, y, "o-", color=color)
-        for size, *point in zip(sizes, x, y):
-            axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} B", point, xytext=(0, -24), textcoords="offset points",
-                          ha="center", fontsize=7)
-        axes.annotate(run["model"], (x[0], y[0]), xytext=(8, 8), textcoords="offset points", ha="right", color=color,
-                      weight="bold")
-    tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in main_results))
-    axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)",
-             ylabel=f"mean of {tasks}, x 100 (up is better)")
-    axes.margins(0.1, 0.2)
+        axes.annotate(label, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", color=color, weight="bold",
+                      va="center")
+        if spec == specs[0]:
+            for size, *point in zip(sizes, x, y):
+                axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} bytes", point, xytext=(0, -28),
+                              textcoords="offset points", ha="center", fontsize=7)
+            if any(r["layer"] is None for r in chosen):
+                axes.axhline(mean(BM25), color="grey", linestyle=":")
+                axes.annotate("BM25", (x[0], mean(BM25)), xytext=(0, 4), textcoords="offset points", color="grey")
+    tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in chosen))
+    axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)", ylabel=f"{tasks} (up: better)")
+    axes.margins(0.1, 0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# command line
+# ---- shared with the training scripts: flags, the log, errors --------------------------------------------------------
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """ keep the docstring's line breaks and print every default """
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+def number(kind, rule, holds):
+    """ an argparse type: an int or float for which holds(value). argparse names the flag, this the value and rule. """
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
+        return value
+    parse.__name__ = kind.__name__   # for argparse's "invalid int value"
+    return parse
+
+positive_int, positive = (number(kind, "above 0", lambda value: value > 0) for kind in (int, float))
+count, at_least_zero = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
+share = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
+two_or_more = number(int, "2 or more", lambda value: value >= 2)
+
+def device(text):
+    """ an argparse type: a device that torch can use """
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
+    return text
+
+def training_flags(parser):
+    """ the flags that both training scripts have, whose defaults they set """
+    flag = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("model").add_argument
+    add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
+    add("--sizes", type=parse_sizes,
+        help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion to "
+             "the model: 2:32,4:64,6:128,8:256,10:512,12:768 of BERT-base")
+    add("--dropout", type=share, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
+    add = parser.add_argument_group("model from scratch; a loaded one brings its own").add_argument
+    add("--num_layers", type=positive_int, default=6, help="blocks")
+    add("--hidden_size", type=number(int, "a multiple of 64, the width of an attention head",
+                                     lambda value: value > 0 and value % 64 == 0), default=192, help="channels")
+    add("--vocab_size", type=number(int, "100 or more, to spell English", lambda value: value >= 100), default=8192,
+        help="WordPiece vocabulary, trained on the text")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--learning_rate", type=positive, help="peak, of AdamW")
+    add("--warmup", type=share, help="share of the steps in which the rate rises; then it falls to 0")
+    add("--weight_decay", type=at_least_zero, help="of the matrices; biases and LayerNorms have none")
+    add("--grad_clip", type=at_least_zero, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--epochs", type=positive, help="passes over the data")
+    add("--max_steps", type=count, default=0, help="steps in place of --epochs; 0 goes by --epochs")
+    add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
+    add = parser.add_argument_group("system").add_argument
+    add("--out_dir", help="where the model and the log go")
+    add("--overwrite", action=flag, default=False, help="replace the run that is in --out_dir")
+    add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
+        help="of the matrix products; the weights stay float32. bfloat16 by default where the machine is fast at it")
+    add("--compile", action=flag, default=torch.cuda.is_available(),
+        help="torch.compile the blocks but for attention; takes a minute to start")
+
+def average(records, world_size=1):
+    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
+    names = dict.fromkeys(name for record in records for name in record)
+    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
+                         for name in names])
+    if world_size > 1:
+        dist.all_reduce(means)
+    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
+
+def open_run(out_dir, args, first_step=0):
+    """ Write args.json -> log.jsonl, open for writing. It keeps its lines up to first_step: later steps come again. """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"commit": git_commit(), "torch": torch.__version__}
+    (out_dir / "args.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
+    path = out_dir / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if first_step else []
+    log_file = open(path, "w")
+    log_file.writelines(line for line in lines if json.loads(line)["step"] <= first_step)
+    return log_file
+
+def log(log_file, record, line):
+    """ a record to log.jsonl, a line to the screen; log_file is None on all ranks but the first """
+    if log_file:
+        print(json.dumps(record), file=log_file, flush=True)
+        print(line, flush=True)
+
+def git_commit():
+    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
+    def git(*args):
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+def run(main, parse_args):
+    """ a script: the user's mistakes end in one line and exit status 2, without a traceback """
+    try:
+        main(parse_args())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    """ command line -> args; a wrong one ends the program with a line that says why """
-    class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """ keep the docstring's line breaks and print every default """
+    """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("models", nargs="*", metavar="MODEL",
                         help="folders that finetune_srl.py wrote, or any BERT: folder or hub name")
@@ -460,22 +531,23 @@ def parse_args(argv=None):
         help="docs, a folder in BEIR layout, or a BEIR set of the hub")
     add("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
     add("--speed", action="store_true", help="time every size")
-    add = parser.add_argument_group(
-        "sizes; by default those of config.json, else the paper's shares of the model").add_argument
-    add("--sizes", type=parse_sizes, help="LAYER:DIM,... to evaluate")
+    add = parser.add_argument_group("sizes").add_argument
+    add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's six in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
     add = parser.add_argument_group("encoding").add_argument
-    add("--max_length", type=int, help="tokens of a text; by default the model's own")
-    add("--batch_tokens", type=int, default=8192, help="tokens of a batch")
+    add("--max_length", type=two_or_more, help="tokens of a text; by default the model's own")
+    add("--batch_tokens", type=two_or_more, default=8192, help="tokens of a batch")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="FILE.json",
         help="where the results of one model go; by default MODEL/eval.json for models of ours")
     add("--embeddings_dir", metavar="DIR",
         help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what is there")
     add("--save_run", metavar="DIR", help="write TREC runs there")
-    add("--compare", nargs="+", metavar="FILE.json", help="results to compare; the first is the baseline")
+    add("--compare", nargs="+", metavar="[LABEL=]FILE.json[,FILE.json...]",
+        help="results to compare; the first is the baseline; files joined by commas count as one, say one file a size")
+    add("--metrics", nargs="+", default=[], metavar="METRIC", help="of --compare and --plot; by default all")
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     if not args.models and not args.compare:
@@ -483,10 +555,6 @@ def parse_args(argv=None):
     if args.out and len(args.models) > 1:
         parser.error(f"--out {args.out} takes the results of one model, and {len(args.models)} are given; "
                      "evaluate them one by one")
-    for name in ("max_length", "batch_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 2:
-            parser.error(f"--{name} {value}: must be 2 or more")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         parser.error(f"--plot {args.plot}: must end in .svg or .png")
     for name in ("out", "plot"):
@@ -496,12 +564,7 @@ def parse_args(argv=None):
     for task in names:
         if names.count(task) > 1:
             parser.error(f"two tasks are called {task}; evaluate them one by one")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
-
 
 def main(args):
     """ evaluate every model, then compare and plot. Raises ValueError for what cannot be read or compared. """
@@ -510,11 +573,11 @@ def main(args):
     for name in args.models:
         start = time.time()
         model, tokenizer = load_model(name, args.device, args.max_length)
-        config = model.config
-        sizes = check_sizes(args.sizes or config.sizes or paper_sizes(config), config, name)
+        names = named_sizes(model.config)
+        sizes = check_sizes(args.sizes or names, model.config, name)
         if args.grid:
             dims = sorted({dim for _, dim in sizes})
-            sizes = tuple((layer, dim) for layer in range(1, config.num_hidden_layers + 1) for dim in dims)
+            sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
         if args.search:
             search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(name))
             continue
@@ -523,39 +586,30 @@ def main(args):
             records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
             results += records
         if len(args.sts) > 1:
-            for layer, dim in sizes:
-                values = [r["value"] for r in results if (r["layer"], r["dim"]) == (layer, dim)]
-                results.append(record("mean of STS", "Spearman", layer, dim, float(np.mean(values)), len(args.sts)))
+            for size in sizes:
+                values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]
+                results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
         for task in args.retrieval or ([] if args.sts else ["docs"]):
             records, per_item[data.task_name(task)] = retrieval(
                 model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
             results += records
-        matrices = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)   # of one block
-        for layer, dim in sizes:
-            results += [record("cost", "parameters", layer, dim, model.num_params(layer), 1),
-                        record("cost", "bytes", layer, dim, 4 * dim, 1),
-                        record("cost", "MFLOP/token", layer, dim, 2 * matrices * layer / 1e6, 1)]
+        results += cost(model, sizes)
         if args.speed:
             results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
-        out = args.out or (Path(name) / "eval.json" if config.sizes and Path(name).exists() else None)
+        out = args.out or (Path(name) / "eval.json" if model.config.sizes and Path(name).exists() else None)
         if out:
             Path(out).write_text(json.dumps({
                 "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
                 "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
                 "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
                 "results": results, "per_item": per_item}) + "\n")
-            files.append(out)
+            files.append(str(out))
         written = f", written to {out}" if out else ""
-        print_table(results, f"{name}, {args.dtype}, {time.time() - start:.0f} s{written}")
+        print_table(results, f"{name}, {args.dtype}, {time.time() - start:.0f} s{written}", names)
     if len(files) > 1:
-        compare(files)
+        compare(files, args.metrics)
     if args.plot and files:
-        plot(files, args.plot)
-
+        plot(files, args.plot, args.metrics)
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:   # the user's mistakes: one line, no traceback
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main, parse_args)

@@ -36,7 +36,7 @@ def trained(pairs_file, tmp_path_factory):
 def loss_and_terms(*args):
     """ srl_loss -> loss, [InfoNCE a size], [KL a size]; the tests know the form of what it returns from here alone """
     loss, nce, kl = srl_loss(*args)
-    return loss, nce, kl
+    return loss, list(nce.values()), list(kl.values())
 
 
 def logged(out_dir, kind="loss"):
@@ -47,12 +47,13 @@ def logged(out_dir, kind="loss"):
 
 def logged_terms(record, kind):
     """ "nce" or "kl" of a record -> [a value a size], from the smallest to the largest """
-    return list(record[kind])
+    return list(record[kind].values())
 
 
 def adamw(bert, learning_rate, weight_decay, embedding_lr_scale=1.0):
     """ the optimizer of a run """
-    return bert.configure_optimizers(learning_rate, weight_decay, embedding_lr_scale)
+    return model.configure_optimizer(dict(bert.named_parameters()), learning_rate, weight_decay,
+                                     ("word.weight", "position.weight", "token_type.weight"), embedding_lr_scale)
 
 
 def run(pairs_file, out_dir, *flags):
@@ -307,16 +308,16 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--sizes", "2:32,6"], "argument --sizes: '2:32,6' is not LAYER:DIM"),
-    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
-    (["--dropout", "1"], "--dropout 1.0: must be 0 or more and below 1"),
-    (["--hidden_size", "100"], "--hidden_size 100: must be a multiple of 64"),
-    (["--max_steps", "-1"], "--max_steps -1: must be 0 or more"),
+    (["--temperature", "0"], "--temperature: 0: must be above 0"),
+    (["--dropout", "1"], "--dropout: 1: must be 0 or more and below 1"),
+    (["--hidden_size", "100"], "--hidden_size: 100: must be a multiple of 64"),
+    (["--max_steps", "-1"], "--max_steps: -1: must be 0 or more"),
     (["--learn", "1"], "unrecognized arguments: --learn"),
     (["--sizes", "9:8"], "--sizes asks for layer 9 but the model has 3 layers; use a layer between 1 and 3"),
     (["--train_pairs", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--init_from", "nowhere"], "nowhere: neither a folder nor a model of the hub"),
     (["--retrieval", "nowhere"], "--retrieval nowhere: neither docs, nor a folder in BEIR layout"),
-    (["--device", "cuda:9"], "--device cuda:9"),
+    (["--device", "cuda:9"], "--device: cuda:9"),
 ])
 def test_bad_flags_say_what_and_why(pairs_file, tmp_path, refused, flags, message):
     """ A wrong flag ends the run with a line that names flag, value and rule, and nothing is written. """

@@ -259,7 +259,7 @@ def test_sizes_of_the_paper():
     """ BERT-base has the paper's six sizes and parameter counts, in millions. """
     with torch.device("meta"):
         model = Bert(BertConfig())
-    sizes = paper_sizes(model.config)
+    sizes = tuple(paper_sizes(model.config))
     assert sizes == ((2, 32), (4, 64), (6, 128), (8, 256), (10, 512), (12, 768))
     assert [round(model.num_params(layer) / 1e6, 1) for layer, _ in sizes] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]
     assert check_sizes(((6, 128), (2, 32)), model.config) == ((2, 32), (6, 128))

@@ -10,7 +10,7 @@ whole paragraphs of 512 tokens at most. Every figure is measured in this run: th
 their steps in turn, on the same rows, dropout 0.1 and bfloat16 autocast, from the same weights (SMAE: random ones);
 medians. A step is forward, loss, backward, clipping, fused AdamW; tokenising and padding are done before the clock
 starts. Encoding includes tokenising. Useful arithmetic: 6 x parameters of the blocks x real tokens, 2 x in encoding,
-and `arithmetic` of pretrain_smae.py. Without sentence-transformers its rows are left out. Matryoshka2dLoss runs as it
+and `arithmetic` below. Without sentence-transformers its rows are left out. Matryoshka2dLoss runs as it
 comes: the last layer and one other a step, one of the dims at each.
 """
 import argparse
@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import evaluate
 from finetune_srl import cached_backward, srl_loss
-from model import Bert, BertConfig, MLMHead, from_pretrained, keep_freed_memory, pack, paper_sizes
-from pretrain_smae import SMAE, arithmetic, smae_loss
+from model import (Bert, BertConfig, MLMHead, configure_optimizer, from_pretrained, keep_freed_memory, pack,
+                   paper_sizes)
+from pretrain_smae import SMAE, smae_loss
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -54,8 +55,8 @@ def packed(args, sizes=None, micro_batch=0):
     keep_freed_memory()
     tokenizer = data.load_tokenizer(args.model)
     model = from_pretrained(args.model, **DROPOUT).train()
-    sizes = sizes or paper_sizes(model.config)
-    optimizer = model.configure_optimizers(1e-6, 0.0)
+    sizes = sizes or list(paper_sizes(model.config))
+    optimizer = configure_optimizer(dict(model.named_parameters()), 1e-6, 0.0)
 
     def prepare(rows):
         return [ids for texts in zip(*rows) for ids in data.tokenize(list(texts), tokenizer, args.max_length)]
@@ -79,7 +80,7 @@ def packed(args, sizes=None, micro_batch=0):
 def packed_full_size(args):
     """ this project, the full size alone """
     config = from_pretrained(args.model).config
-    return packed(args, paper_sizes(config)[-1:])
+    return packed(args, list(paper_sizes(config))[-1:])
 
 
 def packed_micro_batch(args):
@@ -93,7 +94,7 @@ def padded(args):
     tokenizer = data.load_tokenizer(args.model)
     model = BertModel.from_pretrained(args.model, add_pooling_layer=False, **DROPOUT).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    sizes = paper_sizes(model.config)
+    sizes = list(paper_sizes(model.config))
 
     def prepare(rows):
         texts = [text for column in zip(*rows) for text in column]
@@ -211,6 +212,19 @@ def smae_padded(args):
         (sum(terms) / len(terms)).backward()
         update(model.parameters(), optimizer)
     return prepare, step
+
+
+def arithmetic(config, sizes, B, N, M, M_decoder):
+    """
+    floating-point operations of an SMAE step with B texts, N tokens, M and M_decoder masked positions: matrix products,
+    forward and backward, without attention's
+    """
+    C, I, V, S = config.hidden_size, config.intermediate_size, config.vocab_size, len(sizes)
+    products = N * max(layer for layer, _ in sizes) * (4 * C * C + 2 * C * I)             # encoder
+    products += M * sum(C * d + V * C for _, d in sizes)                                  # its head
+    products += (3 * N + 2 * S * B) * C * C + B * sum(C * d for _, d in sizes)            # decoder's qkv, bottlenecks
+    products += S * M_decoder * (C * C + 2 * C * I + C * C + V * C)                       # the rest of it, its head
+    return 6 * products
 
 
 SMAE_LENGTHS = {"windows": 128, "paragraphs": 512}   # tokens at most
@@ -347,7 +361,7 @@ def main():
         seconds = median_in_turn({name: functools.partial(ask, name) for name in SMAE_CONTESTANTS}, args.rounds)
         N = sum(min(len(document) + 2, length) for document in rows) / args.rounds
         config = BertConfig()
-        flops = arithmetic(config, paper_sizes(config), "smae", args.batch_size, N, 0.2 * N, 0.4 * N)
+        flops = arithmetic(config, paper_sizes(config), args.batch_size, N, 0.2 * N, 0.4 * N)
         table(f"SMAE step, BERT-base, {part}, {args.batch_size} texts, {N:.0f} tokens", seconds, N,
               dict.fromkeys(SMAE_CONTESTANTS, flops), peaks)
         finish()
@@ -357,7 +371,7 @@ def main():
         layer = model.config.num_hidden_layers
         keep_freed_memory()   # one process here, so it serves both sides
         def embed(dtype, layer, number):
-            evaluate.embed(model, tokenizer, texts, [layer], dtype)
+            evaluate.embed_texts(model, tokenizer, texts, [layer], dtype)
         runs = {f"here, {dtype}": functools.partial(embed, dtype, layer) for dtype in ("bfloat16", "float32")}
         runs["here, bfloat16, layer 1 alone"] = functools.partial(embed, "bfloat16", 1)
         if installed:

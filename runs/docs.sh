@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The README's figure and table: one model at six sizes, an ordinary model cut to each size (the floor), and a model trained
+# for each size alone (the ceiling). Seven trainings, about 30 minutes on two cores. Needs matplotlib for the figure.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python finetune_srl.py --out_dir out/docs-six
+for size in 1:8 2:16 3:32 4:64 5:128 6:192; do
+    python finetune_srl.py --sizes $size --out_dir out/docs-alone-${size/:/-}
+done
+python evaluate.py out/docs-alone-6-192 --sizes 1:8,2:16,3:32,4:64,5:128,6:192 --out out/docs-cut.json
+python - <<'PYTHON'
+# What README quotes, without the values of other metrics query by query: results/docs-*.json
+import json
+from pathlib import Path
+alone = [f"out/docs-alone-{size}/eval.json" for size in ("1-8", "2-16", "3-32", "4-64", "5-128", "6-192")]
+for name, files in (("six", ["out/docs-six/eval.json"]), ("cut", ["out/docs-cut.json"]), ("alone", alone)):
+    runs = [json.loads(Path(file).read_text()) for file in files]
+    items = {size: values if size == "ids" else {"MRR@10": [round(value, 6) for value in values["MRR@10"]]}
+             for run in runs for size, values in run["per_item"]["docs"].items()}
+    about = {key: value for key, value in runs[0].items() if key not in ("results", "per_item", "command", "model")}
+    found = about | {"model": name, "results": [record for run in runs for record in run["results"]],
+                     "per_item": {"docs": items}}
+    Path(f"results/docs-{name}.json").write_text(json.dumps(found) + "\n")
+PYTHON
+python evaluate.py --metrics MRR@10 --plot results/docs.svg --compare "one model, six sizes=results/docs-six.json" \
+    "cut=results/docs-cut.json" "one model a size=results/docs-alone.json"

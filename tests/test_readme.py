@@ -9,6 +9,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import data
 import evaluate
@@ -78,3 +80,40 @@ def test_every_command_parses():
             SCRIPTS[script].parse_args(words + ["--out_dir", "out/nowhere"] * (script != "evaluate.py"))
             checked += 1
     assert checked >= 9
+
+
+def test_worked_example_of_srl():
+    """ srl_loss gives the worked example's softmax, InfoNCE, KL and loss from its scores, to the digits shown. """
+    rows = re.findall(r"\| q\d, (small|full) \| ([-\d ]+) \| ([.\d ]+) \| ([.\d]+) \|", README)
+    assert len(rows) == 6
+    scores = {size: torch.tensor([[float(s) for s in row[1].split()] for row in rows if row[0] == size])
+              for size in ("small", "full")}                                                  # (3, 4) each
+    for size, shown, softmax, nce in rows:
+        row = torch.tensor([float(s) for s in shown.split()]).softmax(-1)
+        query = [r[1] for r in rows if r[0] == size].index(shown)
+        assert row.tolist() == pytest.approx([float(x) for x in softmax.split()], abs=0.0051)
+        assert -row[query].log().item() == pytest.approx(float(nce), abs=0.00051)
+    passages = {layer: torch.eye(4) for layer in (1, 2)}   # so that the queries are the scores
+    queries = {1: scores["small"], 2: scores["full"]}
+    loss, nce, kl = finetune_srl.srl_loss(queries, passages, ((1, 4), (2, 4)), "dot", 1.0, 1.0)
+    means = re.search(r"Mean InfoNCE: small ([.\d]+), full ([.\d]+)\. Mean KL to the full size: small ([.\d]+), "
+                      r"full 0\.\nWith kl_weight 1, L = .* = ([.\d]+)\. ", README).groups()
+    found = [nce["1:4"], nce["2:4"], kl["1:4"], loss]
+    assert [float(x) for x in means] == pytest.approx([x.item() for x in found], abs=0.00051)
+
+
+def test_worked_example_of_smae():
+    """ smae_batch masks the README's sentence as the README shows, with seed 53. """
+    text, encoder, decoder = (re.search(rf"^    {name} +(.+)$", README, re.M)[1].split() for name in
+                              ("text", "encoder", "decoder"))
+    words = text[1:-1]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    tokenizer = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+    document, = data.tokenize_documents([" ".join(words)], tokenizer)
+    masked = data.smae_batch([document], 64, (0.2, 0.4), tokenizer, [53])
+    true = masked.texts[0]
+    for shown, ids, positions in ((encoder, masked.encoder_ids, masked.encoder_masked),
+                                  (decoder, masked.decoder_ids, masked.decoder_masked)):
+        assert shown[1:12] == [pieces[i] for i in ids[1:]]
+        assert shown[12:] == ["guesses:", *(pieces[i] for i in true[positions])]
+    assert encoder[0] == "[CLS]" and decoder[0] == "BOTTLENECK"

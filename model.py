@@ -119,10 +119,10 @@ def pool(hidden, batch, pooling):
 def score(queries, passages, dim, similarity):
     """ (Q, C), (P, C) -> (Q, P): similarity of the first dim coordinates. Slice first, then normalise: whoever stores
     D numbers a text can only normalise those D. The product (Q, D) x (D, P) never builds a (Q, P, C) tensor. """
-    q, p = queries[:, :dim], passages[:, :dim]   # (Q, D), (P, D)
+    queries, passages = queries[:, :dim], passages[:, :dim]   # (Q, D), (P, D)
     if similarity == "cosine":
-        q, p = F.normalize(q, dim=-1), F.normalize(p, dim=-1)
-    return q @ p.T
+        queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
+    return queries @ passages.T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 

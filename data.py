@@ -23,10 +23,10 @@ CACHE = Path(__file__).parent / "out"   # the docs corpus and tokenised text; gi
 # ---- batches of pairs, for SRL ---------------------------------------------------------------------------------------
 
 class Pairs(NamedTuple):
-    """ tokenised rows of training pairs """
-    queries: list     # (T,) ids a row
-    positives: list   # list of (T,) ids a row, one or more
-    negatives: list   # list of (T,) ids a row, may be empty
+    """ tokenised training pairs, row by row """
+    queries: list     # of (T,) arrays of ids, one per row
+    positives: list   # of lists of such arrays: the positives of each row, one or more
+    negatives: list   # of lists of such arrays: its hard negatives, maybe none
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(rows, seed, epoch):
@@ -34,7 +34,8 @@ def epoch_order(rows, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 def window(text, length, rng):
-    """ (T,) ids -> at most `length` ids: of a longer text its beginning or, as often, any piece. [CLS], [SEP] stay. """
+    """ (T,) ids -> at most `length` ids, [CLS] and [SEP] kept. A longer text gives with probability 1/2 its beginning,
+    else a random window. """
     if len(text) <= length:
         return text
     start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)
@@ -43,7 +44,7 @@ def window(text, length, rng):
 def srl_batch(pairs, batch_size, negatives, passage_max_length, seed, step):
     """ Batch number `step` -> Q queries and P >= Q passages, lists of (T,) ids. Passage i < Q is the positive of query
     i; the hard negatives follow, at most `negatives` a query. Passages longer than passage_max_length are cut to a
-    window. An epoch visits every row once, but for a last incomplete batch. """
+    window. An epoch visits every row once and drops the last, incomplete batch. """
     epoch, i = divmod(step, len(pairs.queries) // batch_size)
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
     rng = np.random.default_rng([seed, step, 1])
@@ -57,28 +58,31 @@ def srl_batch(pairs, batch_size, negatives, passage_max_length, seed, step):
 class Masked(NamedTuple):
     """ B texts masked twice. N is the number of their tokens in one row, the short texts first, as in model.Pack. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
-    encoder_ids: np.ndarray         # (N,) what the encoder sees: about 20 % of the tokens are hidden
-    encoder_masked: np.ndarray      # (M,) positions in the row that the encoder has to guess
-    decoder_ids: np.ndarray         # (N,) what the decoder sees: about 40 % are hidden
-    decoder_masked: np.ndarray      # (M',) positions that the decoder has to guess; they include encoder_masked
+    encoder_ids: np.ndarray         # (N,) what the encoder sees
+    encoder_masked: np.ndarray      # (M,) positions in the row that the encoder must guess: about 20 %
+    decoder_ids: np.ndarray         # (N,) what the decoder sees
+    decoder_masked: np.ndarray      # (M',) positions that the decoder must guess: about 40 %, encoder_masked among them
 
 def whole_word_mask(begins, special, text_ids, rates, rng):
-    """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): ascending.
-    -> one (N,) bool mask for each rate. The words of each text are shuffled once. A rate masks words from the front of
-    that order until round(rate * ordinary tokens) is met to within half a word, so the mask of a smaller rate lies
-    inside that of a larger one. All texts are masked at once. """
+    """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
+    -> one (N,) bool mask for each rate; a smaller rate's mask lies inside a larger rate's.
+    The words of each text are shuffled once. A rate masks words from the front of that order, up to its budget of
+    round(rate * tokens but [CLS] and [SEP]); a word is masked if its middle lies within the budget. For one text
+      tokens   [CLS] the dra ##gon sleeps [SEP]     shuffled words: dragon (2 tokens), sleeps, the
+      middles        3.5  1   1     2.5             rate 0.5, budget 2: masks "dragon", whose middle is 1
+    All texts are masked at once. """
     word = np.cumsum(begins) - 1                                          # (N,) number of each token's word
     first = np.flatnonzero(begins)                                        # (words,) first token of each word
     length = np.diff(np.append(first, len(begins)))                       # (words,) tokens of each word
     text = text_ids[first]                                                # (words,) text of each word
-    key = np.where(special[first], 2.0, rng.random(len(first)))           # special tokens come last, beyond any rate
-    order = np.lexsort((key, text))                                       # shuffled within each text
-    budget = [np.round(rate * np.bincount(text_ids, weights=~special).astype(int)) for rate in rates]   # (B,) each
-    before = np.cumsum(length[order]) - length[order]                     # tokens in front of a word, over all texts
-    before -= before[np.searchsorted(text[order], text[order])]           # ... within its text
-    middle = np.empty(len(first))
-    middle[order] = before + length[order] / 2
-    return [(middle <= tokens[text])[word] for tokens in budget]
+    key = np.where(special[first], 2.0, rng.random(len(first)))           # special tokens sort behind all others
+    order = np.lexsort((key, text))                                       # (words,) by text, shuffled within each text
+    ends = np.cumsum(length[order])                                       # (words,) tokens up to here, in that order
+    start = (ends - length[order])[np.searchsorted(text[order], text[order])]   # (words,) tokens of all earlier texts
+    middle = np.empty(len(first))                                         # (words,) of each word, within its text
+    middle[order] = ends - start - length[order] / 2
+    tokens = np.bincount(text_ids, weights=~special).astype(int)          # (B,) without [CLS] and [SEP]
+    return [(middle <= np.round(rate * tokens)[text])[word] for rate in rates]
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     """ BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random token, 10 % the true one -> (N,) """
@@ -97,14 +101,14 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     starts = [rng.integers(max(1, len(document) - (max_length - 2) + 1)) for document in documents]
     windows = sorted((document[start:start + max_length - 2] for document, start in zip(documents, starts)), key=len)
     texts, begins = [], []
-    for ids, first in map(split_tokens, windows):
+    for ids, begin in map(split_tokens, windows):
         texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))
-        begins.append(np.concatenate([[True, True], first[1:], [True]]))   # a window may begin inside a word
-    text_ids = np.repeat(np.arange(len(texts)), [len(text) for text in texts])                   # (N,)
-    special = np.diff(text_ids, prepend=-1, append=len(texts)) > 0                               # (N + 1,)
-    special = special[:-1] | special[1:]                                                         # (N,) first or last
+        begins.append(np.concatenate([[True, True], begin[1:], [True]]))   # a window may begin inside a word
     ids = np.concatenate(texts)                                                                  # (N,)
-    encoder, decoder = whole_word_mask(np.concatenate(begins), special, text_ids, rates, rng)
+    text_ids = np.repeat(np.arange(len(texts)), [len(text) for text in texts])                   # (N,)
+    border = np.diff(text_ids, prepend=-1, append=len(texts)) > 0          # (N + 1,): a text ends or begins in front
+    special = border[:-1] | border[1:]                                     # (N,): so the token is [CLS] or [SEP]
+    encoder, decoder = whole_word_mask(np.concatenate(begins), special, text_ids, rates, rng)    # (N,) each
     encoder_ids, decoder_ids = (corrupt(ids, masked, tokenizer.mask_token_id, len(tokenizer), rng)
                                 for masked in (encoder, decoder))
     return Masked(texts, encoder_ids, np.flatnonzero(encoder), decoder_ids, np.flatnonzero(decoder))
@@ -140,13 +144,13 @@ def tokenize(texts, tokenizer, max_length, desc="tokenising"):
 
 def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
     """ rows of load_pairs -> Pairs; rows without a positive are left out. Only one chunk of strings is in memory. """
-    pairs, rows, bar = Pairs([], [], []), iter(rows), tqdm(total=len(rows), desc="tokenising pairs", unit=" rows")
-    while chunk := list(itertools.islice(rows, 4096)):
+    pairs, stream, bar = Pairs([], [], []), iter(rows), tqdm(total=len(rows), desc="tokenising pairs", unit=" rows")
+    while chunk := list(itertools.islice(stream, 4096)):
         bar.update(len(chunk))
         chunk = [row for row in chunk if row[1]]
-        passages = [text for _, positives, negatives in chunk for text in positives + negatives]
+        texts = [text for _, positives, negatives in chunk for text in positives + negatives]
         queries = tokenize([query for query, _, _ in chunk], tokenizer, query_max_length)
-        passages = iter(tokenize(passages, tokenizer, passage_max_length))
+        passages = iter(tokenize(texts, tokenizer, passage_max_length))
         for query, (_, positives, negatives) in zip(queries, chunk):
             pairs.queries.append(query)
             pairs.positives.append([next(passages) for _ in positives])
@@ -157,11 +161,12 @@ def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
     return pairs
 
 def tokenize_documents(texts, tokenizer):
-    """ iterable of strings -> yields (T,) unsigned arrays without [CLS] and [SEP], T > 0. The top bit of a token says
-    that a word begins there, and the other bits are its id: 16 bits if 15 hold the vocabulary (BERT's do), else 32. """
+    """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0. The top bit of each says
+    whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 32773 at the beginning of
+    a word and as 5 inside one. Vocabularies above 2**15 (BERT's has 30,522) take 32 bits. """
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**15 else np.uint32)
     begins = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
-    stored = np.arange(len(tokenizer), dtype=dtype) | begins.astype(dtype) << dtype.type(8 * dtype.itemsize - 1)
+    stored = np.arange(len(tokenizer), dtype=dtype) | (begins.astype(dtype) << dtype.type(8 * dtype.itemsize - 1))
     texts = iter(texts)
     while chunk := list(itertools.islice(texts, 1024)):
         for ids in tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
@@ -211,13 +216,13 @@ def token_file(source, tokenizer):
 @contextlib.contextmanager
 def whole(path):
     """ with whole(path) as part: write a file or a folder at `part`, which is renamed to `path` at the end. So `path`
-    is never half written. If two runs make the same folder at once, the first to finish serves both. """
+    is never half written. If two runs make the same folder at once, both use that of the first to finish. """
     def remove(left):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*.part"):   # of killed runs: nobody has written to it for a day
-        if time.time() - max(file.stat().st_mtime for file in [left, *left.rglob("*")]) > 86_400:
-            remove(left)
+    for leftover in path.parent.glob(f"{path.name}.*.part"):   # of killed runs: nobody has written to it for a day
+        if time.time() - max(file.stat().st_mtime for file in [leftover, *leftover.rglob("*")]) > 86_400:
+            remove(leftover)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
@@ -229,13 +234,17 @@ def whole(path):
     finally:
         remove(part)
 
+# ======================================================================================================================
+# Below is reading files, not the method.
+# ======================================================================================================================
+
 # ---- sources: local files and the Hugging Face hub -------------------------------------------------------------------
 
-# What the columns are called. Of the first four any one of the names will do, also with _1, _2, ... behind it.
+# What columns are called. In training data any one of the names will do, also with _1, _2, ... behind it.
 COLUMNS = {"query": ["query", "anchor"], "positives": ["positive", "positive_passages"],
-           "negatives": ["negative", "negatives", "negative_passages"], "text": ["text"],
-           "sts": ["sentence1", "sentence2", "score"], "texts of a BEIR set": ["_id", "text"],   # title is optional
-           "qrels": ["query-id", "corpus-id", "score"]}
+           "negatives": ["negative", "negatives", "negative_passages"], "text": ["text"]}
+STS_COLUMNS = ["sentence1", "sentence2", "score"]   # the two texts, then the gold score
+QRELS_COLUMNS = ["query-id", "corpus-id", "score"]  # a BEIR set has these, and _id, text, maybe title for its texts
 LOCAL = re.compile(r"\.(txt|jsonl|csv|tsv)(\.gz)?$")
 
 def read_rows(path):
@@ -245,7 +254,7 @@ def read_rows(path):
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in ("csv", "tsv"):
             reader = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",")
             yield from ((reader.line_num, row) for row in reader)
@@ -261,7 +270,7 @@ def read_rows(path):
 
 def load_table(source, what, streaming=False):
     """ A .parquet file, or NAME[:CONFIG][:SPLIT] of the hub or of a local folder with the same layout (by default the
-    split "train") -> rows with named columns. Raises ValueError: `what`, nor a data set that could be loaded. """
+    split "train") -> rows with named columns. Raises ValueError with the message "`what`, nor a data set that ...". """
     import datasets   # imported here, because that takes 0.7 s and local files do without
     try:
         if source.endswith(".parquet"):
@@ -272,6 +281,10 @@ def load_table(source, what, streaming=False):
         raise ValueError(f"{what}, nor a data set that could be loaded as NAME[:CONFIG][:SPLIT], {source} "
                          f"({str(error).splitlines()[0]})") from error
 
+def find_columns(row, kind):
+    """ the columns of a row {column: value} that hold the texts of this kind, a key of COLUMNS """
+    return [column for column in row if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
+
 def load_pairs(source):
     """ --train_pairs -> an iterable with a len, of (query, [positive, ...], [negative, ...]); negatives may be empty.
     source: "docs", a .jsonl/.csv/.tsv/.parquet file (.gz or not, but for parquet), or a name for load_table such as
@@ -281,12 +294,11 @@ def load_pairs(source):
             load_table(source, f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file"))
     if not len(rows):
         raise ValueError(f"--train_pairs {source} holds no pairs; give a file with at least one row")
-    names = {kind: [column for column in rows[0] if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
-             for kind in ("query", "positives", "negatives")}
+    names = {kind: find_columns(rows[0], kind) for kind in ("query", "positives", "negatives")}
     if not names["query"] or not names["positives"]:
         query, positives, negatives = (" or ".join(COLUMNS[kind]) for kind in names)
         raise ValueError(f"--train_pairs {source} has the columns {', '.join(rows[0])}; it needs {query}, and "
-                         f"{positives}, and may have {negatives}")
+                         f"{positives}, and may have {negatives}; rename yours, or add them to COLUMNS in data.py")
     return Rows(rows, names)
 
 class Rows:
@@ -312,7 +324,7 @@ def as_texts(value):
     return [value] if isinstance(value, str) else [text for item in value for text in as_texts(item)]
 
 def load_texts(source, streaming=False, rank=0, world_size=1):
-    """ --train_text -> iterable of documents (strings). source: "docs" (the train half), a .txt file (a line is a
+    """ --train_text -> iterable of documents (strings). source: "docs" (its training part), a .txt file (a line is a
     document), a file with a column "text", or a name for load_table such as HuggingFaceFW/fineweb:sample-100BT.
     streaming reads parquet and hub sets as they arrive, and each of world_size ranks takes files of its own. Raises
     ValueError on a source it cannot read. """
@@ -330,12 +342,12 @@ def load_texts(source, streaming=False, rank=0, world_size=1):
     return text_column(rows)
 
 def text_column(rows):
-    """ yields the text column of dicts; raises ValueError where it is missing or no string """
-    name, = COLUMNS["text"]
+    """ yields the texts of dicts, one a dict; raises ValueError where there is none or it is no string """
     for row in rows:
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"--train_text: a row with the columns {', '.join(row)}; it needs {name}, a string")
-        yield row[name]
+        text = [row[column] for column in find_columns(row, "text")]
+        if not text or not isinstance(text[0], str):
+            raise ValueError(f"--train_text: a row with the columns {', '.join(row)}; it needs text, a string")
+        yield text[0]
 
 # ---- sources of test sets: sentence pairs with gold scores, and retrieval collections --------------------------------
 
@@ -357,10 +369,10 @@ def load_sts(name):
         rows = enumerate(load_table(f"{STS.get(name, name)}::test", what), start=1)
     pairs = []
     for line, row in rows:
-        if set(COLUMNS["sts"]) - set(row):
+        if set(STS_COLUMNS) - set(row):
             raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; "
-                             f"it needs {', '.join(COLUMNS['sts'])}")
-        first, second, gold = (row[column] for column in COLUMNS["sts"])
+                             f"it needs {', '.join(STS_COLUMNS)}")
+        first, second, gold = (row[column] for column in STS_COLUMNS)
         try:
             pairs.append((first, second, float(gold)))
             assert np.isfinite(pairs[-1][2])
@@ -387,7 +399,7 @@ class Collection:
         for line, row in judgements:
             where = f"{self.qrels_file}, line {line}"
             try:
-                query, document, grade = (row[column] for column in COLUMNS["qrels"])
+                query, document, grade = (row[column] for column in QRELS_COLUMNS)
                 query, document, grade = str(query), str(document), int(grade)
             except (KeyError, TypeError, ValueError):
                 raise ValueError(f"{where}: needs the columns query-id, corpus-id and score (a whole number)") from None
@@ -420,7 +432,7 @@ class Collection:
         source, rows = self.open(f"{stem}.jsonl", f"{self.name}:{stem}:{stem}")
         seen = set()
         for line, row in rows:
-            if set(COLUMNS["texts of a BEIR set"]) - set(row):
+            if not {"_id", "text"} <= set(row):
                 raise ValueError(f"{source}, line {line}: has the columns {', '.join(row)}; it needs _id and text")
             key = str(row["_id"])
             if key in seen:
@@ -477,7 +489,7 @@ def build_docs(folder):
     """ Extract the docstrings of the standard library and of DOCS_PACKAGES: query = first paragraph, passage = the
     rest. Write `folder` in the layout of a BEIR set: train.jsonl {query, positive} to train on; corpus.jsonl,
     queries.jsonl, qrels/test.tsv (1,000 queries) and qrels/dev.tsv (500). A fifth of the source files is held out
-    whole for corpus and queries; a text that occurs in both halves stays in the held-out half only. Deterministic
+    whole for corpus and queries; a text that occurs in both parts stays in the held-out part only. Deterministic
     for given package versions. -> folder """
     roots = [Path(sysconfig.get_path("stdlib"))]
     roots += [Path(importlib.util.find_spec(package).origin).parent for package in DOCS_PACKAGES]

@@ -31,20 +31,20 @@ from model import (POOLINGS, check_sizes, fast_dtype, find_folder, from_pretrain
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 
 def load_model(name, device="cpu", max_length=None, **overrides):
-    """ Any BERT -> model, tokenizer. Pooling, similarity and length are its own: from our config.json, or from the
-    files of sentence-transformers (modules.json and its folders). overrides: BertConfig fields to replace. Raises
-    ValueError for what this code does not have, such as a Dense module. """
+    """ Any BERT -> model, tokenizer. It keeps its own pooling, similarity and length, which are in our config.json or
+    in the files of sentence-transformers (modules.json and its folders). overrides: BertConfig fields to replace.
+    Raises ValueError for what this code does not have, such as a Dense module. """
     folder = find_folder(name)
-    def settings(file):   # a path below the folder, or a path that begins with the folder
-        return json.loads((folder / file).read_text()) if (folder / file).exists() else {}
-    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in settings("modules.json")}
+    def settings(path):
+        return json.loads(path.read_text()) if path.exists() else {}
+    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in settings(folder / "modules.json")}
     unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ValueError(f"{name}: modules.json asks for {', '.join(unknown)}, which is not supported")
     bert_folder = folder / modules.get("Transformer", "")
     model, tokenizer = from_pretrained(bert_folder, **overrides).to(device), data.load_tokenizer(bert_folder)
     if "Pooling" in modules:
-        pooling = settings(Path(modules["Pooling"], "config.json"))
+        pooling = settings(folder / modules["Pooling"] / "config.json")
         # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
         modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
         modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else modes
@@ -62,19 +62,20 @@ def load_model(name, device="cpu", max_length=None, **overrides):
 
 @torch.no_grad()
 def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}; about batch_tokens a batch """
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has about batch_tokens tokens:
+    texts are taken in order of length, so their number is batch_tokens / the longest of them, nearly. """
     device, training = model.word.weight.device, model.training
     model.eval()   # no dropout
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # equal lengths side by side: see model.Pack
     embeddings = {layer: torch.empty(len(texts), model.config.hidden_size) for layer in layers}
-    # one autocast for all batches: it casts every weight once and keeps the copy
+    # one autocast around all batches, because it casts every weight once and keeps the copy
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     with autocast, tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
         start = 0
         while start < len(order):
-            # the longest of a batch is its last: take as many as fit if all were as long as the one batch_tokens away
-            end = start + max(1, batch_tokens // len(texts[order[start]]))
-            end = start + max(1, batch_tokens // len(texts[order[min(end, len(order)) - 1]]))
+            end = start + max(1, batch_tokens // len(texts[order[start]]))      # if all were as short as the first
+            longest = len(texts[order[min(end, len(order)) - 1]])
+            end = start + max(1, batch_tokens // longest)                       # if all were as long as that one
             rows = order[start:end]
             batch = pack([texts[i] for i in rows], device, multiple=128)
             for layer, embedding in model.encode(batch, layers).items():   # (B of the batch, C)
@@ -117,7 +118,10 @@ def recall_at_100(ranked, grades):
     relevant = {doc for doc, grade in grades.items() if grade > 0}
     return len(relevant & set(ranked[:100])) / max(1, len(relevant))
 
-METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_100}   # of the ranking of one query
+# name -> function of the 100 best document ids of a query, best first, and of {document id: grade}
+METRICS = {"MRR@10": mrr_at_10,
+           "nDCG@10": ndcg_at_10,
+           "Recall@100": recall_at_100}
 
 # ---- STS -------------------------------------------------------------------------------------------------------------
 
@@ -138,102 +142,112 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
 
 # ---- retrieval: search, then score, then report ----------------------------------------------------------------------
 
-BM25 = (None, None)   # the "size" of BM25, which has no layers and no dims
-K = 200               # candidates kept for a query: the deepest metric looks at 100, the rest is room for ties
+BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
+K = 200               # candidates kept for a query: the metrics look at 100, the others are room for equal scores
 
 def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
     """ every size, and BM25 if the corpus is one shard -> records, per-item values; raises as data.Collection does """
     collection = data.Collection(name)
-    best, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir)
-    runs = {size: rank(scores.numpy(), hits.numpy(), doc_ids) for size, (scores, hits) in best.items()}
+    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir)
+    if len(doc_ids) <= data.SHARD:
+        found[BM25] = search_bm25(collection)
     records, per_item = [], {"ids": list(collection.queries)}
-    for size, run in runs.items():
+    for size, (scores, hits) in found.items():
         label = size_name(size) if size != BM25 else "BM25"
-        judged = list(zip((ranked for ranked, _ in run), collection.qrels.values()))
+        rankings = rank(scores.numpy(), hits.numpy(), doc_ids)
+        judged = list(zip((ranked for ranked, _ in rankings), collection.qrels.values()))
         per_item[label] = {metric: [function(*pair) for pair in judged] for metric, function in METRICS.items()}
         records += [record(collection.task, metric, size, float(np.mean(values)), len(judged))
                     for metric, values in per_item[label].items()]
         if save_run:
-            write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, run)
+            write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
     return records, per_item
 
 def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
-    """ Exact search, shard by shard -> {size: (scores (Q, K), document numbers (Q, K))}, list of document ids. The
-    encoder runs once for all sizes; with embeddings_dir it does not run where the file of a shard is there. """
-    query_texts, Q = list(collection.queries.values()), len(collection.queries)
-    query_row = {key: row for row, key in enumerate(collection.queries)}
-    max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # what sizes need
-    queries = embed_texts(model, tokenizer, query_texts, list(max_dim), dtype, batch_tokens)      # {layer: (Q, C)}
-    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in [*sizes, BM25]}
-    if embeddings_dir:   # a file is found by what made it: weights, pooling, length, dtype, and the texts of the shard
+    """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
+    -> {size: (scores (Q, K), numbers of the documents (Q, K))}, document ids in the order of their numbers """
+    Q, doc_ids = len(collection.queries), []
+    max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # dims to keep a layer
+    def embed(texts):   # -> {layer: (texts, C)}
+        return embed_texts(model, tokenizer, texts, list(max_dim), dtype, batch_tokens)
+    queries = embed(list(collection.queries.values()))
+    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}
+    if embeddings_dir:   # whatever decides the embeddings, but the texts
         weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
         made_by = checksum([weights, model.config.pooling, tokenizer.model_max_length, dtype])
-    doc_ids = []
-    for number, (ids, texts) in enumerate(collection.shards()):
-        offset = len(doc_ids)
+    for shard, (ids, texts) in enumerate(collection.shards()):
+        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{made_by}-{checksum(texts)}")
+        passages = load_or_embed(file, max_dim, texts, embed)                    # {layer: (P, dims)}
+        for layer, dim in sizes:
+            for start in range(0, Q, 1024):
+                rows = slice(start, start + 1024)
+                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (1024, P)
+                keep_best(best[layer, dim], rows, scores, len(doc_ids), same_ids(collection.queries, ids))
         doc_ids += ids
-        own = {query_row[key]: column for column, key in enumerate(ids) if key in query_row}
-        desc = f"{collection.task}, from document {offset:,}"
-        taps = functools.cache(lambda: embed_texts(model, tokenizer, texts, list(max_dim), dtype, batch_tokens, desc))
-        for layer, dims in max_dim.items():
-            path = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{number:04}-layer{layer}-dims{dims}-"
-                                                           f"{made_by}-{checksum(texts)}.npy")
-            passages = torch.from_numpy(stored(path, lambda: taps()[layer][:, :dims].numpy()))    # (P, dims)
-            for size in [size for size in sizes if size[0] == layer]:
-                for start in range(0, Q, 1024):
-                    chunk = slice(start, start + 1024)
-                    scores = score(queries[layer][chunk], passages, size[1], model.config.similarity)   # (Q, P)
-                    keep(best[size], chunk, scores, offset, own)
-    if len(doc_ids) > data.SHARD:
-        del best[BM25]
-    else:
-        scores = torch.from_numpy(bm25(texts, query_texts).toarray())   # (Q, P)
-        scores[scores == 0] = -np.inf                                   # not a word in common: no hit
-        keep(best[BM25], slice(0, Q), scores, offset, own)
     return best, doc_ids
 
-def keep(best, chunk, scores, offset, own={}):
-    """ Put the K best of (K kept so far, P new documents whose numbers begin at offset) into the rows `chunk` of best:
-    (scores, document numbers), (Q, K) each. own {row of best: column of scores}: queries that are documents, too """
-    for row, column in own.items():
-        if chunk.start <= row < chunk.stop:
-            scores[row - chunk.start, column] = -np.inf      # a query is no answer to itself
-    top, hits = scores.topk(min(K, scores.shape[1]))         # (Q, K) each, or (Q, P) of fewer documents than K
-    top = torch.cat([best[0][chunk], top], dim=1)            # (Q, K + K)
-    hits = torch.cat([best[1][chunk], hits + offset], dim=1)
-    best[0][chunk], kept = top.topk(K)                       # (Q, K)
-    best[1][chunk] = hits.gather(1, kept)
+def load_or_embed(file, max_dim, texts, embed):
+    """ texts -> {layer: (P, dims)}. With a file name: from .npy files, a layer each, which are made when missing. """
+    if not file:
+        return embed(texts)
+    files = {layer: Path(f"{file}-layer{layer}-dims{dims}.npy") for layer, dims in max_dim.items()}
+    if not all(path.exists() for path in files.values()):
+        for layer, tap in embed(texts).items():                                  # (P, C)
+            write_array(files[layer], tap[:, :max_dim[layer]].numpy())
+    return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
+
+def same_ids(queries, ids):
+    """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
+    column = {key: column for column, key in enumerate(ids)}
+    return {row: column[key] for row, key in enumerate(queries) if key in column}
+
+def keep_best(best, rows, scores, offset, itself):
+    """ Merge the scores (rows, P) of P new documents, whose numbers begin at offset, into the given rows of best:
+    (scores (Q, K), document numbers (Q, K)). itself: what same_ids returns """
+    for row, column in itself.items():
+        if rows.start <= row < rows.stop:
+            scores[row - rows.start, column] = -np.inf
+    top, hits = scores.topk(min(K, scores.shape[1]))         # (rows, K) each, or (rows, P) of fewer documents than K
+    top = torch.cat([best[0][rows], top], dim=1)             # (rows, K + K)
+    hits = torch.cat([best[1][rows], hits + offset], dim=1)  # (rows, K + K)
+    best[0][rows], kept = top.topk(K)                        # (rows, K)
+    best[1][rows] = hits.gather(1, kept)
+
+def search_bm25(collection):
+    """ a corpus of one shard -> scores (Q, K), numbers of the documents (Q, K), as search_corpus gives them """
+    (ids, texts), = collection.shards()
+    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())       # (Q, P)
+    scores[scores == 0] = -np.inf                                             # without a common word there is no hit
+    best = torch.full((len(scores), K), -np.inf, dtype=scores.dtype), torch.zeros(len(scores), K, dtype=torch.long)
+    keep_best(best, slice(0, len(scores)), scores, 0, same_ids(collection.queries, ids))
+    return best
 
 def rank(scores, hits, doc_ids):
     """ (Q, K) scores and document numbers -> [([document id], [score]) of each query]: the 100 best, best first, equal
     scores by descending id, as in trec_eval. A score of -inf is no hit. """
     id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
-    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K), by the last key first
-    runs = []
+    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K), sorted by score, then by id
+    rankings = []
     for row in range(len(scores)):
         kept = [k for k in order[row] if scores[row, k] > -np.inf][:100]
-        runs.append(([doc_ids[i] for i in hits[row, kept]], scores[row, kept].tolist()))
-    return runs
+        rankings.append(([doc_ids[i] for i in hits[row, kept]], scores[row, kept].tolist()))
+    return rankings
 
-def write_run(folder, label, queries, run):
-    """ one line a hit, in the format of trec_eval """
+def write_run(folder, label, queries, rankings):
+    """ FOLDER/LABEL.run, one line a hit, in the format of trec_eval """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{label}.run", "w") as file:
-        for query, (ranked, values) in zip(queries, run):
+        for query, (ranked, values) in zip(queries, rankings):
             file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
                             for i, (document, value) in enumerate(zip(ranked, values), start=1))
 
 def checksum(value):
     return f"{zlib.crc32(repr(value).encode()):08x}"
 
-def stored(path, make):
-    """ the array of a .npy file; make() it first when the file is not there. Without a path, just make(). """
-    if not path:
-        return make()
-    if not path.exists():
-        with data.whole(path) as part, open(part, "wb") as file:
-            np.save(file, make())
-    return np.load(path)
+def write_array(path, array):
+    """ a .npy file, never half of one """
+    with data.whole(path) as part, open(part, "wb") as file:
+        np.save(file, array)
 
 def bm25(docs, queries, k1=1.2, b=0.75):
     """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
@@ -255,16 +269,14 @@ def bm25(docs, queries, k1=1.2, b=0.75):
     return count_words([split(text) for text in queries]) @ tf.T                       # (Q, P)
 
 def search(model, tokenizer, question, size, dtype, model_folder):
-    """ Print the 5 docstrings that answer a question best. All embeddings are made once and kept beside the model. """
+    """ Print the 5 docstrings that answer a question best. The embeddings are made once and kept with the model. """
     (layer, dim), folder = size, data.docs_folder()
     rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
     index = model_folder / f"search-{folder.name}-{layer}-{dim}-{tokenizer.model_max_length}-{dtype}.npy"
-    if index.exists() and index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
-        index.unlink()   # of an earlier model
-    def make():
+    if not index.exists() or index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
         texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
-        return embed_texts(model, tokenizer, texts, [layer], dtype, desc="embedding, once")[layer][:, :dim].numpy()
-    passages = torch.from_numpy(stored(index, make))                                          # (P, D)
+        write_array(index, embed_texts(model, tokenizer, texts, [layer], dtype)[layer][:, :dim].numpy())
+    passages = torch.from_numpy(np.load(index))                                               # (P, D)
     query = embed_texts(model, tokenizer, [question], [layer], dtype)[layer]                  # (1, C)
     scores = score(query, passages, dim, model.config.similarity)[0]                          # (P,)
     for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
@@ -444,7 +456,7 @@ def device(text):
     return text
 
 def training_flags(parser):
-    """ the flags that both training scripts have, whose defaults they set """
+    """ add the flags that both training scripts have; each script sets its own defaults """
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
@@ -486,7 +498,7 @@ def average(records, world_size=1):
     return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
 
 def open_run(out_dir, args, first_step=0):
-    """ Write args.json -> log.jsonl, open for writing. It keeps its lines up to first_step: later steps come again. """
+    """ Write args.json -> log.jsonl, open for writing. A resumed run keeps its lines up to first_step. """
     out_dir.mkdir(parents=True, exist_ok=True)
     versions = {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
@@ -509,8 +521,8 @@ def git_commit():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
-def run(main, parse_args):
-    """ a script: the user's mistakes end in one line and exit status 2, without a traceback """
+def run_script(main, parse_args):
+    """ main(parse_args()); a mistake of the user's ends it with one line and exit status 2, without a traceback """
     try:
         main(parse_args())
     except (ValueError, OSError) as error:
@@ -532,7 +544,7 @@ def parse_args(argv=None):
     add("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
     add("--speed", action="store_true", help="time every size")
     add = parser.add_argument_group("sizes").add_argument
-    add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's six in proportion")
+    add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
     add = parser.add_argument_group("encoding").add_argument
     add("--max_length", type=two_or_more, help="tokens of a text; by default the model's own")
@@ -547,7 +559,8 @@ def parse_args(argv=None):
     add("--save_run", metavar="DIR", help="write TREC runs there")
     add("--compare", nargs="+", metavar="[LABEL=]FILE.json[,FILE.json...]",
         help="results to compare; the first is the baseline; files joined by commas count as one, say one file a size")
-    add("--metrics", nargs="+", default=[], metavar="METRIC", help="of --compare and --plot; by default all")
+    add("--metrics", nargs="+", default=[], choices=["Spearman", *METRICS],
+        help="of --compare, by default all, and of --plot, by default Spearman and nDCG@10")
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     if not args.models and not args.compare:
@@ -612,4 +625,4 @@ def main(args):
         plot(files, args.plot, args.metrics)
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_script(main, parse_args)

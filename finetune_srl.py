@@ -27,37 +27,40 @@ from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_sizes, config
 # Q queries, P passages, C channels; a size is (layer, dim)
 
 def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
-    """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ],  with s = sim(q, p) / T
+    """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ],  s = sim(q, p) / T
 
-    queries {layer: (Q, C)}, passages {layer: (P, C)}: pooled taps. Passage i < Q is the positive of query i, the others
-    are hard negatives; every passage is a candidate for every query. sizes: the full size last, it is the teacher.
-    -> loss, {size name: InfoNCE}, {size name: KL}. Needs float32: bfloat16 scores are wrong in the third digit. """
+    queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
+    positive of query i, the others are hard negatives. Every passage but the positive counts as a negative, even if the
+    same text occurs twice. sizes: (layer, dim) pairs; the last is the full size, the teacher.
+    T is the temperature. bfloat16 scores would be wrong in the third digit, so call this outside autocast.
+    -> loss, {size name: InfoNCE}, {size name: KL} """
+    assert sizes[-1] == (max(layer for layer, _ in sizes), max(dim for _, dim in sizes)), f"no full size last: {sizes}"
     scores = {(layer, dim): score(queries[layer], passages[layer], dim, similarity) / temperature
               for layer, dim in sizes}                             # (Q, P) each
-    teacher = scores[sizes[-1]].detach().softmax(-1)               # detached: the full size must not move to the small
+    teacher = scores[sizes[-1]].detach()          # (Q, P), detached: the full size must not move towards the others
     nce, kl = {}, {}
     for size in sizes:
-        log_probs = scores[size].log_softmax(-1)                   # (Q, P)
+        log_probs = scores[size].log_softmax(-1)                                # (Q, P)
         nce[size_name(size)] = info_nce(log_probs)
-        kl[size_name(size)] = kl_divergence(teacher, log_probs)    # 0 for the full size itself
-    return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(sizes), nce, kl
+        kl[size_name(size)] = kl_divergence(teacher.softmax(-1), log_probs)     # for the full size 0, like its gradient
+    return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
 
 def info_nce(log_probs):
-    """ (Q, P) log-probabilities over the passages -> mean of -log p(positive): makes a size a retriever of its own """
+    """ (Q, P) log-probabilities of the passages -> mean of -log p(positive). It makes each size a retriever. """
     target = torch.arange(len(log_probs), device=log_probs.device)   # (Q,), passage i is the positive of query i
     return F.nll_loss(log_probs, target)
 
 def kl_divergence(teacher, log_probs):
-    """ (Q, P) teacher's probabilities, (Q, P) log-probabilities -> mean KL: hands down how the full size ranks """
-    return F.kl_div(log_probs, teacher, reduction="batchmean")
+    """ (Q, P) probabilities of the teacher, (Q, P) log-probabilities of a size -> mean KL(teacher || size) """
+    return F.kl_div(log_probs, teacher, reduction="batchmean")       # torch takes the teacher as second argument
 
 def cached_backward(encode, texts, chunks, loss_of, scale):
     """ Gradient caching (arXiv 2101.06983): the gradient of a large batch in the memory of a small one. The loss needs
     all embeddings at once, but embeddings are small: it is the encoder's activations that fill the memory. So
       1. encode chunk by chunk without a graph; 2. compute the loss and its gradient with respect to the embeddings;
       3. encode each chunk again, with the same dropout, and backpropagate its rows of that gradient.
-    encode: list of B texts -> {layer: (B, C)}. Chunk k is texts[k::chunks], an equal share of queries and passages.
-    loss_of: {layer: (B, C)} of all texts -> (loss, ...), which is returned. scale: that of the gradient scaler. """
+    encode: list of B texts -> {layer: (B, C)}. Chunk k is texts[k::chunks], about as many queries as any other chunk.
+    loss_of: {layer: (B, C)} of all texts -> (loss, ...), which is returned. scale: GradScaler.scale. """
     random_states, cache = [], {}
     for k in range(chunks):
         random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
@@ -102,7 +105,7 @@ def get_lr(step, max_steps, args):
 
 def build_model(args, rows):
     """ -> Bert with sizes, pooling and similarity in its config; tokenizer. Raises ValueError for flags that misfit """
-    rates = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    p = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     if args.init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
         texts = (text for query, positives, negatives in rows for text in [query, *positives, *negatives])
@@ -110,9 +113,9 @@ def build_model(args, rows):
         model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                 num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                 intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
-                                initializer_range=0.01, **rates))   # half of BERT's: AdamW's steps weigh twice as much
+                                initializer_range=0.01, **p))   # half of BERT's, so that AdamW's steps weigh more
     else:
-        model, tokenizer = evaluate.load_model(args.init_from, **rates)
+        model, tokenizer = evaluate.load_model(args.init_from, **p)
     config = model.config
     for name in ("query_max_length", "passage_max_length"):
         if getattr(args, name) > config.max_position_embeddings:
@@ -121,20 +124,23 @@ def build_model(args, rows):
     names = named_sizes(config)
     config.sizes = check_sizes(args.sizes or names, config)
     config.size_names = tuple(names.get(size, "") for size in config.sizes)
-    layer, dim = config.sizes[-1]
-    if dim < max(dim for _, dim in config.sizes):
-        raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
-                         f"widest, so none can teach the others; add {layer}:{max(dim for _, dim in config.sizes)}")
     config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
+    layer, dim = config.sizes[-1][0], max(dim for _, dim in config.sizes)
+    if config.sizes[-1] != (layer, dim):
+        raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
+                         f"widest, so none can teach the others; add {layer}:{dim}")
     config.num_hidden_layers = layer
     del model.blocks[layer:]                              # layers that no size uses
     if args.init_from == "scratch" and config.pooling == "mean":
-        # Mean pooling weighs each token by its norm in the dims that are scored, but LayerNorm gives all tokens the
-        # same norm over all channels. So a common word can only lose weight by moving its norm to channels that are
-        # not scored. The largest size would have none: start the last sixth of its LayerNorm gains at 0.
-        model.blocks[-1].norm2.weight.data[-config.hidden_size // 6:] = 0
-    tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # evaluate.py reads as much
+        leave_channels_unscored(model)
+    tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     return model.to(args.device).train(), tokenizer
+
+def leave_channels_unscored(model):
+    """ Mean pooling weighs a token by its norm in the dims that are scored. LayerNorm gives all tokens the same norm
+    over all channels. So "the" can only weigh less than a rare word if it has its norm in channels that are not scored.
+    The full size scores all channels. Set the last sixth of its LayerNorm's gains to 0, which frees these channels. """
+    model.blocks[-1].norm2.weight.data[-model.config.hidden_size // 6:] = 0
 
 def main(args):
     """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
@@ -151,6 +157,7 @@ def main(args):
     rows = data.load_pairs(args.train_pairs)
     model, tokenizer = build_model(args, rows)
     sizes = model.config.sizes
+    # passages keep more tokens than a step takes: srl_batch cuts a window of --passage_max_length out of them
     pairs = data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
     batch_size = min(args.batch_size, len(pairs.queries))
     max_steps = args.max_steps or max(1, round(args.epochs * (len(pairs.queries) // batch_size)))
@@ -192,7 +199,7 @@ def main(args):
                                          "nothing was saved. Try a lower --learning_rate, or --dtype float32")
             seconds = (time.time() - clock) / len(losses)
             rate = tokens / len(losses) / seconds
-            first, last = list(nce)[0], list(nce)[-1]
+            first, last = list(nce)[0], size_name(sizes[-1])
             log(log_file, {"step": step + 1, "loss": mean["loss"], "nce": nce, "kl": kl, "learning_rate": lr,
                            "norm": norm.item(), "ms": 1000 * seconds, "tokens_per_second": rate,
                            "seconds": time.time() - start},
@@ -264,4 +271,4 @@ def parse_args(argv=None):
     return args
 
 if __name__ == "__main__":
-    evaluate.run(main, parse_args)
+    evaluate.run_script(main, parse_args)

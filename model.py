@@ -7,8 +7,9 @@ normalises the output of every block, so each block's output (a "tap") can serve
 Layers count from 1; layer 0 is the output of the embedding layer.
 
 Letters for shapes, the same in all files:
-  B texts, T tokens of one text, N tokens of a batch, C channels (768), H heads, V vocabulary, S sizes, L layers,
-  D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions
+  B texts, T tokens of one text, N tokens of all texts of a batch, G texts of equal length, C channels (768), H heads,
+  L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
+  V words of the vocabulary. p is always dropout.
 """
 import argparse, ctypes, functools, json, sys
 from dataclasses import asdict, dataclass, fields
@@ -30,12 +31,13 @@ SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
 
 def paper_sizes(config):
-    """ {(layer, dim): name}, small to large: 2:32 ... 12:768 for BERT-base, 1:8 ... 6:192 for 6 layers x 192 """
+    """ {(layer, dim): name}, small to large: 2:32 ... 12:768 for BERT-base, 1:8 ... 6:192 for 6 layers x 192, which is
+    the scripts' default. Where two sizes of a tiny model round to the same pair, the later name counts. """
     return {(max(1, round(config.num_hidden_layers * layers)), max(1, round(config.hidden_size * channels))): name
             for name, layers, channels in SIZES}
 
 def named_sizes(config):
-    """ {(layer, dim): name or ""}: the sizes that a model was trained for; the paper's sizes if it was for none """
+    """ {(layer, dim): name or ""}: the sizes in the model's config; the paper's if it holds none """
     if not config.sizes:
         return paper_sizes(config)
     return dict(zip(config.sizes, config.size_names or [""] * len(config.sizes)))
@@ -66,12 +68,14 @@ def size_name(size):
 
 class Pack(NamedTuple):
     """ B texts in one row of N tokens, short texts first, without padding. Linear layers, LayerNorm and GELU treat
-    every token alone, so they run on the row; attention views each group of equally long texts as (B, T, C). """
+    every token alone, so they run on the row; attention views each group of G equally long texts as (G, T, C).
+    Three texts of 4, 2 and 4 tokens, called a, b, c, become the row  b b a a a a c c c c  with
+        position_ids 0 1 0 1 2 3 0 1 2 3,  text_ids 1 1 0 0 0 0 2 2 2 2,  starts 2 0 6,  groups [(1, 2), (2, 4)] """
     input_ids: torch.Tensor      # (N,)
     position_ids: torch.Tensor   # (N,) 0 .. T-1 within each text
-    text_ids: torch.Tensor       # (N,) which text a token belongs to, 0 .. B-1; filler tokens have the id B
-    starts: torch.Tensor         # (B,) index of each text's first token, [CLS]
-    groups: list                 # [(B, T), ...]: runs of B texts of T tokens, in the order of the row
+    text_ids: torch.Tensor       # (N,) number of the token's text in the caller's list; filler tokens have B
+    starts: torch.Tensor         # (B,) where each text of the caller's list begins: its [CLS]
+    groups: list                 # [(G, T), ...] in the order of the row
 
 def pack(texts, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
@@ -81,12 +85,12 @@ def pack(texts, device="cpu", multiple=1):
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
-    order = np.argsort(lengths, kind="stable")
-    ends = lengths[order].cumsum()
-    starts = np.empty_like(lengths)
+    order = np.argsort(lengths, kind="stable")                              # (B,) short texts first
+    ends = lengths[order].cumsum()                                          # (B,)
+    starts = np.empty_like(lengths)                                         # (B,)
     starts[order] = ends - lengths[order]
-    text_ids = np.repeat(order, lengths[order])
-    groups = [(int(B), int(T)) for T, B in zip(*np.unique(lengths, return_counts=True))]
+    text_ids = np.repeat(order, lengths[order])                             # (N,)
+    groups = [(int(G), int(T)) for T, G in zip(*np.unique(lengths, return_counts=True))]
     fill = int(-ends[-1] % multiple) if ends[-1] >= 8 * multiple else 0
     if fill:
         groups.append((fill, 1))
@@ -151,12 +155,12 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": functools.partial(F.g
 
 def attention(qkv, groups, H, p):
     """ softmax(q k^T / sqrt(C / H)) v within each text, H heads, dropout p: (N, 3C) -> (N, C) """
-    C, mixed = qkv.shape[1] // 3, []
-    for (B, T), rows in zip(groups, qkv.split([B * T for B, T in groups])):
-        q, k, v = rows.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)             # (B, H, T, C / H) each
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                 # no mask: nothing is padded
-        mixed.append(out.transpose(1, 2).reshape(B * T, C))
-    return torch.cat(mixed)
+    C, out = qkv.shape[1] // 3, []
+    for (G, T), rows in zip(groups, qkv.split([G * T for G, T in groups])):          # (G * T, 3C)
+        q, k, v = rows.view(G, T, 3, H, C // H).permute(2, 0, 3, 1, 4)               # (G, H, T, C / H) each
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                 # no mask: nothing is padded
+        out.append(mixed.transpose(1, 2).reshape(G * T, C))
+    return torch.cat(out)
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
@@ -169,8 +173,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        train_on_cpu = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
-        attend = fast_attention if train_on_cpu else attention   # equal; fast_attention is faster there
+        fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
+        attend = fast_attention if fast else attention   # the same up to rounding
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
 
 class Block(nn.Module):
@@ -191,7 +195,7 @@ class Block(nn.Module):
         return self.rest(x, self.attention(x, groups))
 
     def rest(self, x, mixed):
-        """ block input (N, C), output of its attention (N, C) -> (N, C). Apart, so that torch.compile can take it. """
+        """ block input (N, C), output of its attention (N, C) -> (N, C): what torch.compile compiles """
         p = self.p if self.training else 0.0
         x = self.norm1(x + dropout(mixed, p))
         return self.norm2(x + dropout(self.down(self.act(self.up(x))), p))
@@ -221,12 +225,12 @@ class Bert(nn.Module):
         x = self.word(batch.input_ids) + self.position(batch.position_ids) + self.token_type.weight[0]
         x = dropout(self.norm(x), self.config.hidden_dropout_prob if self.training else 0.0)
         if not self.training and torch.is_autocast_enabled(x.device.type):
-            # Keep what runs between the linear layers in bfloat16, too: 7 % faster encoding, equally accurate.
+            # Else autocast runs the sums and LayerNorms in float32. bfloat16 encodes 7 % faster, equally accurately.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
     def run(self, function, *args):
-        """ function(*args); gradient checkpointing recomputes its inside in the backward pass to save memory """
+        """ function(*args). With gradient checkpointing, backward computes it again instead of storing activations. """
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
@@ -267,8 +271,9 @@ class MLMHead(nn.Module):
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, biases and LayerNorms do not. The parameters named in `faster` learn
-    `scale` times as fast: the training loop multiplies the learning rate of a step by the "scale" of each group. """
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
+    in `faster` learn, and so decay, `scale` times as fast: the training loop multiplies the learning rate of a step by
+    the "scale" of each group. """
     rest = [parameter for name, parameter in parameters.items() if name not in faster]
     matrices = [parameter for parameter in rest if parameter.dim() >= 2]
     vectors = [parameter for parameter in rest if parameter.dim() < 2]
@@ -297,18 +302,18 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx, qkv, groups, H, p):
         N, C, width = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // H
         dtype = torch.promote_types(qkv.dtype, torch.float32)
-        keep = dropout_mask(H * sum(B * T * T for B, T in groups), p, dtype) if p else None   # of all groups
+        keep = dropout_mask(H * sum(G * T * T for G, T in groups), p, dtype) if p else None   # of all groups
         mixed, saved, row, entry = qkv.new_empty(N, C), [], 0, 0
-        for B, T in groups:
-            part = qkv[row:row + B * T].view(B, T, 3, H, width).permute(2, 0, 3, 1, 4)
-            q, k, v = as_contiguous(part, dtype).view(3, B * H, T, width)
-            weights = torch.bmm(q, k.mT).mul_(width**-0.5).softmax(-1)              # (B * H, T, T)
-            mask = keep[entry:entry + B * H * T * T].view(weights.shape) if p else None
+        for G, T in groups:
+            part = qkv[row:row + G * T].view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
+            q, k, v = as_contiguous(part, dtype).view(3, G * H, T, width)
+            weights = torch.bmm(q, k.mT).mul_(width**-0.5).softmax(-1)              # (G * H, T, T)
+            mask = keep[entry:entry + G * H * T * T].view(weights.shape) if p else None
             dropped = weights * mask if p else weights
-            out = torch.bmm(dropped, v).view(B, H, T, width)
-            mixed[row:row + B * T].view(B, T, H, width).copy_(out.transpose(1, 2))
+            out = torch.bmm(dropped, v).view(G, H, T, width)
+            mixed[row:row + G * T].view(G, T, H, width).copy_(out.transpose(1, 2))
             saved += [q, k, v, weights, mask, dropped]
-            row, entry = row + B * T, entry + B * H * T * T
+            row, entry = row + G * T, entry + G * H * T * T
         ctx.save_for_backward(*saved)
         ctx.groups = groups
         return mixed
@@ -316,23 +321,23 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         N, C = grad.shape
-        saved = ctx.saved_tensors   # once: gradient checkpointing recomputes them at each reading
+        saved = ctx.saved_tensors   # read once, because under gradient checkpointing each access recomputes them
         grad_qkv, row = grad.new_empty(N, 3 * C), 0
-        for i, (B, T) in enumerate(ctx.groups):
+        for i, (G, T) in enumerate(ctx.groups):
             q, k, v, weights, mask, dropped = saved[6 * i:6 * i + 6]
             width = q.shape[-1]
-            part = grad[row:row + B * T].view(B, T, C // width, width).transpose(1, 2)
-            g = as_contiguous(part, q.dtype).view(q.shape)                          # (B * H, T, width)
-            g_weights = torch.bmm(g, v.mT)                                          # (B * H, T, T)
+            part = grad[row:row + G * T].view(G, T, C // width, width).transpose(1, 2)
+            g = as_contiguous(part, q.dtype).view(q.shape)                          # (G * H, T, width)
+            g_weights = torch.bmm(g, v.mT)                                          # (G * H, T, T)
             if mask is not None:
                 g_weights *= mask
             g_scores = torch._softmax_backward_data(g_weights, weights, -1, q.dtype).mul_(width**-0.5)
-            out = grad_qkv[row:row + B * T].view(B, T, 3, C // width, width)
-            out = out.permute(2, 0, 3, 1, 4)                                        # (3, B, H, T, width)
+            out = grad_qkv[row:row + G * T].view(G, T, 3, C // width, width)
+            out = out.permute(2, 0, 3, 1, 4)                                        # (3, G, H, T, width)
             out[0].copy_(torch.bmm(g_scores, k).view(out[0].shape))
             out[1].copy_(torch.bmm(g_scores.mT, q).view(out[0].shape))
             out[2].copy_(torch.bmm(dropped.mT, g).view(out[0].shape))
-            row += B * T
+            row += G * T
         return grad_qkv, None, None, None
 
 def as_contiguous(x, dtype):
@@ -362,9 +367,9 @@ def fast_dtype():
     return "bfloat16" if fast else "float32"
 
 def keep_freed_memory(keep=True):
-    """ Called first by every script. By default glibc returns large freed blocks to the system, which must clear their
-    pages before the next step can use them: 3 to 10 % of a step. keep=True keeps freed blocks in the process.
-    keep=False takes the least memory: it maps each block of 1 MB or more alone, so no gaps stay between blocks. """
+    """ Called first by every script. By default glibc returns large freed blocks to the system, and the system clears
+    their pages before the next step can use them: 3 to 10 % of a step. keep=True keeps freed blocks in the process.
+    keep=False takes the least memory: each block of 1 MB or more is returned as soon as it is free. """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if keep:
             libc.mallopt(-4, 0)           # M_MMAP_MAX: map no block alone
@@ -374,7 +379,7 @@ def keep_freed_memory(keep=True):
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 
-# our name -> their name; a name without a leading dot stands at the start only
+# our name -> their name; a name without a leading dot matches only at the start
 WEIGHT_NAMES = [("blocks.", "encoder.layer."), (".attention.out.", ".attention.output.dense."),
                 (".norm1.", ".attention.output.LayerNorm."), (".up.", ".intermediate.dense."),
                 (".down.", ".output.dense."), (".norm2.", ".output.LayerNorm."),

@@ -20,93 +20,108 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from evaluate import (HelpFormatter, average, count, log, number, open_run, positive, positive_int, run, share,
+from evaluate import (HelpFormatter, average, count, log, number, open_run, positive, positive_int, run_script, share,
                       training_flags)
-from model import (Bert, BertConfig, MLMHead, check_sizes, configure_optimizer, dropout, from_pretrained,
+from model import (Bert, BertConfig, MLMHead, as_contiguous, check_sizes, configure_optimizer, dropout, from_pretrained,
                    keep_freed_memory, load_head, named_sizes, pack, save_pretrained, size_name)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
-# B texts, N tokens of a batch, C channels, S sizes (layer, dim), D dims of a size, M masked positions, V vocabulary
+# B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), M masked positions, V vocabulary
 
 class SMAE(nn.Module):
     """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. """
     def __init__(self, bert, head):
         super().__init__()
         self.bert, self.head = bert, head
-        self.decoder = copy.deepcopy(bert.blocks[0])
+        self.decoder = copy.deepcopy(bert.blocks[0])   # starts as a copy of the encoder's first block
 
-def smae_loss(model, batch, masked, sizes, objective="smae"):
-    """ For every size (layer, dim), with h = the first dim coordinates of the encoder's output at that layer:
-      MLM = CE( V transform(h), the tokens that are hidden from the encoder )
-      MAE = CE( V transform(decoder([ bottleneck, embeddings[1:] ])), the tokens that are hidden from the decoder )
+def show(batch, ids):
+    """ Pack, ids (N,) that a mask leaves -> the same Pack with these ids """
+    ids = torch.from_numpy(ids).to(batch.input_ids.device)
+    return batch._replace(input_ids=F.pad(ids, (0, len(batch.input_ids) - len(ids))))   # fillers have the id 0
+
+def encode(model, batch, sizes):
+    """ one pass of the encoder -> {size name: (N, D)}: the output of the size's layer, its first D coordinates """
+    taps = model.bert(batch, [layer for layer, _ in sizes])                             # (N, C) each
+    return {size_name(size): tap[:, :size[1]] for size, tap in zip(sizes, taps)}
+
+def bottleneck(model, taps, batch):
+    """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels by the MLM head """
+    return torch.stack([model.head.transform(tap[batch.starts]) for tap in taps.values()])
+
+def decode(decoder, embeddings, bottlenecks, batch, positions):
+    """ (N, C), (S, B, C), masked positions (M,) -> (S, M, C): what the decoder makes of the positions it must guess """
+    decoded = []
+    for first in bottlenecks:                                             # (B, C), one size
+        inputs = embeddings.index_copy(0, batch.starts, first)            # (N, C): the bottleneck replaces [CLS]
+        decoded.append(decoder(inputs, batch.groups)[positions])          # (M, C)
+    return torch.stack(decoded)
+
+def vocabulary_loss(model, hidden, labels):
+    """ {term: (M, C)}, {term: (M,) true ids} -> mean over the terms of their CE, {term: CE}, {term: accuracy} """
+    ce, accuracy = {}, {}
+    for term in hidden:
+        logits = hidden[term] @ model.bert.word.weight.T + model.head.bias         # (M, V)
+        ce[term] = F.cross_entropy(logits, labels[term])
+        accuracy[term] = (logits.argmax(-1) == labels[term]).float().mean()
+    return sum(ce.values()) / len(ce), ce, accuracy
+
+def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, vocabulary_loss=vocabulary_loss):
+    """ For every size (layer, dim), with h = the first dim coordinates of the encoder's output at that layer, and E the
+    word embeddings:
+      MLM = CE( E transform(h), what the encoder must guess )
+      MAE = CE( E transform(decoder(its own embeddings, position 0 replaced by transform(h[CLS]))), what it must guess )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
-    The bottleneck at position 0 is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it
+    Position 0, the bottleneck, is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it
     can only do well if D numbers say what the text is about. All sizes share the head and the decoder.
-    batch, masked: Pack and Masked of the same B texts. -> loss, {"mlm 1:8": CE, ...}, {"mlm 1:8": accuracy, ...} """
+    batch, masked: Pack and Masked of the same texts. -> loss, {"mlm 1:8": CE, ...}, {"mlm 1:8": accuracy, ...} """
     encoder_masked, decoder_masked = (torch.from_numpy(positions).to(batch.input_ids.device)
                                       for positions in (masked.encoder_masked, masked.decoder_masked))   # (M,), (M',)
     taps = encode(model, show(batch, masked.encoder_ids), sizes)
     hidden = {f"mlm {name}": model.head.transform(tap[encoder_masked]) for name, tap in taps.items()}    # (M, C) each
     labels = dict.fromkeys(hidden, batch.input_ids[encoder_masked])                                      # (M,) each
     if objective == "smae":
-        bottlenecks = bottleneck(model, taps, batch)
+        bottlenecks = bottleneck(model, taps, batch)                                                     # (S, B, C)
         embeddings = model.bert.embed(show(batch, masked.decoder_ids))                                   # (N, C)
         decoded = model.bert.run(decode, model.decoder, embeddings, bottlenecks, batch, decoder_masked)  # (S, M', C)
         for name, states in zip(taps, model.head.transform(decoded)):
             hidden[f"mae {name}"], labels[f"mae {name}"] = states, batch.input_ids[decoder_masked]
     return vocabulary_loss(model, hidden, labels)
 
-def show(batch, ids):
-    """ the Pack with the tokens that a mask leaves visible, ids (N,) -> Pack """
-    ids = torch.from_numpy(ids).to(batch.input_ids.device)
-    return batch._replace(input_ids=F.pad(ids, (0, len(batch.input_ids) - len(ids))))   # fillers have the id 0
+# ======================================================================================================================
+# Below: the same in less time and memory (training uses these two), then the training itself and its flags.
+# ======================================================================================================================
 
-def encode(model, batch, sizes):
-    """ one pass of the encoder -> {size name: (N, D)}, the output at the layer of each size, cut to its dims """
-    taps = model.bert(batch, [layer for layer, _ in sizes])                             # (N, C) each
-    return {size_name(size): tap[:, :size[1]] for size, tap in zip(sizes, taps)}
-
-def bottleneck(model, taps, batch):
-    """ taps (N, D) -> (S, B, C): the [CLS] vector of each text at each size, lifted from D to C by the MLM head """
-    return torch.stack([model.head.transform(tap[batch.starts]) for tap in taps.values()])
-
-# ---- the same for less arithmetic ------------------------------------------------------------------------------------
-# Each function says which plain lines it equals, and tests compare it with these lines.
-
-def decode(decoder, embeddings, bottlenecks, batch, positions):
-    """ embeddings (N, C), bottlenecks (S, B, C), masked positions (M,) -> (S, M, C), the decoder's output there. Equals
-        for bottleneck in bottlenecks:                                         # (B, C), one size
-            inputs = embeddings.index_copy(0, batch.starts, bottleneck)        # replaces position 0 of each text
-            decoded.append(decoder(inputs, batch.groups)[positions])
-    The S inputs differ at position 0 alone. So the attention among all other positions is computed once, and each size
-    then mixes in its bottleneck with the weight that the softmax gives it. With s_0 the score of the bottleneck and s_j
-    the scores of the other positions,
-        softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j) """
-    layer, H, p = decoder.attention, decoder.attention.heads, decoder.attention.p if decoder.training else 0.0
-    (N, C), S = embeddings.shape, len(bottlenecks)
-    qkv = layer.qkv(embeddings).view(N, 3, H, C // H)
-    k0, v0 = F.linear(bottlenecks, layer.qkv.weight[C:], layer.qkv.bias[C:]).view(S, -1, 2, H, C // H).unbind(2)
-    q0, text_ids = qkv[positions, 0], batch.text_ids[positions]                         # (M, H, C / H), (M,)
+def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
+    """ Equals `decode`. The S inputs of the decoder differ at position 0 alone. So the attention among all other
+    positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
+    With s_0 the score of the bottleneck and s_j the scores of the other positions,
+        softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
+    Dropout is drawn once for that shared attention. """
+    attention, p = decoder.attention, decoder.attention.p if decoder.training else 0.0
+    (N, C), S, H = embeddings.shape, len(bottlenecks), attention.heads
+    qkv = attention.qkv(embeddings).view(N, 3, H, C // H)
+    first = F.linear(bottlenecks, attention.qkv.weight[C:], attention.qkv.bias[C:])      # (S, B, 2C), keys and values
+    k_first, v_first = first.view(S, -1, 2, H, C // H).unbind(2)                         # (S, B, H, C / H) each
+    q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M, H, C / H), (M,)
     with torch.autocast(embeddings.device.type, enabled=False):
         others, logsumexp = [], []
-        for (B, T), rows in zip(batch.groups, qkv.split([B * T for B, T in batch.groups])):
-            q, k, v = rows.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).to(           # (B, H, T, C / H) each
-                torch.promote_types(qkv.dtype, torch.float32), memory_format=torch.contiguous_format)
-            scores = q * q.shape[-1]**-0.5 @ k[:, :, 1:].transpose(-1, -2)               # (B, H, T, T-1)
-            mixed = dropout(scores.softmax(-1), p) @ v[:, :, 1:]                         # (B, H, T, C / H)
-            others.append(mixed.transpose(1, 2).reshape(B * T, H, C // H))
-            logsumexp.append(scores.logsumexp(-1).transpose(1, 2).reshape(B * T, H, 1))
+        for (G, T), rows in zip(batch.groups, qkv.split([G * T for G, T in batch.groups])):
+            rows = rows.view(G, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+            q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, C / H) each
+            scores = q * q.shape[-1]**-0.5 @ k[:, :, 1:].transpose(-1, -2)               # (G, H, T, T-1)
+            mixed = dropout(scores.softmax(-1), p) @ v[:, :, 1:]                         # (G, H, T, C / H)
+            others.append(mixed.transpose(1, 2).reshape(G * T, H, C // H))
+            logsumexp.append(scores.logsumexp(-1).transpose(1, 2).reshape(G * T, H, 1))
         others, logsumexp = torch.cat(others)[positions], torch.cat(logsumexp)[positions]   # (M, H, C / H), (M, H, 1)
-        s0 = (q0 * k0[:, text_ids]).sum(-1, keepdim=True, dtype=others.dtype) * q0.shape[-1]**-0.5   # (S, M, H, 1)
-        weight0 = (s0 - logsumexp).sigmoid()                                                         # (S, M, H, 1)
-        mixed = (1 - weight0) * others + dropout(weight0, p) * v0[:, text_ids]                       # (S, M, H, C / H)
-    return decoder.rest(embeddings[positions], layer.out(mixed.flatten(2)))
+        s_first = (q_masked * k_first[:, text_ids]).sum(-1, keepdim=True, dtype=others.dtype) * q_masked.shape[-1]**-0.5
+        weight = (s_first - logsumexp).sigmoid()                                         # (S, M, H, 1)
+        mixed = (1 - weight) * others + dropout(weight, p) * v_first[:, text_ids]        # (S, M, H, C / H)
+    return decoder.rest(embeddings[positions], attention.out(mixed.flatten(2)))
 
-def vocabulary_loss(model, hidden, labels):
-    """ {term: (M, C)}, {term: (M,)} -> mean over the terms of their CE, {term: CE}, {term: accuracy}. Equals
-        logits = hidden[term] @ model.bert.word.weight.T + model.head.bias     # (M, V)
-        ce[term] = F.cross_entropy(logits, labels[term])
-    for each term, in one call of VocabularyLoss: with these row weights, a sum is the mean over terms of means. """
+def fast_vocabulary_loss(model, hidden, labels):
+    """ Equals `vocabulary_loss`: all terms in one call. A row's weight, 1 / (terms * rows of its term), turns the sum
+    over all rows into the mean over terms of means. """
     rows = [len(label) for label in labels.values()]
     word = model.bert.word.weight                                                       # (V, C)
     weights = torch.cat([word.new_full((M,), 1 / (len(rows) * max(1, M))) for M in rows])
@@ -117,11 +132,11 @@ def vocabulary_loss(model, hidden, labels):
     return loss, mean(ce), mean(hit.float())
 
 class VocabularyLoss(torch.autograd.Function):
-    """ hidden (M, C), weight (V, C), bias (V,), labels (M,), row_weights (M,) -> sum of row_weights * CE, CE (M,), hit
-    (M,) needs_grad: torch does not tell forward whether it runs under no_grad. The logits (M, V) never exist as a
-    whole: PIECE rows are multiplied out, turned into their own gradient on the spot and overwritten by the next.
-    These are the three products that any backward needs; checkpointing would need four. """
-    PIECE = 1024   # rows: 48 MB in float32 and bfloat16 with a vocabulary of 8,192, 187 MB with 30,522
+    """ hidden (M, C), weight (V, C), bias (V,), labels (M,), row_weights (M,), needs_grad
+    -> sum of row_weights * CE, CE (M,), hit (M,). needs_grad: forward itself cannot see whether it runs under no_grad.
+    The logits (M, V) never exist as a whole: PIECE rows are multiplied out, turned into their own gradient on the spot
+    and overwritten by the next. That takes the three products of any backward pass; checkpointing would take four. """
+    PIECE = 1024   # rows: 50 MB of buffers with a vocabulary of 8,192, 190 MB with 30,522
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, row_weights, needs_grad):
@@ -134,10 +149,11 @@ class VocabularyLoss(torch.autograd.Function):
             ctx.grads = [torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)] if needs_grad else []
             size = min(VocabularyLoss.PIECE, max(1, len(x)))
             # Buffers, because on a CPU fresh memory of this size costs as much time as the product that fills it.
-            low, full, grad_w = x.new_empty(size, len(w)), weight.new_empty(size, len(w)), torch.empty_like(w)
+            low, full = x.new_empty(size, len(w)), weight.new_empty(size, len(w))   # (PIECE, V), in dtype and float32
+            grad_w = torch.empty_like(w)                                            # (V, C)
             for i in range(0, len(x), size):
                 rows = slice(i, i + size)
-                xs, ys = x[rows], labels[rows, None]
+                xs, ys = x[rows], labels[rows, None]                    # (PIECE, C), (PIECE, 1)
                 logits = full[:len(xs)].copy_(torch.mm(xs, w.T, out=low[:len(xs)])).add_(bias)
                 top, true = logits.amax(1), logits.gather(1, ys)[:, 0]
                 probs = torch.softmax(logits, 1, out=logits)
@@ -146,7 +162,7 @@ class VocabularyLoss(torch.autograd.Function):
                 if needs_grad:
                     probs.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype)).mul_(row_weights[rows, None])
                     ctx.grads[2] += probs.sum(0)
-                    g = low[:len(xs)].copy_(probs)                      # gradient of the logits, rows x V
+                    g = low[:len(xs)].copy_(probs)                      # (PIECE, V) gradient of the logits
                     torch.mm(g, w, out=ctx.grads[0][rows])
                     ctx.grads[1] += torch.mm(g.T, xs, out=grad_w)
         ctx.mark_non_differentiable(ce, hit)
@@ -154,31 +170,31 @@ class VocabularyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        grads = [g.mul_(grad.to(g.dtype)) for g in ctx.grads]   # in place: backward runs once
-        del ctx.grads   # the loss must not keep them alive, or torch copies what it could take over
+        grads = [g.mul_(grad.to(g.dtype)) for g in ctx.grads]   # in place, so backward can run only once
+        del ctx.grads   # if the loss kept them alive, torch would copy them into .grad
         return *grads, None, None, None
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-HELD_OUT = 500          # documents that are never trained on: the validation loss
-COUNTED = 10_000_000    # tokens, at most, that the frequencies of the words are taken from
-VOCABULARY = 200_000    # documents, at most, that a vocabulary is trained on
+HELD_OUT = 500                       # documents that are never trained on: the validation loss
+MAX_COUNTED_TOKENS = 10_000_000      # that the frequencies of the words are taken from
+MAX_VOCABULARY_DOCUMENTS = 200_000   # that a vocabulary is trained on
 
 def build_model(args, saved):
     """ -> SMAE, tokenizer, sizes to train. saved: the state of the run to resume, or None """
     init_from = args.out_dir if saved else args.init_from
-    rates = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    p = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     if init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the text")
-        texts = itertools.islice(data.load_texts(args.train_text, args.streaming), VOCABULARY)
+        texts = itertools.islice(data.load_texts(args.train_text, args.streaming), MAX_VOCABULARY_DOCUMENTS)
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                intermediate_size=4 * args.hidden_size,
-                               max_position_embeddings=max(512, args.max_length), **rates))   # to fine-tune on more
+                               max_position_embeddings=max(512, args.max_length), **p))   # room for longer texts later
         head = MLMHead(bert.config)
     else:
-        bert = from_pretrained(init_from, **rates)
+        bert = from_pretrained(init_from, **p)
         tokenizer, head = data.load_tokenizer(init_from), load_head(init_from, bert.config)
     config = bert.config
     if args.max_length > config.max_position_embeddings:
@@ -186,26 +202,26 @@ def build_model(args, saved):
                          "choose that or less")
     full, names = (config.num_hidden_layers, config.hidden_size), named_sizes(config)
     sizes = check_sizes(args.sizes or (names if args.objective == "smae" else [full]), config)
-    config.sizes = sizes if args.objective == "smae" else ()   # MLM prepares no size: fine-tuning then chooses
+    config.sizes = sizes if args.objective == "smae" else ()   # after plain MLM, fine-tuning chooses the sizes
     config.size_names = tuple(names.get(size, "") for size in config.sizes)
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
     bert.gradient_checkpointing = args.gradient_checkpointing
-    if (Path(init_from) / "training_state.pt").exists():   # further pre-training goes on with its decoder
+    if (Path(init_from) / "training_state.pt").exists():   # continue with the decoder of that run
         earlier = saved or torch.load(Path(init_from) / "training_state.pt", map_location="cpu")
         model.load_state_dict(earlier["model"])
     return model, tokenizer, sizes
 
 def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
     """ --train_text -> held-out documents, max_steps, an iterator over the steps from first_step on, and the TokenFile
-    (None when streaming). A step is [(number of the piece, its documents), ...]: the pieces of this rank. Raises
-    ValueError when there are too few documents. """
+    (None when streaming). A batch consists of micro-batches, numbered by `piece`; the iterator yields for each step
+    [(piece, its documents), ...], the pieces of this rank. Raises ValueError when there are too few documents. """
     pieces = range(rank, args.batch_size // micro_batch, world_size)
     if args.streaming:
         stream = data.tokenize_documents(data.load_texts(args.train_text, True, rank, world_size), tokenizer)
         held_out = list(itertools.islice(stream, HELD_OUT))
-        consumed = first_step * args.batch_size // world_size   # by the run before it stopped
-        stream = itertools.islice(stream, consumed, None)
+        consumed = first_step * args.batch_size // world_size   # documents that this rank read before the run stopped
+        stream = itertools.islice(stream, consumed, None)       # reads them again and drops them
         def steps():
             for step in range(first_step, args.max_steps):
                 found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in pieces]
@@ -235,9 +251,9 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
     return [text[row] for row in held_out], max_steps, steps(), text
 
 def set_bias(head, text):
-    """ From scratch, start the bias of the MLM head at the log frequency of every word. Otherwise the embeddings have
-    to learn the frequencies, and all rare words move to one side of the space, until they are hard to tell apart. """
-    ids, _ = data.split_tokens(text.tokens[:COUNTED])
+    """ Start the bias of a new MLM head at the log frequency of every word. Otherwise the word embeddings have to learn
+    the frequencies: then the vectors of all rare words become alike, and they are hard to tell apart. """
+    ids, _ = data.split_tokens(text.tokens[:MAX_COUNTED_TOKENS])
     counts = np.bincount(ids, minlength=len(head.bias)) + 1
     with torch.no_grad():
         head.bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
@@ -249,7 +265,8 @@ def forward(model, documents, tokenizer, sizes, args, seed):
     # Gradient checkpointing must not cache the casts of the weights: a cached cast lives until the forward pass ends.
     with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32",
                         cache_enabled=not args.gradient_checkpointing):
-        losses = smae_loss(model, pack(masked.texts, args.device, multiple=128), masked, sizes, args.objective)
+        losses = smae_loss(model, pack(masked.texts, args.device, multiple=128), masked, sizes, args.objective,
+                           fast_decode, fast_vocabulary_loss)
     return losses, len(masked.encoder_ids)
 
 def validate(model, held_out, tokenizer, sizes, args):
@@ -342,7 +359,7 @@ def main(args):
             group["lr"] = lr * group["scale"]
         optimizer.zero_grad(set_to_none=True)
         for piece, documents in documents_of_pieces:
-            torch.manual_seed(hash((args.seed, step, piece)))   # of dropout: resuming needs no saved random state
+            torch.manual_seed(hash((args.seed, step, piece)))   # dropout depends on the step alone, so runs can resume
             (loss, ce, accuracy), N = forward(model, documents, tokenizer, sizes, args, [args.seed, step, piece])
             scaler.scale(loss / pieces).backward()
             tokens += N * world_size
@@ -350,7 +367,7 @@ def main(args):
         if world_size > 1:
             for parameter in trained.values():
                 if parameter.grad is not None:         # blocks above the largest size have none
-                    dist.all_reduce(parameter.grad)    # the sum over pieces, wherever they were computed
+                    dist.all_reduce(parameter.grad)    # the sum over all pieces of the batch
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(list(trained.values()), args.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -436,4 +453,4 @@ def parse_args(argv=None):
     return args
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_script(main, parse_args)

@@ -35,7 +35,7 @@ import evaluate
 from finetune_srl import cached_backward, srl_loss
 from model import (Bert, BertConfig, MLMHead, configure_optimizer, from_pretrained, keep_freed_memory, pack,
                    paper_sizes)
-from pretrain_smae import SMAE, smae_loss
+from pretrain_smae import SMAE, fast_decode, fast_vocabulary_loss, smae_loss
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -158,7 +158,8 @@ def smae_packed(args, checkpointing=False):
 
     def step(masked):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=not checkpointing):
-            loss, _, _ = smae_loss(model, pack(masked.texts, multiple=128), masked, paper_sizes(config))
+            loss, _, _ = smae_loss(model, pack(masked.texts, multiple=128), masked, paper_sizes(config), "smae",
+                                   fast_decode, fast_vocabulary_loss)
         loss.backward()
         update(model.parameters(), optimizer)
     return smae_masked(args), step

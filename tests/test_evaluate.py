@@ -37,11 +37,11 @@ def test_metrics_at_their_edges():
 
 
 def ranking(scores, ids):
-    """ one query's (P,) scores -> the 100 best ids, through `keep` and `rank` """
+    """ one query's (P,) scores -> the 100 best ids, through `keep_best` and `rank` """
     best = (torch.full((1, evaluate.K), -np.inf), torch.zeros(1, evaluate.K, dtype=torch.long))
     half = len(ids) // 2   # as if the corpus came in two shards
-    evaluate.keep(best, slice(0, 1), torch.tensor(scores[:half])[None], 0)
-    evaluate.keep(best, slice(0, 1), torch.tensor(scores[half:])[None], half)
+    evaluate.keep_best(best, slice(0, 1), torch.tensor(scores[:half])[None], 0, {})
+    evaluate.keep_best(best, slice(0, 1), torch.tensor(scores[half:])[None], half, {})
     (ranked, _), = rank(best[0].numpy(), best[1].numpy(), ids)
     return ranked
 

@@ -18,7 +18,7 @@ import model
 import pretrain_smae
 from conftest import refused_process
 from model import Bert, from_pretrained, load_head, pack
-from pretrain_smae import SMAE, MLMHead, VocabularyLoss, smae_loss
+from pretrain_smae import SMAE, MLMHead, VocabularyLoss, fast_decode, fast_vocabulary_loss, smae_loss
 
 SIZES = ((1, 6), (2, 16), (4, 48))
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def loss_and_terms(model, batch, masked, sizes, objective="smae"):
     smae_loss -> loss, (terms,) CE, (terms,) accuracy: MLM of every size, then MAE of every size. The tests know the
     form of what it returns from here alone.
     """
-    loss, ce, accuracy = smae_loss(model, batch, masked, sizes, objective)
+    loss, ce, accuracy = smae_loss(model, batch, masked, sizes, objective, fast_decode, fast_vocabulary_loss)
     return loss, *(torch.stack(list(values.values())) for values in (ce, accuracy))
 
 

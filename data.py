@@ -7,7 +7,7 @@ A batch is a pure function of (data, seed, step), so resuming a run needs no sta
 Below the batches: tokenising, which happens once; the sources of pairs, text and test sets (local files and the Hugging
 Face hub); and `docs`, the corpus that needs no download, because it is the documentation of the installed packages.
 
-Shapes: B texts, T tokens of one text, N tokens of a batch, Q queries, P passages, M masked positions
+Letters for shapes: see model.py.
 """
 import ast, contextlib, csv, functools, gzip, itertools, json, os, re, shutil, string, sys, sysconfig, time
 import importlib.metadata, importlib.util, warnings, zlib
@@ -21,7 +21,6 @@ from tqdm import tqdm
 CACHE = Path(__file__).parent / "out"   # the docs corpus and tokenised text; git-ignored, made again when missing
 
 # ---- batches of pairs, for SRL ---------------------------------------------------------------------------------------
-
 class Pairs(NamedTuple):
     """ tokenised training pairs, row by row """
     queries: list     # of (T,) arrays of ids, one per row
@@ -49,12 +48,10 @@ def srl_batch(pairs, batch_size, negatives, passage_max_length, seed, step):
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
     rng = np.random.default_rng([seed, step, 1])
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
-    hard = [pairs.negatives[row][k] for row in rows
-            for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
+    hard = [pairs.negatives[row][k] for row in rows for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
     return [pairs.queries[row] for row in rows], [window(text, passage_max_length, rng) for text in positives + hard]
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
-
 class Masked(NamedTuple):
     """ B texts masked twice. N is the number of their tokens in one row, the short texts first, as in model.Pack. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
@@ -114,16 +111,14 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     return Masked(texts, encoder_ids, np.flatnonzero(encoder), decoder_ids, np.flatnonzero(decoder))
 
 # ---- tokenising ------------------------------------------------------------------------------------------------------
-
 def train_wordpiece(texts, vocab_size):
     """ a lower-casing WordPiece tokenizer like BERT's, trained on an iterable of texts -> transformers tokenizer """
     from transformers import BertTokenizer   # imported where it is used, because that takes a second or two
     # The trainer numbers new letters in the order of a hash table and breaks ties by number. Give it the letters in a
     # fixed order and sort its pieces afterwards, so that the same texts always give the same vocabulary.
     letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
-    trained = BertTokenizer().train_new_from_iterator(texts, vocab_size, new_special_tokens=letters,
-                                                      show_progress=False)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    blank, special = BertTokenizer(), ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trained = blank.train_new_from_iterator(texts, vocab_size, new_special_tokens=letters, show_progress=False)
     pieces = special + sorted(set(trained.get_vocab()) - set(special))
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
@@ -185,10 +180,8 @@ class TokenFile:
         self.ends = np.load(folder / "ends.npy")   # (documents,)
         size = (folder / "tokens.bin").stat().st_size // int(self.ends[-1])   # bytes a token
         self.tokens = np.memmap(folder / "tokens.bin", np.dtype(f"uint{8 * size}"), mode="r")
-
     def __len__(self):
         return len(self.ends)
-
     def __getitem__(self, i):
         return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
 
@@ -234,12 +227,9 @@ def whole(path):
     finally:
         remove(part)
 
-# ======================================================================================================================
-# Below is reading files, not the method.
-# ======================================================================================================================
+# ==== Below is reading files, not the method ==========================================================================
 
 # ---- sources: local files and the Hugging Face hub -------------------------------------------------------------------
-
 # What columns are called. In training data any one of the names will do, also with _1, _2, ... behind it.
 COLUMNS = {"query": ["query", "anchor"], "positives": ["positive", "positive_passages"],
            "negatives": ["negative", "negatives", "negative_passages"], "text": ["text"]}
@@ -305,10 +295,8 @@ class Rows:
     """ the pairs of any source, read one row at a time, because MS MARCO does not fit a list of strings """
     def __init__(self, rows, names):
         self.rows, self.names = rows, names
-
     def __len__(self):
         return len(self.rows)
-
     def __iter__(self):
         for row in self.rows:
             query = row[self.names["query"][0]]
@@ -324,10 +312,9 @@ def as_texts(value):
     return [value] if isinstance(value, str) else [text for item in value for text in as_texts(item)]
 
 def load_texts(source, streaming=False, rank=0, world_size=1):
-    """ --train_text -> iterable of documents (strings). source: "docs" (its training part), a .txt file (a line is a
-    document), a file with a column "text", or a name for load_table such as HuggingFaceFW/fineweb:sample-100BT.
-    streaming reads parquet and hub sets as they arrive, and each of world_size ranks takes files of its own. Raises
-    ValueError on a source it cannot read. """
+    """ --train_text -> iterable of documents (strings): "docs" (its training part), a .txt file (a line is a document),
+    a file with a column "text", or a name for load_table such as HuggingFaceFW/fineweb:sample-100BT. streaming reads
+    parquet and hub sets as they arrive; each of world_size ranks takes files of its own. Raises ValueError. """
     if source == "docs":
         return (f"{row['query']} {row['positive']}" for _, row in read_rows(docs_folder() / "train.jsonl"))
     if LOCAL.search(source):
@@ -350,7 +337,6 @@ def text_column(rows):
         yield text[0]
 
 # ---- sources of test sets: sentence pairs with gold scores, and retrieval collections --------------------------------
-
 STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
 STS |= {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
 SHARD = 25_000   # documents in memory at a time
@@ -370,8 +356,7 @@ def load_sts(name):
     pairs = []
     for line, row in rows:
         if set(STS_COLUMNS) - set(row):
-            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; "
-                             f"it needs {', '.join(STS_COLUMNS)}")
+            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; needs {', '.join(STS_COLUMNS)}")
         first, second, gold = (row[column] for column in STS_COLUMNS)
         try:
             pairs.append((first, second, float(gold)))
@@ -423,8 +408,7 @@ class Collection:
         if not path.exists() and Path(f"{path}.gz").exists():
             path = Path(f"{path}.gz")
         if not path.exists():
-            raise ValueError(f"{self.folder} has no {file}; "
-                             "a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/test.tsv")
+            raise ValueError(f"{self.folder} has no {file}; it needs corpus.jsonl, queries.jsonl and qrels/test.tsv")
         return path, read_rows(path)
 
     def texts(self, stem):
@@ -455,7 +439,6 @@ class Collection:
             raise ValueError(f"{self.qrels_file}, line {line}: document {document!r} is not in the corpus")
 
 # ---- docs: the documentation of this machine's Python packages, as training pairs and as a test collection -----------
-
 DOCS_PACKAGES = "numpy scipy torch transformers datasets pandas sympy networkx huggingface_hub".split()
 
 def docs_folder():
@@ -486,11 +469,10 @@ def docstrings(path):
     return sorted(found)
 
 def build_docs(folder):
-    """ Extract the docstrings of the standard library and of DOCS_PACKAGES: query = first paragraph, passage = the
-    rest. Write `folder` in the layout of a BEIR set: train.jsonl {query, positive} to train on; corpus.jsonl,
-    queries.jsonl, qrels/test.tsv (1,000 queries) and qrels/dev.tsv (500). A fifth of the source files is held out
-    whole for corpus and queries; a text that occurs in both parts stays in the held-out part only. Deterministic
-    for given package versions. -> folder """
+    """ Docstrings of the standard library and of DOCS_PACKAGES (query = first paragraph, passage = the rest) -> folder,
+    in the layout of a BEIR set: train.jsonl {query, positive} to train on; corpus.jsonl, queries.jsonl, qrels/test.tsv
+    (1,000 queries) and qrels/dev.tsv (500). A fifth of the source files is held out whole for corpus and queries; a
+    text that occurs in both parts stays in the held-out part only. Deterministic for given package versions. """
     roots = [Path(sysconfig.get_path("stdlib"))]
     roots += [Path(importlib.util.find_spec(package).origin).parent for package in DOCS_PACKAGES]
     # Installed packages lie below the standard library but are not part of it; tests hold much code and little prose.

@@ -12,7 +12,7 @@ Prints a table and writes MODEL/eval.json (or --out): "results" has one record a
 Metrics are those of trec_eval, and Spearman's rank correlation of the cosine for STS. Search is exact, in shards, so
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
-Shapes: B texts, Q queries, P passages of a shard, C channels, D dims of a size, K candidates kept for a query
+Letters for shapes: see model.py; here P is the passages of a shard, K the candidates that are kept for a query.
 """
 import argparse, functools, json, math, re, statistics, subprocess, sys, time, zlib
 from pathlib import Path
@@ -29,11 +29,9 @@ from model import (POOLINGS, check_sizes, fast_dtype, find_folder, from_pretrain
                    pack, parse_sizes, score, size_name)
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
-
 def load_model(name, device="cpu", max_length=None, **overrides):
-    """ Any BERT -> model, tokenizer. It keeps its own pooling, similarity and length, which are in our config.json or
-    in the files of sentence-transformers (modules.json and its folders). overrides: BertConfig fields to replace.
-    Raises ValueError for what this code does not have, such as a Dense module. """
+    """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
+    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for modules such as Dense. """
     folder = find_folder(name)
     def settings(path):
         return json.loads(path.read_text()) if path.exists() else {}
@@ -97,7 +95,6 @@ def record(task, metric, size, value, n):
     return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
-
 def spearman(x, y):
     """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank """
     return float(scipy.stats.spearmanr(x, y).statistic)
@@ -124,7 +121,6 @@ METRICS = {"MRR@10": mrr_at_10,
            "Recall@100": recall_at_100}
 
 # ---- STS -------------------------------------------------------------------------------------------------------------
-
 def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     """ every size on one STS set -> records, per-item values (cosines of the pairs). Raises as data.load_sts does. """
     task, first, second, gold = data.load_sts(name)
@@ -141,7 +137,6 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     return records, per_item
 
 # ---- retrieval: search, then score, then report ----------------------------------------------------------------------
-
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # candidates kept for a query: the metrics look at 100, the others are room for equal scores
 
@@ -283,7 +278,6 @@ def search(model, tokenizer, question, size, dtype, model_folder):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
 # ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
-
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks """
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
@@ -295,19 +289,16 @@ def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
     """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
     texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of "
              "ordinary words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
+    def seconds(texts, layer):
+        start = time.perf_counter()
+        embed_texts(model, tokenizer, texts, [layer], dtype, batch_tokens)
+        return time.perf_counter() - start
     records = []
     for size in sizes:
-        times = []
-        for _ in range(53):
-            start = time.perf_counter()
-            embed_texts(model, tokenizer, ["how do I invert a large sparse matrix"], [size[0]], dtype)
-            times.append(1000 * (time.perf_counter() - start))
-        times = sorted(times[3:])   # the first ones warm up
-        start = time.perf_counter()
-        embed_texts(model, tokenizer, texts, [size[0]], dtype, batch_tokens)
-        rate = len(texts) / (time.perf_counter() - start)
-        records += [record("cost", "ms/query", size, statistics.median(times), 50),
-                    record("cost", "p95 ms", size, times[47], 50), record("cost", "texts/s", size, rate, len(texts))]
+        ms = [1000 * seconds(["how do I invert a large matrix"], size[0]) for _ in range(53)][3:]   # three warm up
+        records += [record("cost", "ms/query", size, statistics.median(ms), 50),
+                    record("cost", "p95 ms", size, sorted(ms)[47], 50),
+                    record("cost", "texts/s", size, len(texts) / seconds(texts, size[0]), len(texts))]
     return records
 
 def print_table(results, title, names):
@@ -342,16 +333,14 @@ def load_results(spec):
     return label, results, per_item
 
 def compare(specs, metrics=()):
-    """ One table of several results, the first of which is the baseline. * marks a difference that is significant at
-    0.05 after Bonferroni's correction for all comparisons of the table: a paired t-test over queries, for Spearman
-    the bootstrap over sentence pairs. Sizes are paired by their order, smallest with smallest. metrics: by default
-    all. Raises ValueError when the results differ in their number of sizes or in their data. """
+    """ One table of several results, the first is the baseline. * marks differences that are significant at 0.05 after
+    Bonferroni's correction for the whole table: a paired t-test over queries, for Spearman a bootstrap over sentence
+    pairs. Sizes are paired in order, smallest with smallest. Raises ValueError when sizes or data do not match. """
     labels, _, per_items = zip(*map(load_results, specs))
     sizes = [sorted({key for items in per_item.values() for key in items if ":" in key}, key=parse_sizes)
              for per_item in per_items]   # size names
     if len(set(map(len, sizes))) > 1:
-        raise ValueError(f"--compare: the files have {', '.join(str(len(s)) for s in sizes)} sizes; "
-                         "evaluate them with as many --sizes each")
+        raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
     rows = [(task, metric, i) for task, items in per_items[0].items() for metric in items[sizes[0][0]]
             for i in range(len(sizes[0])) if not metrics or metric in metrics
             if all(metric in per_item.get(task, {}).get(own[i], {}) for own, per_item in zip(sizes, per_items))]
@@ -363,8 +352,7 @@ def compare(specs, metrics=()):
         for own, per_item in zip(sizes, per_items):
             items = per_item[task]
             if any(items.get(key) != baseline.get(key) for key in ("ids", "gold")):
-                raise ValueError(f"--compare: {task} is not the same set in all files; "
-                                 "evaluate the models on the same data")
+                raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
             y = items[own[i]][metric]
             value = spearman(y, items["gold"]) if metric == "Spearman" else np.mean(y)
             star = "*" if p_value(metric, x, y, items) * tests < 0.05 else " "
@@ -410,8 +398,7 @@ def plot(specs, path, metrics=()):
         mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
         x, y = [mflop[size] for size in sizes], [mean(size) for size in sizes]
         axes.plot(x, y, "o-", color=color)
-        axes.annotate(label, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", color=color, weight="bold",
-                      va="center")
+        axes.annotate(label, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", color=color, weight="bold")
         if spec == specs[0]:
             for size, *point in zip(sizes, x, y):
                 axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} bytes", point, xytext=(0, -28),
@@ -426,7 +413,6 @@ def plot(specs, path, metrics=()):
     figure.savefig(path, dpi=150)
 
 # ---- shared with the training scripts: flags, the log, errors --------------------------------------------------------
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """
     def _get_help_string(self, action):
@@ -484,9 +470,8 @@ def training_flags(parser):
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
-        help="of the matrix products; the weights stay float32. bfloat16 by default where the machine is fast at it")
-    add("--compile", action=flag, default=torch.cuda.is_available(),
-        help="torch.compile the blocks but for attention; takes a minute to start")
+        help="of the matrix products; the weights stay float32. By default bfloat16 if this machine is fast at it")
+    add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
 
 def average(records, world_size=1):
     """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
@@ -530,7 +515,6 @@ def run_script(main, parse_args):
         sys.exit(2)
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
-
 def parse_args(argv=None):
     """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -566,8 +550,7 @@ def parse_args(argv=None):
     if not args.models and not args.compare:
         parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
     if args.out and len(args.models) > 1:
-        parser.error(f"--out {args.out} takes the results of one model, and {len(args.models)} are given; "
-                     "evaluate them one by one")
+        parser.error(f"--out {args.out} takes the results of one model, not of {len(args.models)}; go one by one")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         parser.error(f"--plot {args.plot}: must end in .svg or .png")
     for name in ("out", "plot"):
@@ -617,8 +600,8 @@ def main(args):
                 "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
                 "results": results, "per_item": per_item}) + "\n")
             files.append(str(out))
-        written = f", written to {out}" if out else ""
-        print_table(results, f"{name}, {args.dtype}, {time.time() - start:.0f} s{written}", names)
+        title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
+        print_table(results, title, names)
     if len(files) > 1:
         compare(files, args.metrics)
     if args.plot and files:

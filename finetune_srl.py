@@ -78,7 +78,6 @@ def cached_backward(encode, texts, chunks, loss_of, scale):
     return losses
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
 def backward(model, queries, passages, sizes, args, scaler):
     """ lists of Q and P token id arrays: one pass through the encoder for all sizes, then backward -> as srl_loss """
     Q, layers = len(queries), [layer for layer, _ in sizes]
@@ -137,9 +136,9 @@ def build_model(args, rows):
     return model.to(args.device).train(), tokenizer
 
 def leave_channels_unscored(model):
-    """ Mean pooling weighs a token by its norm in the dims that are scored. LayerNorm gives all tokens the same norm
-    over all channels. So "the" can only weigh less than a rare word if it has its norm in channels that are not scored.
-    The full size scores all channels. Set the last sixth of its LayerNorm's gains to 0, which frees these channels. """
+    """ Mean pooling weighs a token by its norm in the scored dims, but LayerNorm gives all tokens the same norm over
+    all channels. So "the" can only weigh less than a rare word if its norm is in channels that are not scored, and the
+    full size has none. Start the last sixth of its LayerNorm's gains at 0, so that these channels hardly count. """
     model.blocks[-1].norm2.weight.data[-model.config.hidden_size // 6:] = 0
 
 def main(args):
@@ -223,39 +222,34 @@ def main(args):
     print(f"{(time.time() - start) / 60:.1f} minutes in all")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
-
 def parse_args(argv=None):
     """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
-    add("--train_pairs", default="docs",
-        help="docs, a .jsonl/.csv/.tsv/.parquet file, or NAME[:CONFIG][:SPLIT] of the hub")
-    add("--batch_size", type=positive_int, default=128,
-        help="queries a step; every passage of the batch is a candidate for each")
+    add("--train_pairs", default="docs", help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT]")
+    add("--batch_size", type=positive_int, default=128, help="queries per step; all their passages are candidates")
     add("--negatives", type=count, default=1, help="hard negatives a query, at most, where the pairs have any")
     add("--micro_batch", type=count, default=0,
-        help="encode this many queries and their passages at a time: the same gradient in the memory of such a small "
-             "batch, for one more forward pass; 0 encodes the whole batch at once")
+        help="encode this many queries and their passages at a time: the same gradient in less memory, for one more "
+             "forward pass; 0 encodes the whole batch at once")
     add("--query_max_length", type=positive_int, default=32, help="tokens, [CLS] and [SEP] included")
     add("--passage_max_length", type=positive_int, default=64,
         help="tokens of a passage in a step; a longer passage gives its beginning or, as often, any window")
     add("--max_length", type=positive_int, default=256,
         help="tokens that the finished model reads of a text, if it has so many positions. Training on short windows "
-             "is faster, and reading more afterwards finds more")
+             "is faster; reading more afterwards finds more")
     add = parser.add_argument_group("loss and embeddings").add_argument
     add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the loaded model's own, from scratch mean")
     add("--similarity", choices=SIMILARITIES,
         help="of a query and a passage; by default the loaded model's own, from scratch cosine")
     add("--temperature", type=positive, default=0.1, help="divides the similarities; use 1 with --similarity dot")
-    add("--kl_weight", type=at_least_zero, default=1.0,
-        help="of the term that pulls every size to the largest; 0 leaves it out")
+    add("--kl_weight", type=at_least_zero, default=1.0, help="of the KL from the full size; 0 leaves it out")
     add("--embedding_lr_scale", type=positive,
         help="learning rate of the embeddings over that of the blocks, because a word is seen less often than a block; "
              "by default 8 from scratch, 1 for a loaded model")
     add = parser.add_argument_group("evaluation").add_argument
     add("--retrieval", default="docs",
-        help="docs, a folder in BEIR layout or a BEIR set of the hub: dev queries during training, test queries at the "
-             'end; "" for none')
+        help='docs, a folder in BEIR layout or a BEIR set of the hub: dev in training, test at the end; "" for none')
     add("--eval_interval", type=count, default=300, help="steps between two evaluations on dev; 0 for none")
     training_flags(parser)
     parser.set_defaults(learning_rate=5e-4, warmup=0.1, weight_decay=0.1, epochs=3.6, out_dir="out/srl")

@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from data import whole
 
 # ---- sizes: (layer, dim) pairs ---------------------------------------------------------------------------------------
-
 # name, share of the model's layers, share of its channels
 SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
@@ -65,7 +64,6 @@ def size_name(size):
     return f"{size[0]}:{size[1]}"
 
 # ---- the batch without padding, the vector of a text, the score of a pair --------------------------------------------
-
 class Pack(NamedTuple):
     """ B texts in one row of N tokens, short texts first, without padding. Linear layers, LayerNorm and GELU treat
     every token alone, so they run on the row; attention views each group of G equally long texts as (G, T, C).
@@ -79,9 +77,8 @@ class Pack(NamedTuple):
 
 def pack(texts, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
-    multiple: round N up with filler tokens (texts of one token, id 0) that belong to no text. oneDNN compiles a kernel
-    for every new N; with a multiple of 128 it meets a dozen values in place of hundreds. An N below 8 x multiple stays
-    as it is, because there fillers cost more than they save. """
+    multiple: round N up with filler tokens (texts of one token, id 0) that belong to no text, unless N is below 8 x
+    multiple. oneDNN compiles a kernel for every new N; with 128 it meets a dozen values in place of hundreds. """
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
@@ -129,7 +126,6 @@ def score(queries, passages, dim, similarity):
     return queries @ passages.T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
-
 @dataclass
 class BertConfig:
     """ Architecture, under the names of Hugging Face's config.json; then how the embeddings are meant to be used. """
@@ -282,12 +278,9 @@ def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scal
               {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
 
-# ======================================================================================================================
-# Below is speed and file formats, not the method.
-# ======================================================================================================================
+# ==== Below is speed and file formats, not the method =================================================================
 
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
-
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
     with torch.autocast("cpu", enabled=False):
@@ -378,7 +371,6 @@ def keep_freed_memory(keep=True):
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
-
 # our name -> their name; a name without a leading dot matches only at the start
 WEIGHT_NAMES = [("blocks.", "encoder.layer."), (".attention.out.", ".attention.output.dense."),
                 (".norm1.", ".attention.output.LayerNorm."), (".up.", ".intermediate.dense."),
@@ -440,8 +432,8 @@ def from_pretrained(name, **overrides):
     read = json.loads((folder / "config.json").read_text())
     positions = read.get("position_embedding_type", "absolute")
     if read.get("model_type") != "bert" or positions != "absolute":
-        raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions; "
-                         "this code is BERT with absolute positions, nothing else")
+        raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions is not supported; "
+                         "this code is BERT with absolute positions")
     known = {field.name for field in fields(BertConfig)}
     config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
     for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):

@@ -88,9 +88,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
             hidden[f"mae {name}"], labels[f"mae {name}"] = states, batch.input_ids[decoder_masked]
     return vocabulary_loss(model, hidden, labels)
 
-# ======================================================================================================================
-# Below: the same in less time and memory (training uses these two), then the training itself and its flags.
-# ======================================================================================================================
+# ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
 
 def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     """ Equals `decode`. The S inputs of the decoder differ at position 0 alone. So the attention among all other
@@ -137,7 +135,6 @@ class VocabularyLoss(torch.autograd.Function):
     The logits (M, V) never exist as a whole: PIECE rows are multiplied out, turned into their own gradient on the spot
     and overwritten by the next. That takes the three products of any backward pass; checkpointing would take four. """
     PIECE = 1024   # rows: 50 MB of buffers with a vocabulary of 8,192, 190 MB with 30,522
-
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, row_weights, needs_grad):
         device, dtype = hidden.device, hidden.dtype
@@ -175,7 +172,6 @@ class VocabularyLoss(torch.autograd.Function):
         return *grads, None, None, None
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
 HELD_OUT = 500                       # documents that are never trained on: the validation loss
 MAX_COUNTED_TOKENS = 10_000_000      # that the frequencies of the words are taken from
 MAX_VOCABULARY_DOCUMENTS = 200_000   # that a vocabulary is trained on
@@ -404,7 +400,6 @@ def main(args):
         print(f"saved {out_dir}; {(time.time() - start) / 60:.1f} minutes in all")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
-
 def parse_args(argv=None):
     """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -419,23 +414,20 @@ def parse_args(argv=None):
         help="tokens, [CLS] and [SEP] included: one random window a document")
     add("--batch_size", type=positive_int, default=32, help="documents a step, over all ranks")
     add("--micro_batch", type=count, default=0,
-        help="documents at a time, which decides the memory; the pieces of a batch are shared among the ranks; 0 is "
-             "one piece a rank")
+        help="documents at a time, which decides the memory; the ranks share these pieces; 0: one piece each")
     add = parser.add_argument_group("loss").add_argument
     add("--objective", choices=["smae", "mlm"], default="smae",
         help="mlm leaves the decoder out: MLM alone, at --sizes, by default at the full size")
     add("--encoder_mask", type=share, default=0.2, help="share of the tokens hidden from the encoder")
     add("--decoder_mask", type=share, default=0.4, help="share hidden from the decoder")
     add("--word_lr_scale", type=positive, default=3.0,
-        help="from scratch: learning rate of the word embeddings over that of the rest, because a word is seen less "
-             "often than a block")
+        help="from scratch: learning rate of the word embeddings over that of the rest; a word is seen less often")
     add = parser.add_argument_group("checkpoints and memory").add_argument
     add("--resume", action=flag, default=False, help="go on with the run in --out_dir, exactly")
     add("--eval_interval", type=count, default=200,
         help="steps between two checkpoints, each with the loss on held-out text; 0 for the end only")
     add("--gradient_checkpointing", action=flag, default=False,
-        help="least memory: compute the inside of blocks and decoder again in the backward pass, and give freed memory "
-             "back; a step of BERT-base takes 1.6 times as long")
+        help="least memory: compute blocks and decoder again in the backward pass; 1.6 times the time at BERT-base")
     training_flags(parser)
     parser.set_defaults(learning_rate=1e-3, warmup=0.05, weight_decay=0.001, epochs=6, out_dir="out/smae")
 

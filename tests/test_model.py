@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import model as model_file
-from model import (Bert, BertConfig, PackedAttention, check_sizes, dropout, from_pretrained, pack, paper_sizes, pool,
-                   save_pretrained)
+from model import (Bert, BertConfig, PackedAttention, attention, check_sizes, dropout, fast_attention, from_pretrained,
+                   named_sizes, pack, paper_sizes, pool, save_pretrained)
 
 
 def hugging_face(config, **changes):
@@ -57,6 +57,20 @@ def test_gradient_of_the_attention(p):
         torch.manual_seed(1)   # the same entries are dropped every time
         return PackedAttention.apply(qkv, [(2, 1), (1, 3), (2, 2)], 2, p)
     assert torch.autograd.gradcheck(attend, qkv)
+
+
+def test_fast_attention_is_attention():
+    """ fast_attention equals attention, in output and gradient, to 1e-12 in float64. """
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 18, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    found = []
+    for attend in (attention, fast_attention):
+        qkv = x.clone().requires_grad_()
+        out = attend(qkv, [(2, 1), (1, 3), (2, 2)], 2, 0.0)
+        (out * weight).sum().backward()
+        found.append((out.detach(), qkv.grad))
+    for plain, fast in zip(*found):
+        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-12)
 
 
 def test_defaults_are_berts():
@@ -244,6 +258,8 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
 @pytest.mark.parametrize("change, message", [({"model_type": "roberta"}, "model_type 'roberta'"),
                                              ({"position_embedding_type": "relative_key"}, "relative_key positions"),
                                              ({"hidden_act": "mish"}, "hidden_act 'mish'"),
+                                             ({"pooling": "max"}, "pooling 'max' .* known are mean, cls"),
+                                             ({"similarity": "l2"}, "similarity 'l2' .* known are cosine, dot"),
                                              ({"num_hidden_layers": 5}, "has no tensor 'encoder.layer.4"),
                                              ({"vocab_size": 98}, "word.weight")])
 def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
@@ -255,12 +271,40 @@ def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
         from_pretrained(tmp_path)
 
 
+def test_sizes_keep_their_names(model, tokenizer, tmp_path):
+    """ The names of the sizes come back from config.json; an old config.json without names loads as well. """
+    assert named_sizes(model.config) == paper_sizes(model.config)   # trained for no size: the paper's
+    model.config.sizes, model.config.size_names = ((1, 8), (3, 9), (4, 48)), ("Demi", "", "Trenta")
+    save_pretrained(model, tokenizer, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["sizes"] == [[1, 8], [3, 9], [4, 48]] and saved["size_names"] == ["Demi", "", "Trenta"]
+    loaded = from_pretrained(tmp_path).config
+    assert loaded == model.config and named_sizes(loaded) == {(1, 8): "Demi", (3, 9): "", (4, 48): "Trenta"}
+    del saved["size_names"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert named_sizes(from_pretrained(tmp_path).config) == {(1, 8): "", (3, 9): "", (4, 48): ""}
+
+
+def test_poolings_are_one_table(model, texts, tokenizer, tmp_path, monkeypatch):
+    """ A pooling that is added to POOLINGS, here the last token, is what encode computes and from_pretrained takes. """
+    monkeypatch.setitem(model_file.POOLINGS, "last", lambda hidden, batch: hidden[batch.starts + lengths - 1])
+    model.config.pooling, lengths, batch = "last", torch.tensor([len(text) for text in texts]), pack(texts)
+    found = model.encode(batch, [2])[2]
+    for row, tap in zip(found, rows_of(model(batch, [2])[0], batch, texts), strict=True):
+        assert torch.equal(row, tap[-1])
+    save_pretrained(model, tokenizer, tmp_path)
+    assert from_pretrained(tmp_path).config.pooling == "last"
+
+
 def test_sizes_of_the_paper():
     """ BERT-base has the paper's six sizes and parameter counts, in millions. """
     with torch.device("meta"):
         model = Bert(BertConfig())
     sizes = tuple(paper_sizes(model.config))
     assert sizes == ((2, 32), (4, 64), (6, 128), (8, 256), (10, 512), (12, 768))
+    small = paper_sizes(BertConfig(num_hidden_layers=6, hidden_size=192))
+    assert small == {(1, 8): "Demi", (2, 16): "Short", (3, 32): "Tall", (4, 64): "Grande", (5, 128): "Venti",
+                     (6, 192): "Trenta"}
     assert [round(model.num_params(layer) / 1e6, 1) for layer, _ in sizes] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]
     assert check_sizes(((6, 128), (2, 32)), model.config) == ((2, 32), (6, 128))
     with pytest.raises(ValueError, match="layer 14 but the model has 12 layers; use a layer between 1 and 12"):

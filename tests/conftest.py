@@ -1,4 +1,5 @@
 """ Shared by the tests: no network, small models, small texts. """
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,6 +15,17 @@ import torch
 
 import data
 from model import Bert, BertConfig, save_pretrained
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "optional: needs a package that requirements.txt leaves out; see .ci/run")
+
+
+def needs(package):
+    """ a decorator for tests that need an optional package; .ci/run installs every one and runs `pytest -m optional` """
+    missing = importlib.util.find_spec(package) is None
+    skip = pytest.mark.skipif(missing, reason=f"{package}, which is optional, is not installed")
+    return lambda test: pytest.mark.optional(skip(test))
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """ Pairs come out of every kind of source the same, and a batch is a function of (seed, step). """
 import gzip
 import json
-import sys
+import os
+import time
 
 import numpy as np
 import pytest
@@ -88,6 +89,69 @@ def test_bad_files_are_named_with_the_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         data.load_pairs(str(path))
+
+
+@pytest.mark.parametrize("name", ["r.txt", "r.csv", "r.tsv", "r.jsonl", "r.txt.gz", "r.csv.gz", "r.tsv.gz", "r.jsonl.gz"])
+def test_read_rows(tmp_path, name):
+    """ read_rows gives line numbers and dicts of every format, passes over blank lines and keeps quotes and accents. """
+    texts, kind = ["caf\u00e9, \"noir\"", "th\u00e9 \u2615"], name.split(".")[1]
+    lines = {"txt": [texts[0], "", texts[1]], "csv": ["text,id", '"caf\u00e9, ""noir""",1', f"{texts[1]},2"],
+             "tsv": ["text\tid", '"caf\u00e9, ""noir"""\t1', f"{texts[1]}\t2"],
+             "jsonl": [json.dumps({"text": texts[0], "id": "1"}, ensure_ascii=False), " ",
+                       json.dumps({"text": texts[1], "id": "2"})]}[kind]
+    with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    (first, a), (last, b) = data.read_rows(tmp_path / name)
+    assert (first, last) == ((2, 3) if kind in ("csv", "tsv") else (1, 3))
+    assert [a["text"].strip(), b["text"].strip()] == texts
+    assert kind == "txt" or [a["id"], b["id"]] == ["1", "2"]
+
+
+def test_train_text_from_a_table(tmp_path, tokenizer, monkeypatch):
+    """ --train_text takes the column text of a .csv, line breaks in a cell included, and refuses one without it. """
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    path = tmp_path / "t.csv"
+    path.write_text('id,text\n1,"the apple\nstands beside"\n2,the bridge\n')
+    assert list(data.load_texts(str(path))) == ["the apple\nstands beside", "the bridge"]
+    found = data.token_file(str(path), tokenizer)
+    assert [tokenizer.decode(data.split_tokens(found[i])[0]) for i in (0, 1)] == ["the apple stands beside", "the bridge"]
+    path.write_text("id,body\n1,an apple\n")
+    with pytest.raises(ValueError, match="--train_text: a row with the columns id, body; it needs text"):
+        list(data.load_texts(str(path)))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_failed_write_leaves_nothing(tmp_path, folder):
+    """ When writing fails, the error comes out, what was there before stays as it was, and nothing else is left. """
+    old = tmp_path / "file"
+    old.write_text("old")
+    for path in (old, tmp_path / "new"):
+        with pytest.raises(RuntimeError, match="disk"), data.whole(path) as part:
+            if folder:
+                part.mkdir()
+            (part / "inside" if folder else part).write_text("half")
+            raise RuntimeError("disk")
+    assert os.listdir(tmp_path) == ["file"] and old.read_text() == "old"
+    with data.whole(old) as part:
+        part.write_text("new")
+        assert old.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"] and old.read_text() == "new"
+
+
+def test_what_killed_runs_left_goes_after_a_day(tmp_path):
+    """ A .part that nobody has written to for a day is removed; one that is written to, or another file's, stays. """
+    two_days_ago = time.time() - 2 * 86_400
+    for name, ages in {"file.1.part": (two_days_ago, two_days_ago), "file.2.part": (two_days_ago, time.time()),
+                       "file.3.part": (time.time(), time.time()), "other.1.part": (two_days_ago, two_days_ago)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens.bin").write_text("")
+        os.utime(tmp_path / name / "tokens.bin", (ages[1], ages[1]))
+        os.utime(tmp_path / name, (ages[0], ages[0]))
+    (tmp_path / "file.4.part").write_text("")
+    os.utime(tmp_path / "file.4.part", (two_days_ago, two_days_ago))
+    with data.whole(tmp_path / "file") as part:
+        part.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.2.part", "file.3.part", "other.1.part"]
 
 
 @pytest.mark.parametrize("source", ["nowhere/nothing", "nowhere.jsonl", "nowhere.parquet"])

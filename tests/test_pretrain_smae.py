@@ -17,7 +17,7 @@ import finetune_srl
 import model
 import pretrain_smae
 from conftest import refused_process
-from model import Bert, from_pretrained, load_head, pack
+from model import SIZES as NAMED, Bert, from_pretrained, load_head, named_sizes, pack
 from pretrain_smae import SMAE, MLMHead, VocabularyLoss, smae_loss
 
 SIZES = ((1, 6), (2, 16), (4, 48))
@@ -155,6 +155,53 @@ def test_vocabulary_loss(monkeypatch):
         torch.testing.assert_close(got, t.grad, atol=1e-12, rtol=0)
     far = torch.zeros(1, 5), torch.zeros(7, 5), torch.tensor([500.0] + [0.0] * 6)   # exp(-500) is no float32
     assert VocabularyLoss.apply(*far, torch.tensor([1]), torch.ones(1), False)[0] == 500
+
+
+def test_decode_is_its_plain_lines(smae, batch):
+    """ decode equals the three lines of its docstring, in value and gradients, to 1e-10 in float64. """
+    texts = pack(batch[1].texts, multiple=35)   # with fillers
+    positions = torch.from_numpy(batch[1].decoder_masked)
+    torch.manual_seed(0)
+    inputs = [torch.randn(len(texts.input_ids), 48, dtype=torch.float64, requires_grad=True),
+              torch.randn(3, len(texts.starts), 48, dtype=torch.float64, requires_grad=True)]
+    def plain(decoder, embeddings, bottlenecks, batch, positions):
+        decoded = []
+        for bottleneck in bottlenecks:
+            inputs = embeddings.index_copy(0, batch.starts, bottleneck)
+            decoded.append(decoder(inputs, batch.groups)[positions])
+        return torch.stack(decoded)
+    weight = torch.randn(3, len(positions), 48, dtype=torch.float64)
+    learned, found = [*inputs, *smae.decoder.parameters()], []
+    for function in (plain, pretrain_smae.decode):
+        decoded = function(smae.decoder, *inputs, texts, positions)
+        found.append([decoded, *torch.autograd.grad((decoded * weight).sum(), learned)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+        assert want.abs().max() > 1e-3
+
+
+def test_vocabulary_loss_is_its_plain_lines(smae, monkeypatch):
+    """ vocabulary_loss equals the two lines of its docstring, in value and gradients, to 1e-10 in float64. """
+    monkeypatch.setattr(VocabularyLoss, "PIECE", 7)
+    torch.manual_seed(0)
+    rows, V = {"mlm 1:6": 5, "mlm 4:48": 5, "mae 1:6": 11}, len(smae.head.bias)
+    hidden = {term: torch.randn(M, 48, dtype=torch.float64, requires_grad=True) for term, M in rows.items()}
+    labels = {term: torch.randint(V, (M,)) for term, M in rows.items()}
+    labels["mae 1:6"][:4] = (hidden["mae 1:6"][:4] @ smae.bert.word.weight.T + smae.head.bias).argmax(1)   # hits
+    def plain(model, hidden, labels):
+        ce, accuracy = {}, {}
+        for term in hidden:
+            logits = hidden[term] @ model.bert.word.weight.T + model.head.bias
+            ce[term] = F.cross_entropy(logits, labels[term])
+            accuracy[term] = (logits.argmax(1) == labels[term]).float().mean()
+        return sum(ce.values()) / len(ce), ce, accuracy
+    learned, found = [*hidden.values(), smae.bert.word.weight, smae.head.bias], []
+    for function in (plain, pretrain_smae.vocabulary_loss):
+        loss, ce, accuracy = function(smae, hidden, labels)
+        assert list(ce) == list(accuracy) == list(rows) and accuracy["mae 1:6"] >= 4 / 11
+        found.append([loss, *ce.values(), *accuracy.values(), *torch.autograd.grad(loss, learned)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
 def test_gradient_checkpointing(smae, batch):
@@ -422,12 +469,18 @@ def test_dropout_of_the_bottlenecks_share(smae, batch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_resume(text_file, tmp_path, monkeypatch, streaming):
-    """ A run that stopped after 4 of 8 steps and is resumed has the losses and weights of an uninterrupted run. """
+    """ A run that stopped after 4 of 8 steps and is resumed has batches, losses and weights of an uninterrupted run. """
     if streaming:
         import datasets
         text_file = str(tmp_path / "text.parquet")
         datasets.Dataset.from_dict({"text": [f"{line} {i}" for i, line in enumerate(LINES * 20)]}).to_parquet(text_file)
     flags = ["--eval_interval", "4"] + ["--streaming"] * streaming
+    batches, make = {}, data.smae_batch   # {[seed, step, piece]: the masked texts of every run}
+    def smae_batch(*args):
+        masked = make(*args)
+        batches.setdefault(tuple(args[-1]), []).append(b"".join(part.tobytes() for part in [*masked.texts, *masked[1:]]))
+        return masked
+    monkeypatch.setattr(data, "smae_batch", smae_batch)
     train(text_file, tmp_path / "whole", *flags)
     class Stopped(Exception):
         pass
@@ -442,6 +495,7 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
         log.write('{"step": 5, "loss": 1.0}\n')   # as if the run had been killed after a fifth step
     train(text_file, tmp_path / "halves", *flags, "--resume")
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 10
+    assert [(len(batches[1, step, 0]), len(set(batches[1, step, 0]))) for step in range(8)] == [(2, 1)] * 8
     a, b = state(tmp_path / "halves"), state(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in b)
     with pytest.raises(ValueError, match="--resume: --learning_rate is 0.5, and the run in .* had 0.001"):
@@ -492,6 +546,16 @@ def test_checkpoint(text_file, tmp_path):
     assert data.load_tokenizer(tmp_path / "srl").model_max_length == 256   # more than was pre-trained on
     assert torch.allclose(tuned.word.weight, bert.word.weight, atol=1e-7)
     assert data.load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("objective, names", [("smae", [name for name, *_ in NAMED]), ("mlm", [])])
+def test_which_sizes_a_run_saves(text_file, tmp_path, objective, names):
+    """ A run of SMAE saves the paper's six sizes with their names, a run of MLM none. """
+    train(text_file, tmp_path / "out", "--max_steps", "1", "--objective", objective)
+    config = from_pretrained(tmp_path / "out").config
+    assert list(config.size_names) == names and len(config.sizes) == len(names)
+    assert list(named_sizes(config).items()) == [((1, 3), "Demi"), ((1, 5), "Short"), ((1, 11), "Tall"),
+                                                 ((1, 21), "Grande"), ((2, 43), "Venti"), ((2, 64), "Trenta")]
 
 
 def test_bias_starts_at_the_frequencies(text_file, tmp_path):
@@ -556,6 +620,28 @@ class TestText:
         first, second = (list(data.load_texts(str(tmp_path), True, rank, 2)) for rank in (0, 1))
         assert {text[0] for text in first} == {"0"} and {text[0] for text in second} == {"1"}
         assert len(first + second) == 10
+
+    @pytest.mark.parametrize("world_size", [1, 2])
+    def test_stream_loses_no_document(self, tmp_path, words, monkeypatch, world_size):
+        """ The steps of each rank, resumed or not, hold the documents of its stream after the held-out, in order. """
+        import datasets
+        for i in range(2):
+            texts = {"text": [f"apple {i} {k}" for k in range(60)]}
+            datasets.Dataset.from_dict(texts).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+        monkeypatch.setattr(pretrain_smae, "HELD_OUT", 7)
+        args = pretrain_smae.parse_args(["--train_text", str(tmp_path), "--streaming", "--max_steps", "5", "--batch_size",
+                                         "8", "--micro_batch", "2", "--out_dir", str(tmp_path / "out")])
+        for rank in range(world_size):
+            texts = data.load_texts(str(tmp_path), True, rank, world_size)
+            stream = [document.tolist() for document in data.tokenize_documents(texts, words)]
+            for first_step in (0, 3):
+                held_out, max_steps, steps, _ = pretrain_smae.open_text(args, words, 2, first_step, rank, world_size)
+                pieces = [piece for step in steps for piece in step]
+                assert [number for number, _ in pieces[:4 // world_size]] == list(range(rank, 4, world_size))
+                found = [document.tolist() for _, documents in pieces for document in documents]
+                share = 8 // world_size   # documents of a step
+                assert [document.tolist() for document in held_out] == stream[:7] and max_steps == 5
+                assert found == stream[7 + share * first_step:7 + share * 5]
 
     def test_stream_ends(self, tmp_path):
         """ A stream that is too short for --max_steps says so. """

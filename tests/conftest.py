@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 
 def needs(package):
-    """ a decorator for tests that need an optional package; .ci/run installs every one and runs `pytest -m optional` """
+    """ a decorator for tests that need an optional package; .ci/run installs all of them and runs pytest -m optional """
     missing = importlib.util.find_spec(package) is None
     skip = pytest.mark.skipif(missing, reason=f"{package}, which is optional, is not installed")
     return lambda test: pytest.mark.optional(skip(test))

@@ -91,9 +91,9 @@ def test_bad_files_are_named_with_the_line(tmp_path, text, message):
         data.load_pairs(str(path))
 
 
-@pytest.mark.parametrize("name", ["r.txt", "r.csv", "r.tsv", "r.jsonl", "r.txt.gz", "r.csv.gz", "r.tsv.gz", "r.jsonl.gz"])
+@pytest.mark.parametrize("name", [f"rows.{kind}{gz}" for kind in ("txt", "csv", "tsv", "jsonl") for gz in ("", ".gz")])
 def test_read_rows(tmp_path, name):
-    """ read_rows gives line numbers and dicts of every format, passes over blank lines and keeps quotes and accents. """
+    """ read_rows gives line numbers and dicts of every format, passes over blank lines, keeps quotes and accents. """
     texts, kind = ["caf\u00e9, \"noir\"", "th\u00e9 \u2615"], name.split(".")[1]
     lines = {"txt": [texts[0], "", texts[1]], "csv": ["text,id", '"caf\u00e9, ""noir""",1', f"{texts[1]},2"],
              "tsv": ["text\tid", '"caf\u00e9, ""noir"""\t1', f"{texts[1]}\t2"],
@@ -114,7 +114,8 @@ def test_train_text_from_a_table(tmp_path, tokenizer, monkeypatch):
     path.write_text('id,text\n1,"the apple\nstands beside"\n2,the bridge\n')
     assert list(data.load_texts(str(path))) == ["the apple\nstands beside", "the bridge"]
     found = data.token_file(str(path), tokenizer)
-    assert [tokenizer.decode(data.split_tokens(found[i])[0]) for i in (0, 1)] == ["the apple stands beside", "the bridge"]
+    texts = [tokenizer.decode(data.split_tokens(found[i])[0]) for i in (0, 1)]
+    assert texts == ["the apple stands beside", "the bridge"]
     path.write_text("id,body\n1,an apple\n")
     with pytest.raises(ValueError, match="--train_text: a row with the columns id, body; it needs text"):
         list(data.load_texts(str(path)))

@@ -286,7 +286,7 @@ def test_embeddings_of_sentence_transformers(tokenizer, tmp_path, pooling):
     transformer = Transformer(str(tmp_path / "bert"), max_seq_length=9)
     theirs = SentenceTransformer(modules=[transformer, Pooling(48, pooling)], device="cpu")
     theirs.save(str(tmp_path / "theirs"))
-    texts = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning, and so on"]
+    texts = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
     model, tokenizer = evaluate.load_model(tmp_path / "theirs")
     ours = evaluate.embed_texts(model, tokenizer, texts, [2])[2]
     torch.testing.assert_close(ours, torch.from_numpy(theirs.encode(texts)), rtol=0, atol=1e-5)

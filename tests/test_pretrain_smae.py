@@ -469,7 +469,7 @@ def test_dropout_of_the_bottlenecks_share(smae, batch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_resume(text_file, tmp_path, monkeypatch, streaming):
-    """ A run that stopped after 4 of 8 steps and is resumed has batches, losses and weights of an uninterrupted run. """
+    """ A run that stopped after 4 of 8 steps and is resumed has batches, losses and weights of a whole run. """
     if streaming:
         import datasets
         text_file = str(tmp_path / "text.parquet")
@@ -478,7 +478,8 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
     batches, make = {}, data.smae_batch   # {[seed, step, piece]: the masked texts of every run}
     def smae_batch(*args):
         masked = make(*args)
-        batches.setdefault(tuple(args[-1]), []).append(b"".join(part.tobytes() for part in [*masked.texts, *masked[1:]]))
+        held = b"".join(part.tobytes() for part in [*masked.texts, *masked[1:]])
+        batches.setdefault(tuple(args[-1]), []).append(held)
         return masked
     monkeypatch.setattr(data, "smae_batch", smae_batch)
     train(text_file, tmp_path / "whole", *flags)
@@ -629,8 +630,8 @@ class TestText:
             texts = {"text": [f"apple {i} {k}" for k in range(60)]}
             datasets.Dataset.from_dict(texts).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
         monkeypatch.setattr(pretrain_smae, "HELD_OUT", 7)
-        args = pretrain_smae.parse_args(["--train_text", str(tmp_path), "--streaming", "--max_steps", "5", "--batch_size",
-                                         "8", "--micro_batch", "2", "--out_dir", str(tmp_path / "out")])
+        args = pretrain_smae.parse_args(["--train_text", str(tmp_path), "--streaming", "--out_dir", str(tmp_path / "out"),
+                                         "--max_steps", "5", "--batch_size", "8", "--micro_batch", "2"])
         for rank in range(world_size):
             texts = data.load_texts(str(tmp_path), True, rank, world_size)
             stream = [document.tolist() for document in data.tokenize_documents(texts, words)]

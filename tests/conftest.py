@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 
 def needs(package):
-    """ a decorator for tests that need an optional package; .ci/run installs all of them and runs pytest -m optional """
+    """ a decorator for tests that need an optional package; .ci/run installs each and runs pytest -m optional """
     missing = importlib.util.find_spec(package) is None
     skip = pytest.mark.skipif(missing, reason=f"{package}, which is optional, is not installed")
     return lambda test: pytest.mark.optional(skip(test))
@@ -79,8 +79,8 @@ def make_beir(folder):
         file.writelines(f'{{"_id": "{i}", "title": "{title}", "text": "{text}"}}\n' for i, title, text in corpus)
     queries = [("q1", "apple fruit"), ("q2", "river bridge"), ("q3", "not judged")]
     (folder / "queries.jsonl").write_text("".join(f'{{"_id": "{i}", "text": "{text}"}}\n' for i, text in queries))
-    for split in ("test", "dev"):
-        judged = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td3\t1\nq2\td2\t1\n"
+    for split, more in (("test", "q2\td2\t1\n"), ("dev", "")):
+        judged = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td3\t1\n" + more
         (folder / "qrels" / f"{split}.tsv").write_text(judged)
     return folder
 

@@ -246,7 +246,9 @@ def test_a_batch_is_a_function_of_seed_and_step(pairs):
     first = [batch(1, step) for step in (0, 1, 2, 3)]
     assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
     assert batch(2, 0) != first[0] and first[0] != first[1]
-    rows = [[int(query[0]) for query in data.srl_batch(pairs, 5, 0, 9, 1, step)[0]] for step in range(4)]
+    rows, others = ([[int(query[0]) for query in data.srl_batch(pairs, 5, 0, 9, seed, step)[0]] for step in range(4)]
+                    for seed in (1, 2))
+    assert rows != others                           # the order is another one for another seed
     assert rows[0] + rows[1] != rows[2] + rows[3]   # the second epoch has an order of its own
 
 
@@ -290,6 +292,28 @@ def test_tokenize_pairs(pairs_file, tokenizer):
     assert len(pairs.queries) == 64 and max(map(len, pairs.queries)) == 5 and not any(pairs.negatives)
     text = tokenizer.decode(pairs.positives[9][0], skip_special_tokens=True)
     assert text == "the bridge stands beside the jacket in the morning"
+
+
+def test_ids_beyond_16_bits():
+    """ Of a vocabulary of 70,000 words the last one keeps its id. """
+    from transformers import BertTokenizer
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"word{i}" for i in range(70_000)]
+    ids, = data.tokenize(["word69999"], BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}), 8)
+    assert ids.tolist() == [2, 70_004, 3]
+
+
+def test_documents_without_a_token_are_left_out(tokenizer):
+    """ A text in which the tokenizer finds nothing is no document. """
+    found = data.tokenize_documents(["", "apple", " \u200b", "bridge"], tokenizer)
+    assert [tokenizer.decode(data.split_tokens(document)[0]) for document in found] == ["apple", "bridge"]
+
+
+def test_sts_of_the_hub(monkeypatch):
+    """ An STS set of the hub is known by a short name, and its test split is read. """
+    rows, asked = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (1, 2)], []
+    monkeypatch.setattr(data, "load_table", lambda source, what: asked.append(source) or rows)
+    assert data.load_sts("sts12")[0] == "sts12" and data.load_sts("stsb")[3].tolist() == [1, 2]
+    assert asked == ["mteb/sts12-sts::test", "sentence-transformers/stsb::test"]
 
 
 def test_rows_without_a_positive_are_left_out(tokenizer):

@@ -121,6 +121,13 @@ def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
     question = "the bridge stands beside the river"
     evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
     assert "pkg.f" in capsys.readouterr().out.splitlines()[0]
+    index, = (tmp_path / "m").glob("search-*.npy")
+    for age, remade in ((10, False), (-10, True)):   # seconds by which the model is older than the index
+        config = (tmp_path / "m" / "config.json").stat()
+        os.utime(index, ns=(config.st_atime_ns, config.st_mtime_ns + age * 10**9))
+        stamp = index.stat().st_mtime_ns
+        evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
+        assert (index.stat().st_mtime_ns != stamp) == remade   # the index of an earlier model is made again
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -168,6 +175,31 @@ def test_sts_is_spearman_of_the_cosine(saved, sts_file):
         assert r["value"] == pytest.approx(want, abs=1e-9)
 
 
+def test_mean_of_sts_is_by_size(saved, sts_file, tmp_path):
+    """ Two STS sets have a mean for every size, of the two values of this size. """
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(open(sts_file).readlines()[:11]))
+    out = tmp_path / "o.json"
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, str(other), "--sizes", "4:8,4:48",
+                                       "--out", str(out)]))
+    found = {(r["task"], r["dim"]): r["value"] for r in json.loads(out.read_text())["results"]
+             if r["metric"] == "Spearman"}
+    for dim in (8, 48):
+        assert found["mean of STS", dim] == pytest.approx((found["mine", dim] + found["other", dim]) / 2)
+    assert found["mean of STS", 8] != found["mean of STS", 48]
+
+
+def test_cost_by_hand(model):
+    """ A size costs its parameters, 4 bytes a dim, and 2 FLOP a token for each entry of the matrices of its blocks. """
+    found = {(r["layer"], r["metric"]): r["value"] for r in evaluate.cost(model, ((1, 8), (4, 48)))}
+    matrices = 4 * 48 * 48 + 2 * 48 * 80                   # of a block: q, k, v, output; up, down
+    block = matrices + 4 * 48 + 80 + 48 + 4 * 48           # and biases, two LayerNorms
+    embeddings = (97 + 40 + 2 + 2) * 48                    # words, positions, types, LayerNorm
+    assert found == {(1, "bytes"): 32, (4, "bytes"): 192,
+                     (1, "parameters"): embeddings + block, (4, "parameters"): embeddings + 4 * block,
+                     (1, "MFLOP/token"): 2 * matrices / 1e6, (4, "MFLOP/token"): 8 * matrices / 1e6}
+
+
 def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monkeypatch):
     """ One document a shard, written to .npy and read back without the encoder, gives the records of one piece. """
     model, tokenizer = evaluate.load_model(saved)
@@ -187,6 +219,12 @@ def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monk
         model.blocks[0].up.weight += 0.1
     evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
     assert len(calls) == 6   # other weights: queries again, and four shards
+    model.config.pooling = "cls"
+    evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
+    assert len(calls) == 11   # another pooling
+    tokenizer.model_max_length = 5
+    evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
+    assert len(calls) == 16   # another length
     run = (tmp_path / "runs" / "beir-1-8.run").read_text().splitlines()
     assert len(run) == 8 and run[0].split()[0::2][:2] == ["q1", run[0].split()[2]] and run[0].split()[3] == "1"
 
@@ -262,6 +300,7 @@ def test_sentence_transformers_folder(saved, pooling):
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
     (saved / "modules.json").write_text(json.dumps(modules[:2]))
+    assert evaluate.load_model(saved, max_length=99)[1].model_max_length == 40   # its positions
     model, tokenizer = evaluate.load_model(saved)
     assert model.config.pooling == "cls" and tokenizer.model_max_length == 6
     assert evaluate.load_model(saved, max_length=5)[1].model_max_length == 5

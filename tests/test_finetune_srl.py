@@ -109,6 +109,7 @@ def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path, monkeypatc
     assert min(norms) < 0.5 < max(norms)   # clipping bites in some steps
     assert [r["loss"] for r in logged(tmp_path / "a")] == pytest.approx(losses, rel=1e-4)
     assert [r["norm"] for r in logged(tmp_path / "a")] == pytest.approx(norms, rel=1e-3)
+    assert [r["learning_rate"] for r in logged(tmp_path / "a")] == pytest.approx([0.001, 0.002, 0.002, 0.001])
     for (name, found), want in zip(from_pretrained(tmp_path / "a").named_parameters(), bert.parameters()):
         if name.endswith("qkv.bias"):   # softmax ignores the bias of the keys: its gradient is rounding error
             found, want = (torch.cat([bias[:48], bias[96:]]) for bias in (found, want))
@@ -259,6 +260,8 @@ def test_a_run_end_to_end(trained):
     assert json.loads((trained / "args.json").read_text())["sizes"] == [[1, 8], [3, 64]]
     results = json.loads((trained / "eval.json").read_text())["results"]
     assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 64), (None, None)}
+    dev, = logged(trained, "dev")
+    assert {r["n"] for r in dev["dev"]} == {1} and {r["n"] for r in results if r["metric"] == "MRR@10"} == {2}
     assert bert.config.max_position_embeddings == data.load_tokenizer(trained).model_max_length == 256
 
 
@@ -282,10 +285,22 @@ def test_steps_of_different_sizes_are_averaged_by_name():
 
 
 def test_the_same_seed_gives_the_same_weights(trained, pairs_file, tmp_path):
-    """ A second run, without evaluation in between, ends with the same bits, dropout on. """
-    run(pairs_file, tmp_path / "b", "--dropout", "0.1")
+    """ A second run, without evaluation in between, ends with the same bits, and its log has means of two steps. """
+    run(pairs_file, tmp_path / "b", "--dropout", "0.1", "--log_interval", "2")
     a, b = from_pretrained(trained), from_pretrained(tmp_path / "b")
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    each, two = logged(trained), logged(tmp_path / "b")
+    assert [r["step"] for r in two] == [2, 4]
+    for first, second, mean in zip(each[0::2], each[1::2], two, strict=True):
+        assert mean["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-6)
+        for kind in ("nce", "kl"):
+            assert mean[kind]["1:8"] == pytest.approx((first[kind]["1:8"] + second[kind]["1:8"]) / 2, rel=1e-6)
+
+
+def test_epochs_may_be_broken(pairs_file, tmp_path):
+    """ --epochs 1.5 of 64 pairs in batches of 16 are 6 steps. """
+    run(pairs_file, tmp_path / "a", "--epochs", "1.5", "--max_steps", "0", "--sizes", "1:8")
+    assert logged(tmp_path / "a")[-1]["step"] == 6
 
 
 def test_a_run_starts_from_the_folder_of_another(trained, pairs_file, tmp_path):

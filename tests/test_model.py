@@ -203,16 +203,39 @@ def plain_bert(bert, texts, mask):
 
 def test_dropout_is_where_bert_has_it(config, monkeypatch):
     """ In training the encoder equals BERT's equations with the same masks in all four places, to 1e-10 in float64. """
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.3
+    config.hidden_dropout_prob, config.attention_probs_dropout_prob = 0.3, 0.4
     torch.manual_seed(0)
     bert, texts = Bert(config).double().train(), list(np.random.default_rng(0).integers(5, 97, size=(3, 7)))
-    drawn, draw = [], model_file.dropout_mask
-    monkeypatch.setattr(model_file, "dropout_mask", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    drawn, rates, draw = [], [], model_file.dropout_mask
+    def dropout_mask(size, p, dtype):
+        rates.append(p), drawn.append(draw(size, p, dtype))
+        return drawn[-1]
+    monkeypatch.setattr(model_file, "dropout_mask", dropout_mask)
     found = bert(pack(texts), [4])[0]
     masks = iter(drawn)
     want = plain_bert(bert, texts, lambda x: next(masks).view(x.shape))
     torch.testing.assert_close(found, want.view(found.shape), rtol=0, atol=1e-10)
-    assert next(masks, None) is None and len(drawn) == 1 + 3 * 4
+    assert next(masks, None) is None and rates == [0.3] + 4 * [0.4, 0.3, 0.3]
+
+
+def test_where_weights_start(config):
+    """ Matrices start at the standard deviation of the configuration, biases at 0, LayerNorms at 1 and 0. """
+    torch.manual_seed(0)
+    config.initializer_range = 0.15
+    for name, p in Bert(config).named_parameters():
+        if p.dim() == 2:
+            assert abs(p.mean()) < 0.03 and p.std().item() == pytest.approx(0.15, rel=0.2), name
+        else:
+            assert (p == float("norm" in name and name.endswith("weight"))).all(), name
+
+
+def test_fast_dtype(monkeypatch):
+    """ Without a GPU bfloat16 is the fast type where the CPU has one of two instruction sets for it, else float32. """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for has, want in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"),
+                      ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        assert model_file.fast_dtype() == want
 
 
 def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
@@ -221,7 +244,7 @@ def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
     model.config.sizes, model.config.pooling, model.config.similarity = ((1, 8), (4, 48)), "cls", "dot"
     save_pretrained(model, tokenizer, tmp_path / "m")
     ours = from_pretrained(tmp_path / "m")
-    assert ours.config == model.config
+    assert ours.config == model.config and not any(module.training for module in ours.modules())
     batch = pack(texts)
     assert torch.equal(ours(batch, [4])[0], model(batch, [4])[0])
     theirs = AutoModel.from_pretrained(tmp_path / "m").eval()
@@ -306,7 +329,7 @@ def test_sizes_of_the_paper():
     assert small == {(1, 8): "Demi", (2, 16): "Short", (3, 32): "Tall", (4, 64): "Grande", (5, 128): "Venti",
                      (6, 192): "Trenta"}
     assert [round(model.num_params(layer) / 1e6, 1) for layer, _ in sizes] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]
-    assert check_sizes(((6, 128), (2, 32)), model.config) == ((2, 32), (6, 128))
+    assert check_sizes(((6, 128), (2, 32), (6, 128)), model.config) == ((2, 32), (6, 128))   # sorted, each once
     with pytest.raises(ValueError, match="layer 14 but the model has 12 layers; use a layer between 1 and 12"):
         check_sizes(((14, 32),), model.config)
     with pytest.raises(ValueError, match="800 dims but the model has 768"):

@@ -467,6 +467,52 @@ def test_dropout_of_the_bottlenecks_share(smae, batch):
     torch.testing.assert_close(heard[heard != 0], 2 * share[heard != 0], rtol=0, atol=1e-12)
 
 
+def test_dropout_among_the_decoders_other_positions(smae, batch):
+    """ At p = 0.5 dropout hides other positions one by one and doubles the rest, so their mean share stays. """
+    decoder, (pack_of_texts, masked) = smae.decoder, batch
+    C, H = 48, decoder.attention.heads
+    with torch.no_grad():   # values are coordinate 0, which all but the bottleneck have: a head mixes their share
+        decoder.attention.qkv.weight[:2 * C, 0] = 0
+        decoder.attention.qkv.weight[2 * C:] = 0
+        decoder.attention.qkv.weight[2 * C:, 0] = 1
+        decoder.attention.out.weight.copy_(torch.eye(C))
+    decoder.rest = lambda x, mixed: mixed
+    torch.manual_seed(0)
+    embeddings = torch.randn(len(pack_of_texts.input_ids), C, dtype=torch.float64)
+    bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
+    embeddings[:, 0], bottleneck[..., 0] = 1, 0
+    at, decoder.attention.p = torch.from_numpy(masked.decoder_masked), 0.5
+    share, heard = (pretrain_smae.decode(decoder.train(training), embeddings, bottleneck, pack_of_texts, at)
+                    .unflatten(2, (H, C // H))[..., 0] for training in (False, True))   # (S, M, H)
+    assert ((heard - share).abs() > 1e-3 * share).double().mean() > 0.95
+    assert heard.mean().item() == pytest.approx(share.mean().item(), rel=0.1)
+
+
+def test_validation_sees_every_held_out_document_once(monkeypatch):
+    """ The validation loss takes all held-out documents, fifty at a time, each fifty with masks of its own. """
+    seen, seeds = [], []
+    def forward(model, documents, tokenizer, sizes, args, seed):
+        seen.extend(documents), seeds.append(tuple(seed))
+        return (None, {"mlm": torch.tensor(float(len(seeds)))}, {"mlm": torch.tensor(0.5)}), 0
+    monkeypatch.setattr(pretrain_smae, "forward", forward)
+    model = torch.nn.Linear(1, 1)
+    assert pretrain_smae.validate(model, list(range(120)), None, None, None) == ({"mlm": 2.0}, {"mlm": 0.5})
+    assert seen == list(range(120)) and len(set(seeds)) == 3 and model.training
+
+
+def test_flags_that_decide_the_result_must_not_change(tmp_path):
+    """ --resume refuses another value of every flag, but of those that say where, how often to log and on what. """
+    args = pretrain_smae.parse_args(["--out_dir", str(tmp_path)])
+    free = {"out_dir", "overwrite", "resume", "log_interval", "device", "compile"}
+    for name in vars(args):
+        saved = vars(args) | {name: "another"}
+        if name in free:
+            pretrain_smae.check_resumed(args, saved)
+        else:
+            with pytest.raises(ValueError, match=f"--resume: --{name} is .*had another"):
+                pretrain_smae.check_resumed(args, saved)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_resume(text_file, tmp_path, monkeypatch, streaming):
     """ A run that stopped after 4 of 8 steps and is resumed has batches, losses and weights of a whole run. """
@@ -515,7 +561,7 @@ def test_gradient_checkpointing_flag(text_file, tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_checkpoint(text_file, tmp_path):
+def test_checkpoint(text_file, tmp_path, monkeypatch):
     """ transformers' BertForMaskedLM takes the folder with strict keys and gives our logits; SRL starts from it. """
     from transformers import AutoTokenizer, BertForMaskedLM
     out = tmp_path / "smae"
@@ -531,8 +577,12 @@ def test_checkpoint(text_file, tmp_path):
         logits = head.transform(hidden) @ bert.word.weight.T + head.bias
         torch.testing.assert_close(logits, theirs.eval()(ids).logits[0], atol=1e-5, rtol=0)
     assert torch.equal(head.dense.weight, state(out)["head.dense.weight"])
-    # on with pre-training: head and decoder are the ones that were saved
-    train(text_file, tmp_path / "more", "--init_from", str(out), "--max_steps", "1", "--learning_rate", "1e-30")
+    # on with pre-training: head and decoder are the ones that were saved, and no parameter learns faster than others
+    with monkeypatch.context() as patch:
+        scales, configure = [], pretrain_smae.configure_optimizer
+        patch.setattr(pretrain_smae, "configure_optimizer", lambda *args: scales.append(args[-1]) or configure(*args))
+        train(text_file, tmp_path / "more", "--init_from", str(out), "--max_steps", "1", "--learning_rate", "1e-30")
+    assert scales == [1.0]
     a, b = state(out), state(tmp_path / "more")
     assert all(torch.allclose(a[name], b[name], atol=1e-7) for name in b)
     assert not torch.equal(b["decoder.up.weight"], b["bert.blocks.0.up.weight"])
@@ -630,8 +680,8 @@ class TestText:
             texts = {"text": [f"apple {i} {k}" for k in range(60)]}
             datasets.Dataset.from_dict(texts).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
         monkeypatch.setattr(pretrain_smae, "HELD_OUT", 7)
-        args = pretrain_smae.parse_args(["--train_text", str(tmp_path), "--streaming", "--out_dir", str(tmp_path / "out"),
-                                         "--max_steps", "5", "--batch_size", "8", "--micro_batch", "2"])
+        flags = ["--streaming", "--max_steps", "5", "--batch_size", "8", "--micro_batch", "2"]
+        args = pretrain_smae.parse_args(["--train_text", str(tmp_path), "--out_dir", str(tmp_path / "out"), *flags])
         for rank in range(world_size):
             texts = data.load_texts(str(tmp_path), True, rank, world_size)
             stream = [document.tolist() for document in data.tokenize_documents(texts, words)]
@@ -660,6 +710,10 @@ class TestText:
             pieces = words.convert_ids_to_tokens(ids)
             assert (found[i] & 0x7fff).tolist() == ids
             assert (found[i] >> 15).tolist() == [int(not piece.startswith("##")) for piece in pieces]
+        before = os.stat(text_file)
+        os.utime(text_file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))   # as long, and of another date
+        assert data.token_file(text_file, words).tokens.filename != found.tokens.filename
+        os.utime(text_file, ns=(before.st_atime_ns, before.st_mtime_ns))
         stamp = os.stat(found.tokens.filename).st_mtime_ns
         assert os.stat(data.token_file(text_file, words).tokens.filename).st_mtime_ns == stamp
         with gzip.open(text_file, "at") as file:

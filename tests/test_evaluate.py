@@ -449,6 +449,19 @@ def test_bootstrap_is_paired():
     assert evaluate.paired_bootstrap(x, x, gold) == 1
 
 
+def test_bootstrap_equals_a_plain_loop():
+    """ The p-value is that of the spread of the difference of the two Spearmans, resample by resample. """
+    from scipy.stats import norm
+    rng = np.random.default_rng(1)
+    gold = np.round(rng.normal(size=80))   # with ties
+    x, y = gold + rng.normal(size=80), gold + 1.3 * rng.normal(size=80)
+    rows = np.random.default_rng(0).integers(80, size=(50, 80))
+    first, second = ([evaluate.spearman(values[row], gold[row]) for row in rows] for values in (x, y))
+    difference = abs(evaluate.spearman(x, gold) - evaluate.spearman(y, gold))
+    want = 2 * norm.sf(difference / np.std(np.subtract(first, second)))
+    assert evaluate.paired_bootstrap(x, y, gold, resamples=50) == pytest.approx(want, rel=1e-9) and 1e-6 < want < 0.9
+
+
 @needs("matplotlib")
 def test_plot(saved, beir, sts_file, tmp_path):
     """ The figure names the model and labels each size with its bytes, as text of the SVG. """

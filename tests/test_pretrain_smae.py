@@ -28,11 +28,6 @@ LINES = ["the apple stands beside the bridge in the morning light",
          "the kitchen has a lantern and an orange mirror"] * 8
 
 
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """ The speed of the machine is measured at the start of a run: a second. test_ranks_and_micro_batches does it. """
-
-
 @pytest.fixture
 def text_file(tmp_path, monkeypatch):
     """ 32 documents, 10 words long, and an empty line """

@@ -1,7 +1,8 @@
 """ Pairs come out of every kind of source the same, and a batch is a function of (seed, step). """
 import gzip
 import json
-import sys
+import os
+import time
 
 import numpy as np
 import pytest
@@ -88,6 +89,70 @@ def test_bad_files_are_named_with_the_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         data.load_pairs(str(path))
+
+
+@pytest.mark.parametrize("name", [f"rows.{kind}{gz}" for kind in ("txt", "csv", "tsv", "jsonl") for gz in ("", ".gz")])
+def test_read_rows(tmp_path, name):
+    """ read_rows gives line numbers and dicts of every format, passes over blank lines, keeps quotes and accents. """
+    texts, kind = ["caf\u00e9, \"noir\"", "th\u00e9 \u2615"], name.split(".")[1]
+    lines = {"txt": [texts[0], "", texts[1]], "csv": ["text,id", '"caf\u00e9, ""noir""",1', f"{texts[1]},2"],
+             "tsv": ["text\tid", '"caf\u00e9, ""noir"""\t1', f"{texts[1]}\t2"],
+             "jsonl": [json.dumps({"text": texts[0], "id": "1"}, ensure_ascii=False), " ",
+                       json.dumps({"text": texts[1], "id": "2"})]}[kind]
+    with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    (first, a), (last, b) = data.read_rows(tmp_path / name)
+    assert (first, last) == ((2, 3) if kind in ("csv", "tsv") else (1, 3))
+    assert [a["text"].strip(), b["text"].strip()] == texts
+    assert kind == "txt" or [a["id"], b["id"]] == ["1", "2"]
+
+
+def test_train_text_from_a_table(tmp_path, tokenizer, monkeypatch):
+    """ --train_text takes the column text of a .csv, line breaks in a cell included, and refuses one without it. """
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    path = tmp_path / "t.csv"
+    path.write_text('id,text\n1,"the apple\nstands beside"\n2,the bridge\n')
+    assert list(data.load_texts(str(path))) == ["the apple\nstands beside", "the bridge"]
+    found = data.token_file(str(path), tokenizer)
+    texts = [tokenizer.decode(data.split_tokens(found[i])[0]) for i in (0, 1)]
+    assert texts == ["the apple stands beside", "the bridge"]
+    path.write_text("id,body\n1,an apple\n")
+    with pytest.raises(ValueError, match="--train_text: a row with the columns id, body; it needs text"):
+        list(data.load_texts(str(path)))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_failed_write_leaves_nothing(tmp_path, folder):
+    """ When writing fails, the error comes out, what was there before stays as it was, and nothing else is left. """
+    old = tmp_path / "file"
+    old.write_text("old")
+    for path in (old, tmp_path / "new"):
+        with pytest.raises(RuntimeError, match="disk"), data.whole(path) as part:
+            if folder:
+                part.mkdir()
+            (part / "inside" if folder else part).write_text("half")
+            raise RuntimeError("disk")
+    assert os.listdir(tmp_path) == ["file"] and old.read_text() == "old"
+    with data.whole(old) as part:
+        part.write_text("new")
+        assert old.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"] and old.read_text() == "new"
+
+
+def test_what_killed_runs_left_goes_after_a_day(tmp_path):
+    """ A .part that nobody has written to for a day is removed; one that is written to, or another file's, stays. """
+    two_days_ago = time.time() - 2 * 86_400
+    for name, ages in {"file.1.part": (two_days_ago, two_days_ago), "file.2.part": (two_days_ago, time.time()),
+                       "file.3.part": (time.time(), time.time()), "other.1.part": (two_days_ago, two_days_ago)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens.bin").write_text("")
+        os.utime(tmp_path / name / "tokens.bin", (ages[1], ages[1]))
+        os.utime(tmp_path / name, (ages[0], ages[0]))
+    (tmp_path / "file.4.part").write_text("")
+    os.utime(tmp_path / "file.4.part", (two_days_ago, two_days_ago))
+    with data.whole(tmp_path / "file") as part:
+        part.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.2.part", "file.3.part", "other.1.part"]
 
 
 @pytest.mark.parametrize("source", ["nowhere/nothing", "nowhere.jsonl", "nowhere.parquet"])
@@ -181,7 +246,9 @@ def test_a_batch_is_a_function_of_seed_and_step(pairs):
     first = [batch(1, step) for step in (0, 1, 2, 3)]
     assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
     assert batch(2, 0) != first[0] and first[0] != first[1]
-    rows = [[int(query[0]) for query in data.srl_batch(pairs, 5, 0, 9, 1, step)[0]] for step in range(4)]
+    rows, others = ([[int(query[0]) for query in data.srl_batch(pairs, 5, 0, 9, seed, step)[0]] for step in range(4)]
+                    for seed in (1, 2))
+    assert rows != others                           # the order is another one for another seed
     assert rows[0] + rows[1] != rows[2] + rows[3]   # the second epoch has an order of its own
 
 
@@ -225,6 +292,28 @@ def test_tokenize_pairs(pairs_file, tokenizer):
     assert len(pairs.queries) == 64 and max(map(len, pairs.queries)) == 5 and not any(pairs.negatives)
     text = tokenizer.decode(pairs.positives[9][0], skip_special_tokens=True)
     assert text == "the bridge stands beside the jacket in the morning"
+
+
+def test_ids_beyond_16_bits():
+    """ Of a vocabulary of 70,000 words the last one keeps its id. """
+    from transformers import BertTokenizer
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"word{i}" for i in range(70_000)]
+    ids, = data.tokenize(["word69999"], BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}), 8)
+    assert ids.tolist() == [2, 70_004, 3]
+
+
+def test_documents_without_a_token_are_left_out(tokenizer):
+    """ A text in which the tokenizer finds nothing is no document. """
+    found = data.tokenize_documents(["", "apple", " \u200b", "bridge"], tokenizer)
+    assert [tokenizer.decode(data.split_tokens(document)[0]) for document in found] == ["apple", "bridge"]
+
+
+def test_sts_of_the_hub(monkeypatch):
+    """ An STS set of the hub is known by a short name, and its test split is read. """
+    rows, asked = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (1, 2)], []
+    monkeypatch.setattr(data, "load_table", lambda source, what: asked.append(source) or rows)
+    assert data.load_sts("sts12")[0] == "sts12" and data.load_sts("stsb")[3].tolist() == [1, 2]
+    assert asked == ["mteb/sts12-sts::test", "sentence-transformers/stsb::test"]
 
 
 def test_rows_without_a_positive_are_left_out(tokenizer):

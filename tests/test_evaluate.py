@@ -10,7 +10,7 @@ import torch
 
 import data
 import evaluate
-from conftest import refused_process
+from conftest import needs, refused_process
 from data import Collection
 from evaluate import bm25, encode, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
 from model import save_pretrained
@@ -51,9 +51,10 @@ def test_ties_are_broken_by_descending_document_id():
     assert ranking(np.float32([1, 2, 1, 1, -np.inf]), ["d1", "d2", "d10", "d3", "d4"]) == ["d2", "d3", "d10", "d1"]
 
 
+@needs("pytrec_eval")
 def test_metrics_against_trec_eval():
     """ The metrics of random runs with ties and grades equal those of trec_eval to 1e-9. """
-    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval, an optional second opinion, is not installed")
+    import pytrec_eval
     rng = np.random.default_rng(0)
     ids = [f"d{i}" for i in range(150)]
     for _ in range(20):
@@ -120,6 +121,13 @@ def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
     question = "the bridge stands beside the river"
     evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
     assert "pkg.f" in capsys.readouterr().out.splitlines()[0]
+    index, = (tmp_path / "m").glob("search-*.npy")
+    for age, remade in ((10, False), (-10, True)):   # seconds by which the model is older than the index
+        config = (tmp_path / "m" / "config.json").stat()
+        os.utime(index, ns=(config.st_atime_ns, config.st_mtime_ns + age * 10**9))
+        stamp = index.stat().st_mtime_ns
+        evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
+        assert (index.stat().st_mtime_ns != stamp) == remade   # the index of an earlier model is made again
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -167,6 +175,31 @@ def test_sts_is_spearman_of_the_cosine(saved, sts_file):
         assert r["value"] == pytest.approx(want, abs=1e-9)
 
 
+def test_mean_of_sts_is_by_size(saved, sts_file, tmp_path):
+    """ Two STS sets have a mean for every size, of the two values of this size. """
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(open(sts_file).readlines()[:11]))
+    out = tmp_path / "o.json"
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, str(other), "--sizes", "4:8,4:48",
+                                       "--out", str(out)]))
+    found = {(r["task"], r["dim"]): r["value"] for r in json.loads(out.read_text())["results"]
+             if r["metric"] == "Spearman"}
+    for dim in (8, 48):
+        assert found["mean of STS", dim] == pytest.approx((found["mine", dim] + found["other", dim]) / 2)
+    assert found["mean of STS", 8] != found["mean of STS", 48]
+
+
+def test_cost_by_hand(model):
+    """ A size costs its parameters, 4 bytes a dim, and 2 FLOP a token for each entry of the matrices of its blocks. """
+    found = {(r["layer"], r["metric"]): r["value"] for r in evaluate.cost(model, ((1, 8), (4, 48)))}
+    matrices = 4 * 48 * 48 + 2 * 48 * 80                   # of a block: q, k, v, output; up, down
+    block = matrices + 4 * 48 + 80 + 48 + 4 * 48           # and biases, two LayerNorms
+    embeddings = (97 + 40 + 2 + 2) * 48                    # words, positions, types, LayerNorm
+    assert found == {(1, "bytes"): 32, (4, "bytes"): 192,
+                     (1, "parameters"): embeddings + block, (4, "parameters"): embeddings + 4 * block,
+                     (1, "MFLOP/token"): 2 * matrices / 1e6, (4, "MFLOP/token"): 8 * matrices / 1e6}
+
+
 def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monkeypatch):
     """ One document a shard, written to .npy and read back without the encoder, gives the records of one piece. """
     model, tokenizer = evaluate.load_model(saved)
@@ -186,6 +219,12 @@ def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monk
         model.blocks[0].up.weight += 0.1
     evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
     assert len(calls) == 6   # other weights: queries again, and four shards
+    model.config.pooling = "cls"
+    evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
+    assert len(calls) == 11   # another pooling
+    tokenizer.model_max_length = 5
+    evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
+    assert len(calls) == 16   # another length
     run = (tmp_path / "runs" / "beir-1-8.run").read_text().splitlines()
     assert len(run) == 8 and run[0].split()[0::2][:2] == ["q1", run[0].split()[2]] and run[0].split()[3] == "1"
 
@@ -261,6 +300,7 @@ def test_sentence_transformers_folder(saved, pooling):
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
     (saved / "modules.json").write_text(json.dumps(modules[:2]))
+    assert evaluate.load_model(saved, max_length=99)[1].model_max_length == 40   # its positions
     model, tokenizer = evaluate.load_model(saved)
     assert model.config.pooling == "cls" and tokenizer.model_max_length == 6
     assert evaluate.load_model(saved, max_length=5)[1].model_max_length == 5
@@ -268,6 +308,110 @@ def test_sentence_transformers_folder(saved, pooling):
     (saved / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="modules.json asks for Dense"):
         evaluate.load_model(saved)
+
+
+@needs("sentence_transformers")
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embeddings_of_sentence_transformers(tokenizer, tmp_path, pooling):
+    """ A folder that sentence-transformers saved gives the embeddings of its own encode, to 1e-5. """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+                                intermediate_size=80, max_position_embeddings=40, initializer_range=0.2))
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    transformer = Transformer(str(tmp_path / "bert"), max_seq_length=9)
+    theirs = SentenceTransformer(modules=[transformer, Pooling(48, pooling)], device="cpu")
+    theirs.save(str(tmp_path / "theirs"))
+    texts = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
+    model, tokenizer = evaluate.load_model(tmp_path / "theirs")
+    ours = evaluate.embed_texts(model, tokenizer, texts, [2])[2]
+    torch.testing.assert_close(ours, torch.from_numpy(theirs.encode(texts)), rtol=0, atol=1e-5)
+    assert ours.std() > 0.1 and tokenizer.model_max_length == 9   # the last text is cut
+
+
+@pytest.fixture
+def results_file(tmp_path):
+    """ name, {size name: (queries,) MRR@10} -> a file as evaluate.py writes it, with the sizes in this order """
+    def write(name, sizes):
+        results, per_item = [], {"ids": [f"q{i}" for i in range(200)]}
+        for size, values in {**sizes, "BM25": [0.1] * 200}.items():
+            layer, dim = map(int, size.split(":")) if ":" in size else (None, None)
+            per_item[size] = {"MRR@10": list(values), "nDCG@10": [value / 2 for value in values]}
+            results += [{"task": "set", "metric": metric, "layer": layer, "dim": dim, "value": float(np.mean(items)),
+                         "n": 200} for metric, items in per_item[size].items()]
+            if layer:
+                results.append({"task": "cost", "metric": "MFLOP/token", "layer": layer, "dim": dim,
+                                "value": float(layer), "n": 1})
+        content = {"model": f"out/{name}", "results": results, "per_item": {"set": per_item}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return str(tmp_path / f"{name}.json")
+    return write
+
+
+def test_several_files_count_as_one(results_file):
+    """ LABEL=a.json,b.json joins the records and the per-item values of both; the default label is the first model. """
+    a, b = results_file("a", {"1:8": [0.25] * 200}), results_file("b", {"2:4": [0.5] * 200})
+    label, results, per_item = evaluate.load_results(f"mine={a},{b}")
+    assert label == "mine" and evaluate.load_results(f"{a},{b}")[0] == "a"
+    found = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MRR@10" and r["layer"]}
+    assert found == {(1, 8): 0.25, (2, 4): 0.5}
+    assert set(per_item["set"]) == {"ids", "1:8", "2:4", "BM25"} and per_item["set"]["2:4"]["MRR@10"] == [0.5] * 200
+
+
+def test_compare_pairs_sizes_by_order(results_file, capsys):
+    """ The smallest size is compared with the smallest, whatever the order of files and of sizes within them. """
+    base = results_file("base", {"10:8": [0.3, 0.5] * 100, "2:4": [0.1, 0.3] * 100})
+    small, large = results_file("small", {"1:9": [0.3] * 200}), results_file("large", {"12:8": [0.5] * 200})
+    evaluate.compare([base, f"other={large},{small}"], ["MRR@10"])
+    head, first, second, note = capsys.readouterr().out.splitlines()
+    assert head.split() == ["base", "other"]
+    assert first.replace("*", "").split() == ["set", "MRR@10", "2:4", "0.2000", "1:9", "0.3000"]
+    assert second.replace("*", "").split() == ["set", "MRR@10", "10:8", "0.4000", "12:8", "0.5000"]
+    with pytest.raises(ValueError, match="--compare: 2, 1 sizes"):
+        evaluate.compare([base, small])
+
+
+def test_compare_tests_the_chosen_metrics_alone(results_file, capsys):
+    """ --metrics chooses the lines, and Bonferroni's correction counts these alone. """
+    rng = np.random.default_rng(0)
+    base = rng.random(200)
+    gain = rng.normal(size=200)
+    gain += 2.5 * gain.std() / 200**0.5 - gain.mean()   # t = 2.5: p = .013, above .05 / 4 and below .05 / 2
+    files = [results_file(name, {"1:8": base + 0.01 * i * gain, "2:16": base}) for i, name in enumerate("ab")]
+    evaluate.main(evaluate.parse_args(["--compare", *files, "--metrics", "MRR@10"]))
+    _, small, large, note = capsys.readouterr().out.splitlines()
+    assert small.endswith("*") and "*" not in large and "0.05 / 2 comparisons" in note
+    evaluate.compare(files)
+    *lines, note = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and "*" not in "".join(lines) and "0.05 / 4 comparisons" in note
+
+
+@needs("matplotlib")
+def test_plot_draws_a_line_for_each_of_the_results(results_file, tmp_path):
+    """ A line for each of the results, cost against the mean of the chosen metric, and one level for BM25. """
+    from matplotlib import pyplot
+    a = results_file("a", {"2:16": [0.5] * 200, "1:8": [0.25] * 200})
+    b, c = results_file("b", {"1:8": [0.3] * 200}), results_file("c", {"3:9": [0.7] * 200})
+    evaluate.plot([a, f"both={b},{c}"], tmp_path / "f.svg", ["MRR@10"])
+    lines = [(line.get_xdata(), line.get_ydata()) for line in pyplot.gcf().axes[0].lines]
+    pyplot.close("all")
+    assert [list(x) for x, _ in lines] == [[1, 2], [0, 1], [1, 3]]   # the second is the level, in shares of the width
+    assert [list(y) for _, y in lines] == [pytest.approx(y) for y in ([0.25, 0.5], [0.1, 0.1], [0.3, 0.7])]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "f.svg").read_text())
+    assert {"a", "both", "BM25"} <= set(texts)
+    evaluate.plot([a], tmp_path / "g.png")   # nDCG@10, which is half of it here
+    assert list(pyplot.gcf().axes[0].lines[0].get_ydata()) == pytest.approx([0.125, 0.25])
+    pyplot.close("all")
+
+
+def test_average_by_hand():
+    """ average gives the mean of each name over the records that have it, as floats, in order of appearance. """
+    tensor = lambda value: torch.tensor(value, requires_grad=True)
+    mean = evaluate.average([{"b": tensor(1.0)}, {"a": tensor(5.0), "b": tensor(2.0)}, {"b": tensor(6.0)}])
+    assert list(mean.items()) == [("b", 3.0), ("a", 5.0)] and type(mean["a"]) is float
 
 
 def test_compare_marks_what_is_significant(tmp_path, capsys):
@@ -305,9 +449,22 @@ def test_bootstrap_is_paired():
     assert evaluate.paired_bootstrap(x, x, gold) == 1
 
 
+def test_bootstrap_equals_a_plain_loop():
+    """ The p-value is that of the spread of the difference of the two Spearmans, resample by resample. """
+    from scipy.stats import norm
+    rng = np.random.default_rng(1)
+    gold = np.round(rng.normal(size=80))   # with ties
+    x, y = gold + rng.normal(size=80), gold + 1.3 * rng.normal(size=80)
+    rows = np.random.default_rng(0).integers(80, size=(50, 80))
+    first, second = ([evaluate.spearman(values[row], gold[row]) for row in rows] for values in (x, y))
+    difference = abs(evaluate.spearman(x, gold) - evaluate.spearman(y, gold))
+    want = 2 * norm.sf(difference / np.std(np.subtract(first, second)))
+    assert evaluate.paired_bootstrap(x, y, gold, resamples=50) == pytest.approx(want, rel=1e-9) and 1e-6 < want < 0.9
+
+
+@needs("matplotlib")
 def test_plot(saved, beir, sts_file, tmp_path):
     """ The figure names the model and labels each size with its bytes, as text of the SVG. """
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: figures are optional")
     evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--retrieval", str(beir),
                                        "--plot", str(tmp_path / "f.svg")]))
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "f.svg").read_text())
@@ -323,6 +480,17 @@ def test_grid_and_speed(saved, sts_file, tmp_path, capsys):
     found = [(r["layer"], r["dim"]) for r in results if r["metric"] == "Spearman"]
     assert found == [(layer, dim) for layer in (1, 2, 3, 4) for dim in (8, 48)]
     assert all(r["value"] > 0 for r in results if r["task"] == "cost")
+
+
+def test_the_table_names_trained_sizes_alone(saved, sts_file, tmp_path, capsys):
+    """ A size has a name in the table if the model was trained for it, not because the paper would give it one. """
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"sizes": [[1, 8], [3, 48]], "size_names": ["Demi", "Large"]}
+    (saved / "config.json").write_text(json.dumps(config))
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--grid", "--out", str(tmp_path / "o.json")]))
+    lines = capsys.readouterr().out.splitlines()[-8:]
+    assert [" ".join(re.match(r"(\D*)(\d:\d+)", line).groups()).split() for line in lines] == [
+        ["Demi", "1:8"], ["1:48"], ["2:8"], ["2:48"], ["3:8"], ["Large", "3:48"], ["4:8"], ["4:48"]]
 
 
 JUDGED = "query-id\tcorpus-id\tscore\n"

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import data
+import evaluate
 import finetune_srl
 import model
 from conftest import make_beir, refused_process
 from finetune_srl import cached_backward, get_lr, main, parse_args, srl_loss
-from model import Bert, BertConfig, from_pretrained, pack
+from model import Bert, BertConfig, from_pretrained, named_sizes, pack
 
 ROOT = Path(finetune_srl.__file__).parent
 
@@ -108,6 +109,7 @@ def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path, monkeypatc
     assert min(norms) < 0.5 < max(norms)   # clipping bites in some steps
     assert [r["loss"] for r in logged(tmp_path / "a")] == pytest.approx(losses, rel=1e-4)
     assert [r["norm"] for r in logged(tmp_path / "a")] == pytest.approx(norms, rel=1e-3)
+    assert [r["learning_rate"] for r in logged(tmp_path / "a")] == pytest.approx([0.001, 0.002, 0.002, 0.001])
     for (name, found), want in zip(from_pretrained(tmp_path / "a").named_parameters(), bert.parameters()):
         if name.endswith("qkv.bias"):   # softmax ignores the bias of the keys: its gradient is rounding error
             found, want = (torch.cat([bias[:48], bias[96:]]) for bias in (found, want))
@@ -258,14 +260,47 @@ def test_a_run_end_to_end(trained):
     assert json.loads((trained / "args.json").read_text())["sizes"] == [[1, 8], [3, 64]]
     results = json.loads((trained / "eval.json").read_text())["results"]
     assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 64), (None, None)}
+    dev, = logged(trained, "dev")
+    assert {r["n"] for r in dev["dev"]} == {1} and {r["n"] for r in results if r["metric"] == "MRR@10"} == {2}
     assert bert.config.max_position_embeddings == data.load_tokenizer(trained).model_max_length == 256
 
 
+def test_the_log_holds_its_terms_by_size(trained):
+    """ Every record of training holds InfoNCE and KL under the names of the sizes. """
+    for record in logged(trained):
+        assert list(record["nce"]) == list(record["kl"]) == ["1:8", "3:64"]
+        assert record["nce"]["1:8"] != record["nce"]["3:64"] and record["kl"]["1:8"] > record["kl"]["3:64"]
+
+
+def test_steps_of_different_sizes_are_averaged_by_name():
+    """ A size that is missing in some steps has the mean over the steps that had it. """
+    torch.manual_seed(0)
+    taps = [split({n: torch.randn(6, 8) for n in (1, 2)}, 3) for _ in range(3)]
+    sizes = [((1, 4), (2, 8)), ((2, 8),), ((1, 4), (2, 8))]
+    (_, a, _), (_, b, _), (_, c, _) = (srl_loss(*t, s, "cosine", 0.1, 1.0) for t, s in zip(taps, sizes))
+    mean = evaluate.average([a, b, c])
+    assert list(mean) == ["1:4", "2:8"]
+    assert mean["1:4"] == pytest.approx((a["1:4"].item() + c["1:4"].item()) / 2, rel=1e-6)
+    assert mean["2:8"] == pytest.approx((a["2:8"].item() + b["2:8"].item() + c["2:8"].item()) / 3, rel=1e-6)
+
+
 def test_the_same_seed_gives_the_same_weights(trained, pairs_file, tmp_path):
-    """ A second run, without evaluation in between, ends with the same bits, dropout on. """
-    run(pairs_file, tmp_path / "b", "--dropout", "0.1")
+    """ A second run, without evaluation in between, ends with the same bits, and its log has means of two steps. """
+    run(pairs_file, tmp_path / "b", "--dropout", "0.1", "--log_interval", "2")
     a, b = from_pretrained(trained), from_pretrained(tmp_path / "b")
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    each, two = logged(trained), logged(tmp_path / "b")
+    assert [r["step"] for r in two] == [2, 4]
+    for first, second, mean in zip(each[0::2], each[1::2], two, strict=True):
+        assert mean["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2, rel=1e-6)
+        for kind in ("nce", "kl"):
+            assert mean[kind]["1:8"] == pytest.approx((first[kind]["1:8"] + second[kind]["1:8"]) / 2, rel=1e-6)
+
+
+def test_epochs_may_be_broken(pairs_file, tmp_path):
+    """ --epochs 1.5 of 64 pairs in batches of 16 are 6 steps. """
+    run(pairs_file, tmp_path / "a", "--epochs", "1.5", "--max_steps", "0", "--sizes", "1:8")
+    assert logged(tmp_path / "a")[-1]["step"] == 6
 
 
 def test_a_run_starts_from_the_folder_of_another(trained, pairs_file, tmp_path):
@@ -275,6 +310,53 @@ def test_a_run_starts_from_the_folder_of_another(trained, pairs_file, tmp_path):
     bert = from_pretrained(tmp_path / "c")
     assert bert.config.pooling == "cls" and len(bert.blocks) == 2
     assert data.load_tokenizer(tmp_path / "c").model_max_length == 32   # its queries in training
+
+
+@pytest.fixture
+def cls_dot_folder(bert_folder, tmp_path):
+    """ a BERT of 3 layers x 48 that was trained with cls, dot and three sizes of its own, two of which have names """
+    shutil.copytree(bert_folder, tmp_path / "cls_dot")
+    config = json.loads((tmp_path / "cls_dot" / "config.json").read_text())
+    config |= {"pooling": "cls", "similarity": "dot", "sizes": [[1, 8], [2, 20], [3, 48]],
+               "size_names": ["Demi", "", "Trenta"]}
+    (tmp_path / "cls_dot" / "config.json").write_text(json.dumps(config))
+    return str(tmp_path / "cls_dot")
+
+
+@pytest.mark.parametrize("flags, pooling, similarity, names", [
+    ([], "cls", "dot", {(1, 8): "Demi", (2, 20): "", (3, 48): "Trenta"}),
+    (["--sizes", "3:48,1:8"], "cls", "dot", {(1, 8): "Demi", (3, 48): "Trenta"}),
+    (["--sizes", "2:16,2:20", "--pooling", "mean"], "mean", "dot", {(2, 16): "", (2, 20): ""}),
+    (["--similarity", "cosine"], "cls", "cosine", {(1, 8): "Demi", (2, 20): "", (3, 48): "Trenta"}),
+])
+def test_a_loaded_model_keeps_its_ways(cls_dot_folder, pairs_file, tmp_path, flags, pooling, similarity, names):
+    """ Pooling, similarity and sizes with their names are trained as loaded, unless a flag says otherwise. """
+    out, small = tmp_path / "out", [flag for flag in SMALL if flag not in ("--sizes", "1:8,3:64")]
+    main(parse_args(["--init_from", cls_dot_folder, "--train_pairs", pairs_file, "--out_dir", str(out), *small,
+                     "--max_steps", "1", "--learning_rate", "1e-30", "--temperature", "2", *flags]))
+    bert = from_pretrained(out)
+    assert (bert.config.pooling, bert.config.similarity, named_sizes(bert.config)) == (pooling, similarity, names)
+    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), data.load_tokenizer(cls_dot_folder), 32, 64)
+    queries, passages = data.srl_batch(pairs, 16, 1, 64, 1, 0)
+    with torch.no_grad():
+        tap, = bert(batch := pack(queries + passages), [list(names)[-1][0]])
+        q, p = split({0: model.POOLINGS[pooling](tap, batch)}, 16)
+    want, = loss_and_terms(q, p, ((0, list(names)[-1][1]),), similarity, 2.0, 1.0)[1]
+    assert logged_terms(logged(out)[0], "nce")[-1] == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_pooling_flag_takes_the_poolings(monkeypatch, refused):
+    """ --pooling takes the entries of POOLINGS, one that is added included, and no others. """
+    monkeypatch.setitem(model.POOLINGS, "last", model.cls_pool)
+    assert parse_args(["--pooling", "last", "--out_dir", "out/nowhere"]).pooling == "last"
+    assert "invalid choice: 'max'" in (said := refused(finetune_srl, ["--pooling", "max"]))
+    assert all(name in said for name in ("mean", "cls", "last"))
+
+
+def test_torchrun_is_refused(monkeypatch, refused):
+    """ Started as one of two processes, the script ends with status 2 and says how to start it. """
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it with python" in refused(finetune_srl, ["--out_dir", "out/nowhere"])
 
 
 @pytest.mark.parametrize("flags, blocks, last", [([], 3, 0), (["--sizes", "2:64"], 2, 0), (["--pooling", "cls"], 3, 1)])
@@ -314,6 +396,8 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     (["--max_steps", "-1"], "--max_steps: -1: must be 0 or more"),
     (["--learn", "1"], "unrecognized arguments: --learn"),
     (["--sizes", "9:8"], "--sizes asks for layer 9 but the model has 3 layers; use a layer between 1 and 3"),
+    (["--sizes", "2:64,3:8"], "--sizes 2:64,3:8: no size is both the deepest and the widest, so none can teach the "
+                              "others; add 3:64"),
     (["--train_pairs", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--init_from", "nowhere"], "nowhere: neither a folder nor a model of the hub"),
     (["--retrieval", "nowhere"], "--retrieval nowhere: neither docs, nor a folder in BEIR layout"),

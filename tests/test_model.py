@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import model as model_file
-from model import (Bert, BertConfig, PackedAttention, check_sizes, dropout, from_pretrained, pack, paper_sizes, pool,
-                   save_pretrained)
+from model import (Bert, BertConfig, PackedAttention, attention, check_sizes, dropout, fast_attention, from_pretrained,
+                   named_sizes, pack, paper_sizes, pool, save_pretrained)
 
 
 def hugging_face(config, **changes):
@@ -57,6 +57,20 @@ def test_gradient_of_the_attention(p):
         torch.manual_seed(1)   # the same entries are dropped every time
         return PackedAttention.apply(qkv, [(2, 1), (1, 3), (2, 2)], 2, p)
     assert torch.autograd.gradcheck(attend, qkv)
+
+
+def test_fast_attention_is_attention():
+    """ fast_attention equals attention, in output and gradient, to 1e-12 in float64. """
+    torch.manual_seed(0)
+    x, weight = torch.randn(9, 18, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    found = []
+    for attend in (attention, fast_attention):
+        qkv = x.clone().requires_grad_()
+        out = attend(qkv, [(2, 1), (1, 3), (2, 2)], 2, 0.0)
+        (out * weight).sum().backward()
+        found.append((out.detach(), qkv.grad))
+    for plain, fast in zip(*found):
+        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-12)
 
 
 def test_defaults_are_berts():
@@ -189,16 +203,39 @@ def plain_bert(bert, texts, mask):
 
 def test_dropout_is_where_bert_has_it(config, monkeypatch):
     """ In training the encoder equals BERT's equations with the same masks in all four places, to 1e-10 in float64. """
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.3
+    config.hidden_dropout_prob, config.attention_probs_dropout_prob = 0.3, 0.4
     torch.manual_seed(0)
     bert, texts = Bert(config).double().train(), list(np.random.default_rng(0).integers(5, 97, size=(3, 7)))
-    drawn, draw = [], model_file.dropout_mask
-    monkeypatch.setattr(model_file, "dropout_mask", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    drawn, rates, draw = [], [], model_file.dropout_mask
+    def dropout_mask(size, p, dtype):
+        rates.append(p), drawn.append(draw(size, p, dtype))
+        return drawn[-1]
+    monkeypatch.setattr(model_file, "dropout_mask", dropout_mask)
     found = bert(pack(texts), [4])[0]
     masks = iter(drawn)
     want = plain_bert(bert, texts, lambda x: next(masks).view(x.shape))
     torch.testing.assert_close(found, want.view(found.shape), rtol=0, atol=1e-10)
-    assert next(masks, None) is None and len(drawn) == 1 + 3 * 4
+    assert next(masks, None) is None and rates == [0.3] + 4 * [0.4, 0.3, 0.3]
+
+
+def test_where_weights_start(config):
+    """ Matrices start at the standard deviation of the configuration, biases at 0, LayerNorms at 1 and 0. """
+    torch.manual_seed(0)
+    config.initializer_range = 0.15
+    for name, p in Bert(config).named_parameters():
+        if p.dim() == 2:
+            assert abs(p.mean()) < 0.03 and p.std().item() == pytest.approx(0.15, rel=0.2), name
+        else:
+            assert (p == float("norm" in name and name.endswith("weight"))).all(), name
+
+
+def test_fast_dtype(monkeypatch):
+    """ Without a GPU bfloat16 is the fast type where the CPU has one of two instruction sets for it, else float32. """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for has, want in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"),
+                      ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        assert model_file.fast_dtype() == want
 
 
 def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
@@ -207,7 +244,7 @@ def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
     model.config.sizes, model.config.pooling, model.config.similarity = ((1, 8), (4, 48)), "cls", "dot"
     save_pretrained(model, tokenizer, tmp_path / "m")
     ours = from_pretrained(tmp_path / "m")
-    assert ours.config == model.config
+    assert ours.config == model.config and not any(module.training for module in ours.modules())
     batch = pack(texts)
     assert torch.equal(ours(batch, [4])[0], model(batch, [4])[0])
     theirs = AutoModel.from_pretrained(tmp_path / "m").eval()
@@ -244,6 +281,8 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
 @pytest.mark.parametrize("change, message", [({"model_type": "roberta"}, "model_type 'roberta'"),
                                              ({"position_embedding_type": "relative_key"}, "relative_key positions"),
                                              ({"hidden_act": "mish"}, "hidden_act 'mish'"),
+                                             ({"pooling": "max"}, "pooling 'max' .* known are mean, cls"),
+                                             ({"similarity": "l2"}, "similarity 'l2' .* known are cosine, dot"),
                                              ({"num_hidden_layers": 5}, "has no tensor 'encoder.layer.4"),
                                              ({"vocab_size": 98}, "word.weight")])
 def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
@@ -255,14 +294,42 @@ def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
         from_pretrained(tmp_path)
 
 
+def test_sizes_keep_their_names(model, tokenizer, tmp_path):
+    """ The names of the sizes come back from config.json; an old config.json without names loads as well. """
+    assert named_sizes(model.config) == paper_sizes(model.config)   # trained for no size: the paper's
+    model.config.sizes, model.config.size_names = ((1, 8), (3, 9), (4, 48)), ("Demi", "", "Trenta")
+    save_pretrained(model, tokenizer, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["sizes"] == [[1, 8], [3, 9], [4, 48]] and saved["size_names"] == ["Demi", "", "Trenta"]
+    loaded = from_pretrained(tmp_path).config
+    assert loaded == model.config and named_sizes(loaded) == {(1, 8): "Demi", (3, 9): "", (4, 48): "Trenta"}
+    del saved["size_names"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert named_sizes(from_pretrained(tmp_path).config) == {(1, 8): "", (3, 9): "", (4, 48): ""}
+
+
+def test_poolings_are_one_table(model, texts, tokenizer, tmp_path, monkeypatch):
+    """ A pooling that is added to POOLINGS, here the last token, is what encode computes and from_pretrained takes. """
+    monkeypatch.setitem(model_file.POOLINGS, "last", lambda hidden, batch: hidden[batch.starts + lengths - 1])
+    model.config.pooling, lengths, batch = "last", torch.tensor([len(text) for text in texts]), pack(texts)
+    found = model.encode(batch, [2])[2]
+    for row, tap in zip(found, rows_of(model(batch, [2])[0], batch, texts), strict=True):
+        assert torch.equal(row, tap[-1])
+    save_pretrained(model, tokenizer, tmp_path)
+    assert from_pretrained(tmp_path).config.pooling == "last"
+
+
 def test_sizes_of_the_paper():
     """ BERT-base has the paper's six sizes and parameter counts, in millions. """
     with torch.device("meta"):
         model = Bert(BertConfig())
     sizes = tuple(paper_sizes(model.config))
     assert sizes == ((2, 32), (4, 64), (6, 128), (8, 256), (10, 512), (12, 768))
+    small = paper_sizes(BertConfig(num_hidden_layers=6, hidden_size=192))
+    assert small == {(1, 8): "Demi", (2, 16): "Short", (3, 32): "Tall", (4, 64): "Grande", (5, 128): "Venti",
+                     (6, 192): "Trenta"}
     assert [round(model.num_params(layer) / 1e6, 1) for layer, _ in sizes] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]
-    assert check_sizes(((6, 128), (2, 32)), model.config) == ((2, 32), (6, 128))
+    assert check_sizes(((6, 128), (2, 32), (6, 128)), model.config) == ((2, 32), (6, 128))   # sorted, each once
     with pytest.raises(ValueError, match="layer 14 but the model has 12 layers; use a layer between 1 and 12"):
         check_sizes(((14, 32),), model.config)
     with pytest.raises(ValueError, match="800 dims but the model has 768"):

@@ -17,7 +17,7 @@ import finetune_srl
 import model
 import pretrain_smae
 from conftest import refused_process
-from model import Bert, from_pretrained, load_head, pack
+from model import SIZES as NAMED, Bert, from_pretrained, load_head, named_sizes, pack
 from pretrain_smae import SMAE, MLMHead, VocabularyLoss, fast_decode, fast_vocabulary_loss, smae_loss
 
 SIZES = ((1, 6), (2, 16), (4, 48))
@@ -26,11 +26,6 @@ LINES = ["the apple stands beside the bridge in the morning light",
          "a dragon sleeps in the deep forest behind the garden",
          "every engine of the island needs a hammer and a needle",
          "the kitchen has a lantern and an orange mirror"] * 8
-
-
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """ The speed of the machine is measured at the start of a run: a second. test_ranks_and_micro_batches does it. """
 
 
 @pytest.fixture
@@ -70,12 +65,15 @@ def smae(config, words):
     return model.double().eval()
 
 
-def loss_and_terms(model, batch, masked, sizes, objective="smae"):
+FAST = (fast_decode, fast_vocabulary_loss)   # what training uses
+
+
+def loss_and_terms(model, batch, masked, sizes, objective="smae", functions=FAST):
     """
     smae_loss -> loss, (terms,) CE, (terms,) accuracy: MLM of every size, then MAE of every size. The tests know the
     form of what it returns from here alone.
     """
-    loss, ce, accuracy = smae_loss(model, batch, masked, sizes, objective, fast_decode, fast_vocabulary_loss)
+    loss, ce, accuracy = smae_loss(model, batch, masked, sizes, objective, *functions)
     return loss, *(torch.stack(list(values.values())) for values in (ce, accuracy))
 
 
@@ -117,14 +115,15 @@ def literal_loss(model, batch, masked, sizes):
     return sum(terms) / len(terms), terms
 
 
-def test_loss_is_the_equations(smae, batch, monkeypatch):
+@pytest.mark.parametrize("functions", [(), FAST], ids=["plain", "fast"])
+def test_loss_is_the_equations(smae, batch, monkeypatch, functions):
     """ The loss, its terms and its gradients equal those of the equations as they stand, to 1e-10 in float64. """
     monkeypatch.setattr(VocabularyLoss, "PIECE", 7)   # rows are not a multiple of it
     want, terms = literal_loss(smae, *batch, SIZES)
     want.backward()
     grads = {name: p.grad for name, p in smae.named_parameters()}
     smae.zero_grad()
-    loss, ce, _ = loss_and_terms(smae, pack(batch[1].texts, multiple=35), batch[1], SIZES)
+    loss, ce, _ = loss_and_terms(smae, pack(batch[1].texts, multiple=35), batch[1], SIZES, functions=functions)
     assert len(batch[0].input_ids) % 35   # so there are fillers, and they change nothing
     loss.backward()
     torch.testing.assert_close(loss, want, atol=1e-10, rtol=0)
@@ -132,7 +131,7 @@ def test_loss_is_the_equations(smae, batch, monkeypatch):
     for name, p in smae.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], atol=1e-10, rtol=0, msg=name)
         assert p.grad.abs().max() > 1e-6 or name == "bert.token_type.weight", name
-    mlm, *_ = loss_and_terms(smae, *batch, SIZES, "mlm")
+    mlm, *_ = loss_and_terms(smae, *batch, SIZES, "mlm", functions)
     torch.testing.assert_close(mlm, sum(terms[:3]) / 3, atol=1e-10, rtol=0)
 
 
@@ -155,6 +154,40 @@ def test_vocabulary_loss(monkeypatch):
         torch.testing.assert_close(got, t.grad, atol=1e-12, rtol=0)
     far = torch.zeros(1, 5), torch.zeros(7, 5), torch.tensor([500.0] + [0.0] * 6)   # exp(-500) is no float32
     assert VocabularyLoss.apply(*far, torch.tensor([1]), torch.ones(1), False)[0] == 500
+
+
+def test_fast_decode_is_decode(smae, batch):
+    """ fast_decode equals the plain decode, in value and gradients, to 1e-10 in float64. """
+    texts = pack(batch[1].texts, multiple=35)   # with fillers
+    positions = torch.from_numpy(batch[1].decoder_masked)
+    torch.manual_seed(0)
+    inputs = [torch.randn(len(texts.input_ids), 48, dtype=torch.float64, requires_grad=True),
+              torch.randn(3, len(texts.starts), 48, dtype=torch.float64, requires_grad=True)]
+    weight = torch.randn(3, len(positions), 48, dtype=torch.float64)
+    learned, found = [*inputs, *smae.decoder.parameters()], []
+    for function in (pretrain_smae.decode, fast_decode):
+        decoded = function(smae.decoder, *inputs, texts, positions)
+        found.append([decoded, *torch.autograd.grad((decoded * weight).sum(), learned)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+        assert want.abs().max() > 1e-3
+
+
+def test_fast_vocabulary_loss_is_vocabulary_loss(smae, monkeypatch):
+    """ fast_vocabulary_loss equals the plain one, in value and gradients, to 1e-10 in float64. """
+    monkeypatch.setattr(VocabularyLoss, "PIECE", 7)
+    torch.manual_seed(0)
+    rows, V = {"mlm 1:6": 5, "mlm 4:48": 5, "mae 1:6": 11}, len(smae.head.bias)
+    hidden = {term: torch.randn(M, 48, dtype=torch.float64, requires_grad=True) for term, M in rows.items()}
+    labels = {term: torch.randint(V, (M,)) for term, M in rows.items()}
+    labels["mae 1:6"][:4] = (hidden["mae 1:6"][:4] @ smae.bert.word.weight.T + smae.head.bias).argmax(1)   # hits
+    learned, found = [*hidden.values(), smae.bert.word.weight, smae.head.bias], []
+    for function in (pretrain_smae.vocabulary_loss, fast_vocabulary_loss):
+        loss, ce, accuracy = function(smae, hidden, labels)
+        assert list(ce) == list(accuracy) == list(rows) and accuracy["mae 1:6"] >= 4 / 11
+        found.append([loss, *ce.values(), *accuracy.values(), *torch.autograd.grad(loss, learned)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
 def test_gradient_checkpointing(smae, batch):
@@ -414,20 +447,73 @@ def test_dropout_of_the_bottlenecks_share(smae, batch):
     bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
     embeddings[:, 0], bottleneck[..., 0] = 0, 1
     at, decoder.attention.p = torch.from_numpy(masked.decoder_masked), 0.5
-    share, heard = (pretrain_smae.decode(decoder.train(training), embeddings, bottleneck, pack_of_texts, at)
+    share, heard = (fast_decode(decoder.train(training), embeddings, bottleneck, pack_of_texts, at)
                     .unflatten(2, (H, C // H))[..., 0] for training in (False, True))   # (S, M, H)
     assert (share > 0).all() and 0.4 < (heard == 0).double().mean() < 0.6
     torch.testing.assert_close(heard[heard != 0], 2 * share[heard != 0], rtol=0, atol=1e-12)
 
 
+def test_dropout_among_the_decoders_other_positions(smae, batch):
+    """ At p = 0.5 dropout hides other positions one by one and doubles the rest, so their mean share stays. """
+    decoder, (pack_of_texts, masked) = smae.decoder, batch
+    C, H = 48, decoder.attention.heads
+    with torch.no_grad():   # values are coordinate 0, which all but the bottleneck have: a head mixes their share
+        decoder.attention.qkv.weight[:2 * C, 0] = 0
+        decoder.attention.qkv.weight[2 * C:] = 0
+        decoder.attention.qkv.weight[2 * C:, 0] = 1
+        decoder.attention.out.weight.copy_(torch.eye(C))
+    decoder.rest = lambda x, mixed: mixed
+    torch.manual_seed(0)
+    embeddings = torch.randn(len(pack_of_texts.input_ids), C, dtype=torch.float64)
+    bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
+    embeddings[:, 0], bottleneck[..., 0] = 1, 0
+    at, decoder.attention.p = torch.from_numpy(masked.decoder_masked), 0.5
+    share, heard = (fast_decode(decoder.train(training), embeddings, bottleneck, pack_of_texts, at)
+                    .unflatten(2, (H, C // H))[..., 0] for training in (False, True))   # (S, M, H)
+    assert ((heard - share).abs() > 1e-3 * share).double().mean() > 0.95
+    assert heard.mean().item() == pytest.approx(share.mean().item(), rel=0.1)
+
+
+def test_validation_sees_every_held_out_document_once(monkeypatch):
+    """ The validation loss takes all held-out documents, fifty at a time, each fifty with masks of its own. """
+    seen, seeds = [], []
+    def forward(model, documents, tokenizer, sizes, args, seed):
+        seen.extend(documents), seeds.append(tuple(seed))
+        return (None, {"mlm": torch.tensor(float(len(seeds)))}, {"mlm": torch.tensor(0.5)}), 0
+    monkeypatch.setattr(pretrain_smae, "forward", forward)
+    model = torch.nn.Linear(1, 1)
+    assert pretrain_smae.validate(model, list(range(120)), None, None, None) == ({"mlm": 2.0}, {"mlm": 0.5})
+    assert seen == list(range(120)) and len(set(seeds)) == 3 and model.training
+
+
+def test_flags_that_decide_the_result_must_not_change(tmp_path):
+    """ --resume refuses another value of every flag, but of those that say where, how often to log and on what. """
+    args = pretrain_smae.parse_args(["--out_dir", str(tmp_path)])
+    free = {"out_dir", "overwrite", "resume", "log_interval", "device", "compile"}
+    for name in vars(args):
+        saved = vars(args) | {name: "another"}
+        if name in free:
+            pretrain_smae.check_resumed(args, saved)
+        else:
+            with pytest.raises(ValueError, match=f"--resume: --{name} is .*had another"):
+                pretrain_smae.check_resumed(args, saved)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_resume(text_file, tmp_path, monkeypatch, streaming):
-    """ A run that stopped after 4 of 8 steps and is resumed has the losses and weights of an uninterrupted run. """
+    """ A run that stopped after 4 of 8 steps and is resumed has batches, losses and weights of a whole run. """
     if streaming:
         import datasets
         text_file = str(tmp_path / "text.parquet")
         datasets.Dataset.from_dict({"text": [f"{line} {i}" for i, line in enumerate(LINES * 20)]}).to_parquet(text_file)
     flags = ["--eval_interval", "4"] + ["--streaming"] * streaming
+    batches, make = {}, data.smae_batch   # {[seed, step, piece]: the masked texts of every run}
+    def smae_batch(*args):
+        masked = make(*args)
+        held = b"".join(part.tobytes() for part in [*masked.texts, *masked[1:]])
+        batches.setdefault(tuple(args[-1]), []).append(held)
+        return masked
+    monkeypatch.setattr(data, "smae_batch", smae_batch)
     train(text_file, tmp_path / "whole", *flags)
     class Stopped(Exception):
         pass
@@ -442,6 +528,7 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
         log.write('{"step": 5, "loss": 1.0}\n')   # as if the run had been killed after a fifth step
     train(text_file, tmp_path / "halves", *flags, "--resume")
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 10
+    assert [(len(batches[1, step, 0]), len(set(batches[1, step, 0]))) for step in range(8)] == [(2, 1)] * 8
     a, b = state(tmp_path / "halves"), state(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in b)
     with pytest.raises(ValueError, match="--resume: --learning_rate is 0.5, and the run in .* had 0.001"):
@@ -460,7 +547,7 @@ def test_gradient_checkpointing_flag(text_file, tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_checkpoint(text_file, tmp_path):
+def test_checkpoint(text_file, tmp_path, monkeypatch):
     """ transformers' BertForMaskedLM takes the folder with strict keys and gives our logits; SRL starts from it. """
     from transformers import AutoTokenizer, BertForMaskedLM
     out = tmp_path / "smae"
@@ -476,8 +563,12 @@ def test_checkpoint(text_file, tmp_path):
         logits = head.transform(hidden) @ bert.word.weight.T + head.bias
         torch.testing.assert_close(logits, theirs.eval()(ids).logits[0], atol=1e-5, rtol=0)
     assert torch.equal(head.dense.weight, state(out)["head.dense.weight"])
-    # on with pre-training: head and decoder are the ones that were saved
-    train(text_file, tmp_path / "more", "--init_from", str(out), "--max_steps", "1", "--learning_rate", "1e-30")
+    # on with pre-training: head and decoder are the ones that were saved, and no parameter learns faster than others
+    with monkeypatch.context() as patch:
+        scales, configure = [], pretrain_smae.configure_optimizer
+        patch.setattr(pretrain_smae, "configure_optimizer", lambda *args: scales.append(args[-1]) or configure(*args))
+        train(text_file, tmp_path / "more", "--init_from", str(out), "--max_steps", "1", "--learning_rate", "1e-30")
+    assert scales == [1.0]
     a, b = state(out), state(tmp_path / "more")
     assert all(torch.allclose(a[name], b[name], atol=1e-7) for name in b)
     assert not torch.equal(b["decoder.up.weight"], b["bert.blocks.0.up.weight"])
@@ -492,6 +583,16 @@ def test_checkpoint(text_file, tmp_path):
     assert data.load_tokenizer(tmp_path / "srl").model_max_length == 256   # more than was pre-trained on
     assert torch.allclose(tuned.word.weight, bert.word.weight, atol=1e-7)
     assert data.load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("objective, names", [("smae", [name for name, *_ in NAMED]), ("mlm", [])])
+def test_which_sizes_a_run_saves(text_file, tmp_path, objective, names):
+    """ A run of SMAE saves the paper's six sizes with their names, a run of MLM none. """
+    train(text_file, tmp_path / "out", "--max_steps", "1", "--objective", objective)
+    config = from_pretrained(tmp_path / "out").config
+    assert list(config.size_names) == names and len(config.sizes) == len(names)
+    assert list(named_sizes(config).items()) == [((1, 3), "Demi"), ((1, 5), "Short"), ((1, 11), "Tall"),
+                                                 ((1, 21), "Grande"), ((2, 43), "Venti"), ((2, 64), "Trenta")]
 
 
 def test_bias_starts_at_the_frequencies(text_file, tmp_path):
@@ -557,6 +658,28 @@ class TestText:
         assert {text[0] for text in first} == {"0"} and {text[0] for text in second} == {"1"}
         assert len(first + second) == 10
 
+    @pytest.mark.parametrize("world_size", [1, 2])
+    def test_stream_loses_no_document(self, tmp_path, words, monkeypatch, world_size):
+        """ The steps of each rank, resumed or not, hold the documents of its stream after the held-out, in order. """
+        import datasets
+        for i in range(2):
+            texts = {"text": [f"apple {i} {k}" for k in range(60)]}
+            datasets.Dataset.from_dict(texts).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+        monkeypatch.setattr(pretrain_smae, "HELD_OUT", 7)
+        flags = ["--streaming", "--max_steps", "5", "--batch_size", "8", "--micro_batch", "2"]
+        args = pretrain_smae.parse_args(["--train_text", str(tmp_path), "--out_dir", str(tmp_path / "out"), *flags])
+        for rank in range(world_size):
+            texts = data.load_texts(str(tmp_path), True, rank, world_size)
+            stream = [document.tolist() for document in data.tokenize_documents(texts, words)]
+            for first_step in (0, 3):
+                held_out, max_steps, steps, _ = pretrain_smae.open_text(args, words, 2, first_step, rank, world_size)
+                pieces = [piece for step in steps for piece in step]
+                assert [number for number, _ in pieces[:4 // world_size]] == list(range(rank, 4, world_size))
+                found = [document.tolist() for _, documents in pieces for document in documents]
+                share = 8 // world_size   # documents of a step
+                assert [document.tolist() for document in held_out] == stream[:7] and max_steps == 5
+                assert found == stream[7 + share * first_step:7 + share * 5]
+
     def test_stream_ends(self, tmp_path):
         """ A stream that is too short for --max_steps says so. """
         import datasets
@@ -573,6 +696,10 @@ class TestText:
             pieces = words.convert_ids_to_tokens(ids)
             assert (found[i] & 0x7fff).tolist() == ids
             assert (found[i] >> 15).tolist() == [int(not piece.startswith("##")) for piece in pieces]
+        before = os.stat(text_file)
+        os.utime(text_file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))   # as long, and of another date
+        assert data.token_file(text_file, words).tokens.filename != found.tokens.filename
+        os.utime(text_file, ns=(before.st_atime_ns, before.st_mtime_ns))
         stamp = os.stat(found.tokens.filename).st_mtime_ns
         assert os.stat(data.token_file(text_file, words).tokens.filename).st_mtime_ns == stamp
         with gzip.open(text_file, "at") as file:

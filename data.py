@@ -373,7 +373,6 @@ class Collection:
     msmarco with the splits validation = dev and test = DL19, ...). For DL20 put its qrels file into a folder's qrels/.
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards() reads the
     corpus. Raises ValueError naming file and line for what is missing, broken, unknown or there twice. """
-
     def __init__(self, name):
         self.task = task_name(name)
         self.name, _, split = name.partition(":")

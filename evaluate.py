@@ -60,8 +60,7 @@ def load_model(name, device="cpu", max_length=None, **overrides):
 
 @torch.no_grad()
 def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has about batch_tokens tokens:
-    texts are taken in order of length, so their number is batch_tokens / the longest of them, nearly. """
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}; about batch_tokens tokens per batch """
     device, training = model.word.weight.device, model.training
     model.eval()   # no dropout
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # equal lengths side by side: see model.Pack
@@ -348,12 +347,11 @@ def compare(specs, metrics=()):
     print("".join(f"{text:>22}" for text in ["", *labels]))
     for task, metric, i in rows:
         line, baseline = f"{task + ' ' + metric:>22}", per_items[0][task]
-        x = baseline[sizes[0][i]][metric]
         for own, per_item in zip(sizes, per_items):
             items = per_item[task]
             if any(items.get(key) != baseline.get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
-            y = items[own[i]][metric]
+            x, y = baseline[sizes[0][i]][metric], items[own[i]][metric]
             value = spearman(y, items["gold"]) if metric == "Spearman" else np.mean(y)
             star = "*" if p_value(metric, x, y, items) * tests < 0.05 else " "
             line += f"{f'{own[i]} {value:.4f}{star}':>22}"
@@ -485,8 +483,8 @@ def average(records, world_size=1):
 def open_run(out_dir, args, first_step=0):
     """ Write args.json -> log.jsonl, open for writing. A resumed run keeps its lines up to first_step. """
     out_dir.mkdir(parents=True, exist_ok=True)
-    versions = {"commit": git_commit(), "torch": torch.__version__}
-    (out_dir / "args.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
+    about = vars(args) | {"commit": git_commit(), "torch": torch.__version__}
+    (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     path = out_dir / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if first_step else []
     log_file = open(path, "w")
@@ -557,9 +555,8 @@ def parse_args(argv=None):
         if getattr(args, name) and not Path(getattr(args, name)).absolute().parent.is_dir():
             parser.error(f"--{name} {getattr(args, name)}: its folder does not exist; make it first")
     names = [data.task_name(task) for task in args.sts + args.retrieval]
-    for task in names:
-        if names.count(task) > 1:
-            parser.error(f"two tasks are called {task}; evaluate them one by one")
+    if len(set(names)) < len(names):
+        parser.error(f"two tasks of {', '.join(names)} have the same name; evaluate them one by one")
     return args
 
 def main(args):

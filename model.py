@@ -290,7 +290,6 @@ class PackedAttention(torch.autograd.Function):
     """ `attention` as one node of the autograd graph, with the backward pass by hand: autograd would spend more time on
     splitting, copying and concatenating dozens of small tensors than on the products. Always in float32, because
     bfloat16 is slower for many small products of ever new shapes. """
-
     @staticmethod
     def forward(ctx, qkv, groups, H, p):
         N, C, width = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // H

@@ -228,7 +228,6 @@ def whole(path):
         remove(part)
 
 # ==== Below is reading files, not the method ==========================================================================
-
 # ---- sources: local files and the Hugging Face hub -------------------------------------------------------------------
 # What columns are called. In training data any one of the names will do, also with _1, _2, ... behind it.
 COLUMNS = {"query": ["query", "anchor"], "positives": ["positive", "positive_passages"],

@@ -60,7 +60,7 @@ def load_model(name, device="cpu", max_length=None, **overrides):
 
 @torch.no_grad()
 def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}; about batch_tokens tokens per batch """
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}; about batch_tokens tokens a batch """
     device, training = model.word.weight.device, model.training
     model.eval()   # no dropout
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # equal lengths side by side: see model.Pack
@@ -480,8 +480,9 @@ def average(records, world_size=1):
         dist.all_reduce(means)
     return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
 
-def open_run(out_dir, args, first_step=0):
+def open_run(args, first_step=0):
     """ Write args.json -> log.jsonl, open for writing. A resumed run keeps its lines up to first_step. """
+    out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     about = vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -146,7 +146,6 @@ def main(args):
     start = time.time()
     keep_freed_memory()
     torch.manual_seed(args.seed)
-    out_dir = Path(args.out_dir)
 
     # data and model: read all input before anything is written
     if args.retrieval:
@@ -169,7 +168,7 @@ def main(args):
         for block in model.blocks:
             block.rest = torch.compile(block.rest, dynamic=True)   # not attention: its groups differ in every batch
 
-    log_file = open_run(out_dir, args)
+    log_file = open_run(args)
     print(f"{len(pairs.queries):,} pairs, {max_steps} steps of {batch_size} queries; "
           f"sizes {', '.join(map(size_name, sizes))}; "
           f"{model.num_params(sizes[-1][0]) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
@@ -214,8 +213,8 @@ def main(args):
                 + " | ".join(f"{r['layer']}:{r['dim']} {r['value']:.3f}" for r in mrr))
             clock += time.time() - pause
 
-    save_pretrained(model, tokenizer, out_dir)
-    print(f"saved {out_dir}")
+    save_pretrained(model, tokenizer, args.out_dir)
+    print(f"saved {args.out_dir}")
     if args.retrieval:
         evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--speed",
                                            "--device", args.device, "--dtype", args.dtype]))

@@ -279,7 +279,6 @@ def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scal
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
 
 # ==== Below is speed and file formats, not the method =================================================================
-
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """

@@ -89,7 +89,6 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
     return vocabulary_loss(model, hidden, labels)
 
 # ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
-
 def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     """ Equals `decode`. The S inputs of the decoder differ at position 0 alone. So the attention among all other
     positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
@@ -304,7 +303,6 @@ def main(args):
     start = time.time()
     keep_freed_memory(not args.gradient_checkpointing)
     torch.manual_seed(args.seed)
-    out_dir = Path(args.out_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun sets them
     if world_size > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -318,7 +316,7 @@ def main(args):
     if micro_batch == 0 or args.batch_size % micro_batch or pieces % world_size:
         raise ValueError(f"--batch_size {args.batch_size} --micro_batch {args.micro_batch}: {world_size} ranks cannot "
                          "share pieces of that size equally; choose a batch that is a multiple of both")
-    saved = torch.load(out_dir / "training_state.pt", map_location="cpu") if args.resume else None
+    saved = torch.load(Path(args.out_dir, "training_state.pt"), map_location="cpu") if args.resume else None
     if saved:
         check_resumed(args, saved["args"])
     first_step = saved["step"] if saved else 0
@@ -340,7 +338,7 @@ def main(args):
         for block in [*model.bert.blocks, model.decoder]:
             block.rest = torch.compile(block.rest, dynamic=True)   # not attention: its groups differ in every batch
 
-    log_file = open_run(out_dir, args, first_step) if rank == 0 else None
+    log_file = open_run(args, first_step) if rank == 0 else None
     if rank == 0:
         print(f"{args.objective}, {max_steps - first_step} steps of {args.batch_size} documents; "
               f"sizes {', '.join(map(size_name, sizes))}; "
@@ -372,8 +370,8 @@ def main(args):
         if (step + 1) % args.log_interval == 0 or step + 1 == max_steps:
             mean, ce, accuracy = (average(records, world_size) for records in zip(*losses))
             if not math.isfinite(mean["loss"]):
-                raise FloatingPointError(f"step {step + 1}: the loss is {mean['loss']}, per term {ce}; the last "
-                                         f"checkpoint is in {out_dir}. Try a lower --learning_rate, or --dtype float32")
+                raise FloatingPointError(f"step {step + 1}: the loss is {mean['loss']}, per term {ce}; last checkpoint: "
+                                         f"{args.out_dir}. Try a lower --learning_rate, or --dtype float32")
             seconds = time.time() - clock
             ms = 1000 * seconds / (len(losses) * world_size / pieces)
             shown = [f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in (list(ce)[0], list(ce)[-1])]
@@ -397,7 +395,7 @@ def main(args):
     if world_size > 1:
         dist.destroy_process_group()
     if rank == 0:
-        print(f"saved {out_dir}; {(time.time() - start) / 60:.1f} minutes in all")
+        print(f"saved {args.out_dir}; {(time.time() - start) / 60:.1f} minutes in all")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):

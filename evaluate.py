@@ -168,15 +168,17 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
     best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}
     if embeddings_dir:   # whatever decides the embeddings, but the texts
         weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
-        made_by = checksum([weights, model.config.pooling, tokenizer.model_max_length, dtype])
+        made_by = zlib.crc32(repr([weights, model.config.pooling, tokenizer.model_max_length, dtype]).encode())
     for shard, (ids, texts) in enumerate(collection.shards()):
-        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{made_by}-{checksum(texts)}")
+        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{made_by:08x}-"
+                                                       f"{zlib.crc32(repr(texts).encode()):08x}")
         passages = load_or_embed(file, max_dim, texts, embed)                    # {layer: (P, dims)}
+        itself = same_ids(collection.queries, ids)
         for layer, dim in sizes:
             for start in range(0, Q, 1024):
                 rows = slice(start, start + 1024)
                 scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (1024, P)
-                keep_best(best[layer, dim], rows, scores, len(doc_ids), same_ids(collection.queries, ids))
+                keep_best(best[layer, dim], rows, scores, len(doc_ids), itself)
         doc_ids += ids
     return best, doc_ids
 
@@ -234,9 +236,6 @@ def write_run(folder, label, queries, rankings):
         for query, (ranked, values) in zip(queries, rankings):
             file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
                             for i, (document, value) in enumerate(zip(ranked, values), start=1))
-
-def checksum(value):
-    return f"{zlib.crc32(repr(value).encode()):08x}"
 
 def write_array(path, array):
     """ a .npy file, never half of one """

@@ -393,18 +393,19 @@ def plot(specs, path, metrics=()):
             return np.mean([r["value"] for r in chosen if (r["layer"], r["dim"]) == size])
         sizes = sorted({(r["layer"], r["dim"]) for r in chosen} - {BM25})
         mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
-        x, y = [mflop[size] for size in sizes], [mean(size) for size in sizes]
-        axes.plot(x, y, "o-", color=color)
-        axes.annotate(label, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", color=color, weight="bold")
+        x = [mflop[size] for size in sizes]
+        axes.plot(x, [mean(size) for size in sizes], "o-", color=color, label=label)
         if spec == specs[0]:
-            for size, *point in zip(sizes, x, y):
-                axes.annotate(f"{size_name(size)}\n{4 * size[1]:,} bytes", point, xytext=(0, -28),
-                              textcoords="offset points", ha="center", fontsize=7)
+            names = [f"{size_name(size)}\n{4 * size[1]:,} B\n{cost:.2g}" for size, cost in zip(sizes, x)]
+            axes.set_xscale("log")
+            axes.set_xticks(x, names, fontsize=8)
+            axes.set_xticks([], minor=True)
             if any(r["layer"] is None for r in chosen):
-                axes.axhline(mean(BM25), color="grey", linestyle=":")
-                axes.annotate("BM25", (x[0], mean(BM25)), xytext=(0, 4), textcoords="offset points", color="grey")
+                axes.axhline(mean(BM25), color="grey", linestyle=":", label="BM25")
+    axes.legend(frameon=False, labelcolor="linecolor", loc="lower right")
     tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in chosen))
-    axes.set(xscale="log", xlabel="MFLOP a token in the blocks (log; left is cheaper)", ylabel=f"{tasks} (up: better)")
+    axes.set(xlabel="layer:dim, bytes per vector, MFLOP per token (log scale; left is cheaper)",
+             ylabel=f"{tasks} (up is better)")
     axes.margins(0.1, 0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -370,8 +370,8 @@ def main(args):
         if (step + 1) % args.log_interval == 0 or step + 1 == max_steps:
             mean, ce, accuracy = (average(records, world_size) for records in zip(*losses))
             if not math.isfinite(mean["loss"]):
-                raise FloatingPointError(f"step {step + 1}: the loss is {mean['loss']}, per term {ce}; last checkpoint: "
-                                         f"{args.out_dir}. Try a lower --learning_rate, or --dtype float32")
+                raise FloatingPointError(f"step {step + 1}: the loss is {mean['loss']}, per term {ce}; the last "
+                                         f"checkpoint: {args.out_dir}. Try a lower --learning_rate, or --dtype float32")
             seconds = time.time() - clock
             ms = 1000 * seconds / (len(losses) * world_size / pieces)
             shown = [f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in (list(ce)[0], list(ce)[-1])]

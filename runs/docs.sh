@@ -23,4 +23,4 @@ for name, files in (("six", ["out/docs-six/eval.json"]), ("cut", ["out/docs-cut.
     Path(f"results/docs-{name}.json").write_text(json.dumps(found) + "\n")
 PYTHON
 python evaluate.py --metrics MRR@10 --plot results/docs.svg --compare "one model, six sizes=results/docs-six.json" \
-    "cut=results/docs-cut.json" "one model a size=results/docs-alone.json"
+    "an ordinary model, cut=results/docs-cut.json" "one model per size=results/docs-alone.json"

@@ -468,7 +468,7 @@ def test_plot(saved, beir, sts_file, tmp_path):
     evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--retrieval", str(beir),
                                        "--plot", str(tmp_path / "f.svg")]))
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "f.svg").read_text())
-    assert {"1:8", "32 bytes", "4:48", "192 bytes", saved.name} <= set(texts)
+    assert {"1:8", "32 B", "4:48", "192 B", saved.name} <= set(texts)
     assert any("mine Spearman, beir nDCG@10" in text for text in texts)
 
 

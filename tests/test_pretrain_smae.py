@@ -662,15 +662,18 @@ class TestText:
     def test_stream_loses_no_document(self, tmp_path, words, monkeypatch, world_size):
         """ The steps of each rank, resumed or not, hold the documents of its stream after the held-out, in order. """
         import datasets
+        nouns = " ".join(LINES[:4]).split()
+        texts = list(dict.fromkeys(f"{a} {b}" for a in nouns for b in nouns))[:120]   # known words, no two texts alike
         for i in range(2):
-            texts = {"text": [f"apple {i} {k}" for k in range(60)]}
-            datasets.Dataset.from_dict(texts).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+            table = datasets.Dataset.from_dict({"text": texts[60 * i:60 * (i + 1)]})
+            table.to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
         monkeypatch.setattr(pretrain_smae, "HELD_OUT", 7)
         flags = ["--streaming", "--max_steps", "5", "--batch_size", "8", "--micro_batch", "2"]
         args = pretrain_smae.parse_args(["--train_text", str(tmp_path), "--out_dir", str(tmp_path / "out"), *flags])
         for rank in range(world_size):
             texts = data.load_texts(str(tmp_path), True, rank, world_size)
             stream = [document.tolist() for document in data.tokenize_documents(texts, words)]
+            assert len(set(map(tuple, stream))) == len(stream) == 120 // world_size
             for first_step in (0, 3):
                 held_out, max_steps, steps, _ = pretrain_smae.open_text(args, words, 2, first_step, rank, world_size)
                 pieces = [piece for step in steps for piece in step]

@@ -381,9 +381,8 @@ def plot(specs, path, metrics=()):
         import matplotlib
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("agg")
+    matplotlib.rcParams |= {"backend": "agg", "svg.fonttype": "none"}   # no window; text stays text
     from matplotlib import pyplot
-    matplotlib.rcParams["svg.fonttype"] = "none"   # text stays text
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]   # Okabe and Ito
     for spec, color in zip(specs, colors * len(specs)):
@@ -410,7 +409,7 @@ def plot(specs, path, metrics=()):
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
-# ---- shared with the training scripts: flags, the log, errors --------------------------------------------------------
+# ==== Below is not evaluation: flags, log and errors that the training scripts share, then the flags of this script ===
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """
     def _get_help_string(self, action):

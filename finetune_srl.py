@@ -8,7 +8,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
 
 Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, at the end, the evaluation in eval.json.
-Paper: arXiv 2410.13230. srl_loss is its equation; the README lists what differs from the paper.
+Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
 """
 import argparse, math, os, time
 from pathlib import Path
@@ -27,12 +27,12 @@ from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_sizes, config
 # Q queries, P passages, C channels; a size is (layer, dim)
 
 def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
-    """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ],  s = sim(q, p) / T
-
+    """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
+    with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
-    positive of query i, the others are hard negatives. Every passage but the positive counts as a negative, even if the
-    same text occurs twice. sizes: (layer, dim) pairs; the last is the full size, the teacher.
-    T is the temperature. bfloat16 scores would be wrong in the third digit, so call this outside autocast.
+    positive of query i; passages from Q on are hard negatives. For query i every passage but i counts as a negative,
+    even if the same text occurs twice. sizes: (layer, dim) pairs; the last is the full size, the teacher.
+    Call it outside autocast: bfloat16 scores would be wrong in the third digit.
     -> loss, {size name: InfoNCE}, {size name: KL} """
     assert sizes[-1] == (max(layer for layer, _ in sizes), max(dim for _, dim in sizes)), f"no full size last: {sizes}"
     scores = {(layer, dim): score(queries[layer], passages[layer], dim, similarity) / temperature

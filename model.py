@@ -9,7 +9,7 @@ Layers count from 1; layer 0 is the output of the embedding layer.
 Letters for shapes, the same in all files:
   B texts, T tokens of one text, N tokens of all texts of a batch, G texts of equal length, C channels (768), H heads,
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
-  V words of the vocabulary. p is always dropout.
+  V words of the vocabulary. In code p is always dropout.
 """
 import argparse, ctypes, functools, json, sys
 from dataclasses import asdict, dataclass, fields
@@ -169,8 +169,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
+        # In training also under no_grad, because both passes of gradient caching must draw the same dropout.
         fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
-        attend = fast_attention if fast else attention   # the same up to rounding
+        attend = fast_attention if fast else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
 
 class Block(nn.Module):
@@ -217,7 +218,7 @@ class Bert(nn.Module):
 
     def embed(self, batch):
         """ Pack -> (N, C), layer 0. Every text is a segment of its own, so the segment id is 0 everywhere. """
-        assert max(T for _, T in batch.groups) <= self.config.max_position_embeddings, f"{batch.groups[-1]}"
+        assert max(T for _, T in batch.groups) <= self.config.max_position_embeddings, f"{batch.groups}"
         x = self.word(batch.input_ids) + self.position(batch.position_ids) + self.token_type.weight[0]
         x = dropout(self.norm(x), self.config.hidden_dropout_prob if self.training else 0.0)
         if not self.training and torch.is_autocast_enabled(x.device.type):

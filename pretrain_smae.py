@@ -6,7 +6,7 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
     python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine     # a line is a document
     torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...     # the paper's run: see the README
 
-Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM, which finetune_srl.py --init_from takes as it is;
+Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM, for finetune_srl.py --init_from, with --pooling cls;
 training_state.pt, which --resume takes and which holds the decoder; args.json and log.jsonl.
 Paper: arXiv 2410.13230. smae_loss holds both halves of its loss.
 """
@@ -70,7 +70,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
     """ For every size (layer, dim), with h = the first dim coordinates of the encoder's output at that layer, and E the
     word embeddings:
       MLM = CE( E transform(h), what the encoder must guess )
-      MAE = CE( E transform(decoder(its own embeddings, position 0 replaced by transform(h[CLS]))), what it must guess )
+      MAE = CE( E transform(decoder(layer 0 of its ids, position 0 replaced by transform(h[CLS]))), what it must guess )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
     Position 0, the bottleneck, is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it
     can only do well if D numbers say what the text is about. All sizes share the head and the decoder.
@@ -132,7 +132,7 @@ class VocabularyLoss(torch.autograd.Function):
     """ hidden (M, C), weight (V, C), bias (V,), labels (M,), row_weights (M,), needs_grad
     -> sum of row_weights * CE, CE (M,), hit (M,). needs_grad: forward itself cannot see whether it runs under no_grad.
     The logits (M, V) never exist as a whole: PIECE rows are multiplied out, turned into their own gradient on the spot
-    and overwritten by the next. That takes the three products of any backward pass; checkpointing would take four. """
+    and overwritten by the next. That takes three products, as in any training step; checkpointing takes four. """
     PIECE = 1024   # rows: 50 MB of buffers with a vocabulary of 8,192, 190 MB with 30,522
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, row_weights, needs_grad):
@@ -353,7 +353,7 @@ def main(args):
             group["lr"] = lr * group["scale"]
         optimizer.zero_grad(set_to_none=True)
         for piece, documents in documents_of_pieces:
-            torch.manual_seed(hash((args.seed, step, piece)))   # dropout depends on the step alone, so runs can resume
+            torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             (loss, ce, accuracy), N = forward(model, documents, tokenizer, sizes, args, [args.seed, step, piece])
             scaler.scale(loss / pieces).backward()
             tokens += N * world_size

@@ -26,8 +26,9 @@ class Pairs(NamedTuple):
     queries: list     # of (T,) arrays of ids, one per row
     positives: list   # of lists of such arrays: the positives of each row, one or more
     negatives: list   # of lists of such arrays: its hard negatives, maybe none
+    gold: list        # of numbers: how similar the two texts of a row are; empty for pairs without a score
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=64)
 def epoch_order(rows, seed, epoch):
     """ (rows,) the order of the rows in one epoch """
     return np.random.default_rng([seed, epoch]).permutation(rows)
@@ -40,16 +41,23 @@ def window(text, length, rng):
     start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
-def srl_batch(pairs, batch_size, negatives, passage_max_length, seed, step):
-    """ Batch number `step` -> Q queries and P >= Q passages, lists of (T,) ids. Passage i < Q is the positive of query
-    i; the hard negatives follow, at most `negatives` a query. Passages longer than passage_max_length are cut to a
-    window. An epoch visits every row once and drops the last, incomplete batch. """
-    epoch, i = divmod(step, len(pairs.queries) // batch_size)
+def srl_batch(sources, batch_size, negatives, passage_max_length, seed, step):
+    """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids, and the gold scores (Q,)
+    or None. Passage i < Q is the positive of query i; the hard negatives follow, at most `negatives` a query. Passages
+    longer than passage_max_length are cut to a window.
+    All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
+    visits every row of every source once and drops the last, incomplete batch of each. """
+    batches = [len(pairs.queries) // batch_size for pairs in sources]                   # of each source
+    epoch, i = divmod(step, sum(batches))
+    turns = np.random.default_rng([seed, epoch, 2]).permutation(np.repeat(np.arange(len(sources)), batches))
+    pairs, i = sources[turns[i]], (turns[:i] == turns[i]).sum()                         # batch i of this source
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
     rng = np.random.default_rng([seed, step, 1])
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
     hard = [pairs.negatives[row][k] for row in rows for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
-    return [pairs.queries[row] for row in rows], [window(text, passage_max_length, rng) for text in positives + hard]
+    gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
+    passages = [window(text, passage_max_length, rng) for text in positives + hard]
+    return [pairs.queries[row] for row in rows], passages, gold
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
@@ -139,15 +147,17 @@ def tokenize(texts, tokenizer, max_length, desc="tokenising"):
 
 def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
     """ rows of load_pairs -> Pairs; rows without a positive are left out. Only one chunk of strings is in memory. """
-    pairs, stream, bar = Pairs([], [], []), iter(rows), tqdm(total=len(rows), desc="tokenising pairs", unit=" rows")
+    pairs, stream, bar = Pairs([], [], [], []), iter(rows), tqdm(total=len(rows), desc="tokenising pairs", unit=" rows")
     while chunk := list(itertools.islice(stream, 4096)):
         bar.update(len(chunk))
         chunk = [row for row in chunk if row[1]]
-        texts = [text for _, positives, negatives in chunk for text in positives + negatives]
-        queries = tokenize([query for query, _, _ in chunk], tokenizer, query_max_length)
+        texts = [text for _, positives, negatives, _ in chunk for text in positives + negatives]
+        queries = tokenize([query for query, *_ in chunk], tokenizer, query_max_length)
         passages = iter(tokenize(texts, tokenizer, passage_max_length))
-        for query, (_, positives, negatives) in zip(queries, chunk):
+        for query, (_, positives, negatives, gold) in zip(queries, chunk):
             pairs.queries.append(query)
+            if gold is not None:
+                pairs.gold.append(gold)
             pairs.positives.append([next(passages) for _ in positives])
             pairs.negatives.append([next(passages) for _ in negatives])
     bar.close()
@@ -230,7 +240,7 @@ def whole(path):
 # ==== Below is reading files, not the method ==========================================================================
 # ---- sources: local files and the Hugging Face hub -------------------------------------------------------------------
 # What columns are called. In training data any one of the names will do, also with _1, _2, ... behind it.
-COLUMNS = {"query": ["query", "anchor"], "positives": ["positive", "positive_passages"],
+COLUMNS = {"query": ["query", "anchor", "sentence1"], "positives": ["positive", "positive_passages", "sentence2"],
            "negatives": ["negative", "negatives", "negative_passages"], "text": ["text"]}
 STS_COLUMNS = ["sentence1", "sentence2", "score"]   # the two texts, then the gold score
 QRELS_COLUMNS = ["query-id", "corpus-id", "score"]  # a BEIR set has these, and _id, text, maybe title for its texts
@@ -275,7 +285,8 @@ def find_columns(row, kind):
     return [column for column in row if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
 
 def load_pairs(source):
-    """ --train_pairs -> an iterable with a len, of (query, [positive, ...], [negative, ...]); negatives may be empty.
+    """ One of --train_pairs -> an iterable with a len, of (query, [positive, ...], [negative, ...], gold). Negatives may
+    be empty; gold is a number where the columns are sentence1, sentence2 and score, else None.
     source: "docs", a .jsonl/.csv/.tsv/.parquet file (.gz or not, but for parquet), or a name for load_table such as
     sentence-transformers/all-nli:triplet or Tevatron/msmarco-passage. Raises ValueError on a source it cannot read. """
     path = str(docs_folder() / "train.jsonl") if source == "docs" else source
@@ -288,19 +299,20 @@ def load_pairs(source):
         query, positives, negatives = (" or ".join(COLUMNS[kind]) for kind in names)
         raise ValueError(f"--train_pairs {source} has the columns {', '.join(rows[0])}; it needs {query}, and "
                          f"{positives}, and may have {negatives}; rename yours, or add them to COLUMNS in data.py")
-    return Rows(rows, names)
+    return Rows(rows, names, scored=set(STS_COLUMNS) <= set(rows[0]))
 
 class Rows:
     """ the pairs of any source, read one row at a time, because MS MARCO does not fit a list of strings """
-    def __init__(self, rows, names):
-        self.rows, self.names = rows, names
+    def __init__(self, rows, names, scored):
+        self.rows, self.names, self.scored = rows, names, scored
     def __len__(self):
         return len(self.rows)
     def __iter__(self):
         for row in self.rows:
             query = row[self.names["query"][0]]
-            yield query, *([text for name in self.names[kind] for text in as_texts(row.get(name))]
-                           for kind in ("positives", "negatives"))
+            positives, negatives = ([text for name in self.names[kind] for text in as_texts(row.get(name))]
+                                    for kind in ("positives", "negatives"))
+            yield query, positives, negatives, float(row["score"]) if self.scored else None
 
 def as_texts(value):
     """ A cell -> list of texts: None, "text", ["text", ...] or Tevatron's [{"title": ..., "text": ...}, ...]. """

@@ -107,7 +107,7 @@ def build_model(args, rows):
     p = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     if args.init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
-        texts = (text for query, positives, negatives in rows for text in [query, *positives, *negatives])
+        texts = (text for query, positives, negatives, _ in rows for text in [query, *positives, *negatives])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                 num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
@@ -180,7 +180,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
-        queries, passages = data.srl_batch(pairs, batch_size, args.negatives, args.passage_max_length, args.seed, step)
+        queries, passages, _ = data.srl_batch([pairs], batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
         loss, nce, kl = backward(model, queries, passages, sizes, args, scaler)
         scaler.unscale_(optimizer)

@@ -268,7 +268,7 @@ def median_in_turn(functions, rounds):
 def load_rows(args, part):
     """ what the contestants of a part take their batches from """
     if part in ("srl", "encode"):
-        return [(query, positives[0], negatives[0]) for query, positives, negatives
+        return [(query, positives[0], negatives[0]) for query, positives, negatives, _
                 in itertools.islice(iter(data.load_pairs(args.source)), 16 * args.batch_size) if negatives]
     documents = data.tokenize_documents(data.load_texts(args.source), data.load_tokenizer(args.model))
     if part == "windows":

@@ -89,7 +89,7 @@ def make_beir(folder):
 def tokenizer(pairs_file):
     """ WordPiece, trained on the pairs """
     rows = data.load_pairs(pairs_file)
-    return data.train_wordpiece((text for query, positives, _ in rows for text in [query, *positives]), 200)
+    return data.train_wordpiece((text for query, positives, *_ in rows for text in [query, *positives]), 200)
 
 
 @pytest.fixture(scope="session")

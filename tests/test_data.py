@@ -9,8 +9,9 @@ import pytest
 
 import data
 
-ROWS = [("q one", ["p one"], ["n one"]), ("q two", ["p, two"], ["n two"]), ("q three", ["p three"], ["n three"])]
-DICTS = [{"anchor": q, "positive": p[0], "negative": n[0]} for q, p, n in ROWS]
+ROWS = [("q one", ["p one"], ["n one"], None), ("q two", ["p, two"], ["n two"], None),
+        ("q three", ["p three"], ["n three"], None)]
+DICTS = [{"anchor": q, "positive": p[0], "negative": n[0]} for q, p, n, _ in ROWS]
 
 
 def write_csv(path, delimiter):
@@ -56,7 +57,7 @@ def test_hub_name_with_config_and_split(tmp_path, monkeypatch):
             file.writelines(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in ("train", "dev"))
         file.write("---\n")
     assert list(data.load_pairs("sentence-transformers/all-nli:triplet")) == ROWS
-    assert list(data.load_pairs("sentence-transformers/all-nli:pair:dev")) == [("q", ["p"], [])]
+    assert list(data.load_pairs("sentence-transformers/all-nli:pair:dev")) == [("q", ["p"], [], None)]
 
 
 def test_tevatron_form_of_ms_marco(tmp_path):
@@ -66,7 +67,7 @@ def test_tevatron_form_of_ms_marco(tmp_path):
                                 "positive_passages": [{"docid": "7", "title": "Tea", "text": "A drink."}],
                                 "negative_passages": [{"docid": "8", "title": "", "text": "A tree."},
                                                       {"docid": "9", "title": "Tee", "text": "A peg."}]}) + "\n")
-    assert list(data.load_pairs(str(path))) == [("what is tea", ["Tea A drink."], ["A tree.", "Tee A peg."])]
+    assert list(data.load_pairs(str(path))) == [("what is tea", ["Tea A drink."], ["A tree.", "Tee A peg."], None)]
 
 
 def test_numbered_and_missing_negatives(tmp_path):
@@ -74,7 +75,7 @@ def test_numbered_and_missing_negatives(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"query": "q", "positive": "p", "negative_1": "a", "negative_2": "b"}\n'
                     '{"query": "r", "positive": "p", "negative_1": null, "negative_2": "b"}\n')
-    assert list(data.load_pairs(str(path))) == [("q", ["p"], ["a", "b"]), ("r", ["p"], ["b"])]
+    assert list(data.load_pairs(str(path))) == [("q", ["p"], ["a", "b"], None), ("r", ["p"], ["b"], None)]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -237,16 +238,16 @@ def pairs():
     ids = lambda *values: np.array(values)
     return data.Pairs([ids(i) for i in range(10)],
                       [[ids(100 + i)] + [ids(200 + i)] * (i % 2 == 0) for i in range(10)],
-                      [[ids(300 + 10 * i + k) for k in range(i % 4)] for i in range(10)])
+                      [[ids(300 + 10 * i + k) for k in range(i % 4)] for i in range(10)], [])
 
 
 def test_a_batch_is_a_function_of_seed_and_step(pairs):
     """ A batch is the same in any order of calls, and another one for another seed, step or epoch. """
-    batch = lambda seed, step: [text.tolist() for part in data.srl_batch(pairs, 4, 2, 9, seed, step) for text in part]
+    batch = lambda seed, step: [text.tolist() for part in data.srl_batch([pairs], 4, 2, 9, seed, step)[:2] for text in part]
     first = [batch(1, step) for step in (0, 1, 2, 3)]
     assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
     assert batch(2, 0) != first[0] and first[0] != first[1]
-    rows, others = ([[int(query[0]) for query in data.srl_batch(pairs, 5, 0, 9, seed, step)[0]] for step in range(4)]
+    rows, others = ([[int(query[0]) for query in data.srl_batch([pairs], 5, 0, 9, seed, step)[0]] for step in range(4)]
                     for seed in (1, 2))
     assert rows != others                           # the order is another one for another seed
     assert rows[0] + rows[1] != rows[2] + rows[3]   # the second epoch has an order of its own
@@ -256,7 +257,7 @@ def test_batches_align_and_cover_an_epoch(pairs):
     """ Passage i is a positive of query i, at most two negatives a query follow, and an epoch sees every row once. """
     seen = []
     for step in (0, 1):
-        queries, passages = data.srl_batch(pairs, 5, 2, 9, 1, step)
+        queries, passages, _ = data.srl_batch([pairs], 5, 2, 9, 1, step)
         rows = [int(query[0]) for query in queries]
         seen += rows
         assert [int(p[0]) % 100 for p in passages[:5]] == rows
@@ -267,10 +268,37 @@ def test_batches_align_and_cover_an_epoch(pairs):
 
 def test_every_positive_and_every_negative_has_its_turn(pairs):
     """ Over the steps a row gives each of its positives, and each of its negatives, about equally often. """
-    drawn = [int(p[0]) for step in range(300) for p in data.srl_batch(pairs, 10, 1, 9, 1, step)[1]]
+    drawn = [int(p[0]) for step in range(300) for p in data.srl_batch([pairs], 10, 1, 9, 1, step)[1]]
     count = {value: drawn.count(value) for value in (100, 200, 330, 331, 332)}   # of row 0, and of row 3
     assert count[100] + count[200] == count[330] + count[331] + count[332] == 300
     assert min(count[100], count[200]) > 120 and min(count[330], count[331], count[332]) > 70
+
+
+def test_a_batch_is_of_one_source():
+    """ Each batch holds rows of one source only, sources take turns in proportion to their size, and an epoch sees
+    every row once. """
+    ids = lambda *values: np.array(values)
+    def source(first, rows):
+        return data.Pairs([ids(first + i) for i in range(rows)], [[ids(first + i)] for i in range(rows)], [[]] * rows, [])
+    sources = [source(100, 12), source(200, 4), source(300, 9)]   # 3, 1 and 2 batches of 4; one row of the last is left
+    batches = [[int(q[0]) for q in data.srl_batch(sources, 4, 0, 9, 1, step)[0]] for step in range(12)]
+    turns = [batch[0] // 100 for batch in batches]
+    assert all({row // 100 for row in batch} == {turn} for batch, turn in zip(batches, turns))
+    assert sorted(turns[:6]) == sorted(turns[6:]) == [1, 1, 1, 2, 3, 3] and turns[:6] != turns[6:]
+    for epoch in (batches[:6], batches[6:]):
+        rows = sum(epoch, [])
+        assert len(set(rows)) == 24 and set(range(100, 112)) | set(range(200, 204)) <= set(rows)
+
+
+def test_scored_pairs(tmp_path, tokenizer):
+    """ Columns sentence1, sentence2 and score give pairs whose gold scores follow them into the batch. """
+    path, words = tmp_path / "sts.csv", ["apple", "bridge", "candle", "dragon", "engine", "forest"]
+    path.write_text("sentence1,sentence2,score\n" + "".join(f"{word},the {word},{i}.5\n" for i, word in enumerate(words)))
+    rows = list(data.load_pairs(str(path)))
+    assert rows[1] == ("bridge", ["the bridge"], [], 1.5)
+    queries, passages, gold = data.srl_batch([data.tokenize_pairs(rows, tokenizer, 9, 9)], 5, 1, 9, 1, 0)
+    found = [tokenizer.decode(query, skip_special_tokens=True) for query in queries]
+    assert len(passages) == 5 and gold.tolist() == [words.index(word) + 0.5 for word in found] != sorted(gold)
 
 
 def test_windows_of_long_passages():
@@ -281,8 +309,8 @@ def test_windows_of_long_passages():
     share = np.bincount([w[1] for w in found], minlength=14) / len(found)     # a window begins at 1 .. 13
     assert abs(share[1] - (0.5 + 0.5 / 13)) < 0.04 and all(abs(share[2:] - 0.5 / 13) < 0.02) and len(share) == 14
     assert data.window(text, 20, rng) is text
-    pairs = data.Pairs([np.arange(20)] * 4, [[text]] * 4, [[text]] * 4)
-    queries, passages = data.srl_batch(pairs, 4, 1, 8, 1, 0)
+    pairs = data.Pairs([np.arange(20)] * 4, [[text]] * 4, [[text]] * 4, [])
+    queries, passages, _ = data.srl_batch([pairs], 4, 1, 8, 1, 0)
     assert [len(q) for q in queries] == [20] * 4 and [len(p) for p in passages] == [8] * 8
 
 
@@ -318,7 +346,7 @@ def test_sts_of_the_hub(monkeypatch):
 
 def test_rows_without_a_positive_are_left_out(tokenizer):
     """ Rows without a positive are left out, and when no row is left, that is said. """
-    rows = [("apple", [], ["bridge"]), ("garden", ["candle"], ["dragon"])]
+    rows = [("apple", [], ["bridge"], None), ("garden", ["candle"], ["dragon"], None)]
     pairs = data.tokenize_pairs(rows, tokenizer, 8, 8)
     found = (pairs.queries, *pairs.positives, *pairs.negatives)
     texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in found]

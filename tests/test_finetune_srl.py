@@ -82,7 +82,7 @@ def plain_loop(bert_folder, pairs_file, lrs, embedding_scale, weight_decay, clip
                                    for name, q in bert.named_parameters()])
     losses, norms = [], []
     for step, lr in enumerate(lrs):
-        queries, passages = data.srl_batch(pairs, 16, 1, 64, 1, step)
+        queries, passages, _ = data.srl_batch([pairs], 16, 1, 64, 1, step)
         taps = bert.encode(pack(queries + passages), [1, 3])
         loss, *_ = loss_and_terms({n: t[:16] for n, t in taps.items()}, {n: t[16:] for n, t in taps.items()},
                                   ((1, 8), (3, 48)), "cosine", 0.2, kl_weight)
@@ -216,7 +216,7 @@ def test_overfits_one_batch(pairs_file, tokenizer):
     """ 60 steps on 8 pairs bring the loss of three sizes, KL included, from above 1.5 to below 0.01. """
     torch.manual_seed(0)
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), tokenizer, 32, 32)
-    queries, passages = data.srl_batch(pairs, 8, 0, 32, 1, 0)
+    queries, passages, _ = data.srl_batch([pairs], 8, 0, 32, 1, 0)
     bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
                            intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
     optimizer = adamw(bert, 1e-3, 0.01)
@@ -337,7 +337,7 @@ def test_a_loaded_model_keeps_its_ways(cls_dot_folder, pairs_file, tmp_path, fla
     bert = from_pretrained(out)
     assert (bert.config.pooling, bert.config.similarity, named_sizes(bert.config)) == (pooling, similarity, names)
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), data.load_tokenizer(cls_dot_folder), 32, 64)
-    queries, passages = data.srl_batch(pairs, 16, 1, 64, 1, 0)
+    queries, passages, _ = data.srl_batch([pairs], 16, 1, 64, 1, 0)
     with torch.no_grad():
         tap, = bert(batch := pack(queries + passages), [list(names)[-1][0]])
         q, p = split({0: model.POOLINGS[pooling](tap, batch)}, 16)

@@ -165,6 +165,14 @@ def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
         raise ValueError("--train_pairs: not a single row has a positive; fill that column")
     return pairs
 
+def checksum(pairs):
+    """ Pairs -> a number that changes when a token, a score or the order of the rows does """
+    found = 0
+    for query, positives, negatives in zip(pairs.queries, pairs.positives, pairs.negatives):
+        for text in (query, *positives, *negatives):
+            found = zlib.crc32(text.tobytes(), found)
+    return zlib.crc32(repr(pairs.gold).encode(), found)
+
 def tokenize_documents(texts, tokenizer):
     """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0. The top bit of each says
     whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 32773 at the beginning of
@@ -187,6 +195,7 @@ def split_tokens(tokens):
 class TokenFile:
     """ tokenised documents in one memory-mapped file: it may be larger than memory """
     def __init__(self, folder):
+        self.about = folder.name                   # says which source, of what date, and which vocabulary
         self.ends = np.load(folder / "ends.npy")   # (documents,)
         size = (folder / "tokens.bin").stat().st_size // int(self.ends[-1])   # bytes a token
         self.tokens = np.memmap(folder / "tokens.bin", np.dtype(f"uint{8 * size}"), mode="r")

@@ -14,7 +14,7 @@ memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of 
 
 Letters for shapes: see model.py; here P is the passages of a shard, K the candidates that are kept for a query.
 """
-import argparse, functools, json, math, re, statistics, subprocess, sys, time, zlib
+import argparse, functools, json, math, os, re, shutil, signal, statistics, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 from model import (POOLINGS, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory, named_sizes,
-                   pack, parse_sizes, score, size_name)
+                   pack, parse_sizes, save_pretrained, score, size_name)
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 def load_model(name, device="cpu", max_length=None, **overrides):
@@ -409,7 +409,7 @@ def plot(specs, path, metrics=()):
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
-# ==== Below is not evaluation: flags, log and errors that the training scripts share, then the flags of this script ===
+# ==== Below is not evaluation: flags, ranks, log, checkpoints, errors of the training scripts; then this script's flags =
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """
     def _get_help_string(self, action):
@@ -464,6 +464,8 @@ def training_flags(parser):
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False, help="replace the run that is in --out_dir")
+    add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
+    add("--save_interval", type=count, default=200, help="steps between two checkpoints; 0 saves at the end only")
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
@@ -479,17 +481,140 @@ def average(records, world_size=1):
         dist.all_reduce(means)
     return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
 
+def start_ranks(args):
+    """ Join the processes that torchrun started -> rank, number of ranks; 0, 1 without torchrun. Only rank 0 prints. """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")
+    return rank, world_size
+
+def sum_over_ranks(parameters, world_size):
+    """ every gradient becomes the sum of the ranks' gradients """
+    if world_size > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:   # blocks above the largest size have none
+                dist.all_reduce(parameter.grad)
+
+def catch_signals():
+    """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
+    caught = []
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
+
+def interrupted(caught, args, world_size):
+    """ Did a signal reach any rank? All ranks must leave the loop after the same step. """
+    found = torch.tensor(len(caught), device=args.device)
+    if world_size > 1:
+        dist.all_reduce(found)
+    return found.item() > 0
+
+def check_finite(step, loss, norm, terms, args):
+    """ Raises FloatingPointError when the loss or the norm of the gradient is not finite. float16 may overflow: then
+    GradScaler leaves the step out and lowers its scale. terms {name: scalar}: what the loss consists of """
+    loss, norm = loss.item(), norm.item()
+    if math.isfinite(loss) and (math.isfinite(norm) or args.dtype == "float16"):
+        return
+    bad = [name for name, value in terms.items() if not value.isfinite()]
+    saved = args.out_dir if Path(args.out_dir, STATE).exists() else "there is none"
+    raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not finite: "
+                             f"{', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype float32. "
+                             f"The last checkpoint: {saved}")
+
+STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
+RUN_FILES = ("model.safetensors", STATE, "args.json", "log.jsonl", "eval.json", "config.json", "vocab.txt",
+             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+def check_out_dir(parser, args):
+    """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
+    out_dir = Path(args.out_dir)
+    if not args.out_dir or out_dir.exists() and not out_dir.is_dir():
+        parser.error(f"--out_dir {args.out_dir!r} is no folder; name one, it is made when missing")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite replaces it; give one of the two")
+    if args.resume and not (out_dir / STATE).exists():
+        parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
+                     "checkpoint; leave --resume out to begin a run")
+    if not args.resume and not args.overwrite and any((out_dir / name).exists() for name in (STATE, "model.safetensors")):
+        parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
+                     + (" or --resume" if (out_dir / STATE).exists() else ""))
+
 def open_run(args, first_step=0):
-    """ Write args.json -> log.jsonl, open for writing. A resumed run keeps its lines up to first_step. """
+    """ Write args.json -> log.jsonl, open and locked. A resumed run keeps its lines up to first_step. With --overwrite
+    the earlier run moves to OUT_DIR/replaced until this one has saved something. """
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    log_file = open(out_dir / "log.jsonl", "a+")
+    try:
+        import fcntl   # not on Windows, where two runs into one folder are not noticed
+        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise ValueError(f"--out_dir {args.out_dir}: another run is writing there; choose another folder") from None
+    log_file.seek(0)
+    lines = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    if args.overwrite and (out_dir / "model.safetensors").exists():
+        (out_dir / "replaced").mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            if (out_dir / name).exists():
+                shutil.copy2(out_dir / name, out_dir / "replaced") if name == "log.jsonl" else (
+                    os.replace(out_dir / name, out_dir / "replaced" / name))
+    log_file.truncate(0)
+    log_file.writelines(lines)
+    log_file.flush()
     about = vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-    path = out_dir / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if first_step else []
-    log_file = open(path, "w")
-    log_file.writelines(line for line in lines if json.loads(line)["step"] <= first_step)
     return log_file
+
+def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
+    """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
+    state {name: model, optimizer or scaler}; about: what else must be the same when the run is resumed. """
+    try:
+        save_pretrained(bert, tokenizer, args.out_dir, head)
+        state = {name: part.state_dict() for name, part in state.items()}
+        with data.whole(Path(args.out_dir, STATE)) as part, open(part, "wb") as file:
+            torch.save(state | {"step": step, "args": vars(args), "about": about}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(Path(args.out_dir, "replaced"), ignore_errors=True)
+    except (OSError, RuntimeError) as error:   # torch.save and safetensors wrap a full disk in errors of their own
+        if last_step:
+            raise OSError(f"step {step}: nothing could be saved in {args.out_dir} ({error}); make room, then --resume") from error
+        print(f"step {step}: nothing could be saved in {args.out_dir} ({error}); the training goes on", file=sys.stderr)
+
+def load_state(args):
+    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides what is computed differs. """
+    path = Path(args.out_dir, STATE)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["args"]
+    except Exception as error:   # zip, pickle and torch have a dozen errors for a damaged file
+        raise ValueError(f"--resume: {path} cannot be read ({str(error).splitlines()[0]}); begin the run again with "
+                         "--overwrite") from None
+    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
+    if saved.keys() ^ vars(args).keys() - free:
+        raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
+    for name, value in vars(args).items():
+        if name not in free and saved[name] != value:
+            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
+                             "the flags it was begun with")
+    return state
+
+def check_about(args, state, about):
+    """ Raises ValueError when data or ranks are not those of the run to resume. """
+    for name, value in about.items():
+        if state["about"][name] != value:
+            raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
+                             f"({value} for {state['about'][name]}); resume with the same, or begin another run")
 
 def log(log_file, record, line):
     """ a record to log.jsonl, a line to the screen; log_file is None on all ranks but the first """
@@ -505,12 +630,17 @@ def git_commit():
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 def run_script(main, parse_args):
-    """ main(parse_args()); a mistake of the user's ends it with one line and exit status 2, without a traceback """
+    """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
     try:
         main(parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if type(error) is RuntimeError and not dist.is_initialized():
+            raise                                                # a mistake of the program's: show where
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, (ValueError, OSError)) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):

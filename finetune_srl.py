@@ -10,39 +10,45 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
 Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, at the end, the evaluation in eval.json.
 Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
 """
-import argparse, math, os, time
+import argparse, math, time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
 import evaluate
-from evaluate import (HelpFormatter, at_least_zero, average, count, log, open_run, positive, positive_int,
-                      training_flags)
+from evaluate import (HelpFormatter, at_least_zero, average, catch_signals, check_about, check_finite, check_out_dir,
+                      count, interrupted, load_state, log, open_run, positive, positive_int, save_run, start_ranks,
+                      sum_over_ranks, training_flags)
 from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_sizes, configure_optimizer, keep_freed_memory,
-                   named_sizes, pack, save_pretrained, score, size_name)
+                   named_sizes, pack, permute_channels, score, size_name)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
 
-def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight):
+def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teacher_scores=None, gold=None):
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
     positive of query i; passages from Q on are hard negatives. For query i every passage but i counts as a negative,
     even if the same text occurs twice. sizes: (layer, dim) pairs; the last is the full size, the teacher.
+    teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
+    then CoSENT takes the place of InfoNCE.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
-    -> loss, {size name: InfoNCE}, {size name: KL} """
+    -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
     assert sizes[-1] == (max(layer for layer, _ in sizes), max(dim for _, dim in sizes)), f"no full size last: {sizes}"
     scores = {(layer, dim): score(queries[layer], passages[layer], dim, similarity) / temperature
               for layer, dim in sizes}                             # (Q, P) each
-    teacher = scores[sizes[-1]].detach()          # (Q, P), detached: the full size must not move towards the others
+    if teacher_scores is None:
+        teacher_scores = scores[sizes[-1]].detach()   # detached: the full size must not move towards the others
     nce, kl = {}, {}
     for size in sizes:
-        log_probs = scores[size].log_softmax(-1)                                # (Q, P)
-        nce[size_name(size)] = info_nce(log_probs)
-        kl[size_name(size)] = kl_divergence(teacher.softmax(-1), log_probs)     # for the full size 0, like its gradient
+        log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
+        nce[size_name(size)] = info_nce(log_probs) if gold is None else cosent(scores[size].diagonal(), gold)
+        kl[size_name(size)] = kl_divergence(teacher_scores.softmax(-1), log_probs)      # 0 for a full size that teaches
     return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
 
 def info_nce(log_probs):
@@ -50,50 +56,81 @@ def info_nce(log_probs):
     target = torch.arange(len(log_probs), device=log_probs.device)   # (Q,), passage i is the positive of query i
     return F.nll_loss(log_probs, target)
 
-def kl_divergence(teacher, log_probs):
+def kl_divergence(teacher_probs, log_probs):
     """ (Q, P) probabilities of the teacher, (Q, P) log-probabilities of a size -> mean KL(teacher || size) """
-    return F.kl_div(log_probs, teacher, reduction="batchmean")       # torch takes the teacher as second argument
+    return F.kl_div(log_probs, teacher_probs, reduction="batchmean")   # torch takes the teacher as second argument
 
-def cached_backward(encode, texts, chunks, loss_of, scale):
-    """ Gradient caching (arXiv 2101.06983): the gradient of a large batch in the memory of a small one. The loss needs
-    all embeddings at once, but embeddings are small: it is the encoder's activations that fill the memory. So
-      1. encode chunk by chunk without a graph; 2. compute the loss and its gradient with respect to the embeddings;
-      3. encode each chunk again, with the same dropout, and backpropagate its rows of that gradient.
-    encode: list of B texts -> {layer: (B, C)}. Chunk k is texts[k::chunks], about as many queries as any other chunk.
-    loss_of: {layer: (B, C)} of all texts -> (loss, ...), which is returned. scale: GradScaler.scale. """
-    random_states, cache = [], {}
-    for k in range(chunks):
-        random_states.append((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
-        with torch.no_grad():
-            for layer, tap in encode(texts[k::chunks]).items():
-                if layer not in cache:
-                    cache[layer] = tap.new_zeros(len(texts), tap.shape[1])   # (B, C)
-                cache[layer][k::chunks] = tap
-    losses = loss_of({layer: tap.requires_grad_() for layer, tap in cache.items()})
-    scale(losses[0]).backward()
-    for k, (cpu, cuda) in enumerate(random_states):
-        torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
-        taps = encode(texts[k::chunks])
-        torch.autograd.backward(list(taps.values()), [cache[layer].grad[k::chunks] for layer in taps])
-    return losses
+def cosent(scores, gold):
+    """ (Q,) scores of pairs of texts, (Q,) their gold scores -> log(1 + sum of exp(s_j - s_i) over all i, j with
+    gold_i > gold_j): every pair should score above those that are less similar. (CoSENT, kexue.fm/archives/8847) """
+    difference = scores[None, :] - scores[:, None]                                      # (Q, Q), s_j - s_i
+    wrong = difference[gold[:, None] > gold[None, :]]                                   # (pairs of pairs,)
+    return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
+
+def step_sizes(method, sizes, seed, step):
+    """ The sizes that one step trains, the full size last. This is all that the two methods differ in:
+    srl     the same few sizes in every step
+    2dmse   2D Matryoshka (arXiv 2402.14776): the full size (N, D), one layer n < N and one dim d < D drawn at random,
+            and what they combine to. In time every layer is trained with every dim, but each of them rarely. """
+    if method == "srl":
+        return sizes
+    (N, D), rng = sizes[-1], np.random.default_rng([seed, step, 3])
+    n, d = int(rng.integers(1, N)), int(rng.choice(sorted({dim for _, dim in sizes} - {D})))
+    return (n, d), (n, D), (N, d), (N, D)
 
 # ---- training --------------------------------------------------------------------------------------------------------
-def backward(model, queries, passages, sizes, args, scaler):
-    """ lists of Q and P token id arrays: one pass through the encoder for all sizes, then backward -> as srl_loss """
-    Q, layers = len(queries), [layer for layer, _ in sizes]
-    def encode(texts):
+def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
+    """ The backward pass, for one process or many and for batches of any size. The texts of a batch depend on each
+    other only through their embeddings (gradient caching, arXiv 2101.06983), so
+      1. embed the pieces of the batch that are this rank's, and gather the embeddings of all ranks;
+      2. compute the loss and its gradient with respect to the embeddings, the same on every rank;
+      3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
+    The activations of several pieces would fill the memory, so 1. runs without a graph and 3. embeds again. Piece k is
+    texts[k::pieces]; it draws its dropout from (*seed, k), so the same both times and on any number of ranks.
+    embed: list of B texts -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all texts -> (loss, ...), which is returned.
+    scale: GradScaler.scale. """
+    mine, all_rows = range(rank, pieces, world_size), {}
+    def embed_piece(k):
+        torch.manual_seed(hash((*seed, k)))
+        return embed(texts[k::pieces])
+    for k in mine:
+        with torch.set_grad_enabled(len(mine) == 1):       # a single piece keeps its graph: it is embedded once
+            embeddings = embed_piece(k)
+        for layer, rows in embeddings.items():
+            if layer not in all_rows:
+                all_rows[layer] = rows.new_zeros(len(texts), rows.shape[1])             # (B, C)
+            all_rows[layer][k::pieces] = rows.detach()
+    if world_size > 1:
+        for rows in all_rows.values():
+            dist.all_reduce(rows)      # a sum that gathers: the rows of other ranks are 0 here
+    losses = loss_of({layer: rows.requires_grad_() for layer, rows in all_rows.items()})
+    scale(losses[0]).backward()
+    for k in mine:
+        if len(mine) > 1:
+            embeddings = embed_piece(k)
+        torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
+    return losses
+
+def train_step(model, teacher, batch, sizes, args, seed, scaler, rank, world_size):
+    """ one batch, as srl_batch gives it: losses and gradients -> as srl_loss """
+    queries, passages, gold = batch
+    Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
+    pieces = max(world_size, math.ceil(Q / args.micro_batch)) if args.micro_batch else world_size
+    teacher_scores = None
+    if teacher:
+        layer, dim = len(teacher.blocks), teacher.config.hidden_size
+        rows = evaluate.encode(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
+        teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
+    if gold is not None:
+        gold = torch.from_numpy(gold).to(args.device)
+    def embed(texts):
         with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
             return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}
-    def loss_of(taps):
-        return srl_loss({layer: tap[:Q] for layer, tap in taps.items()},
-                        {layer: tap[Q:] for layer, tap in taps.items()},
-                        sizes, model.config.similarity, args.temperature, args.kl_weight)
-    if args.micro_batch:
-        chunks = math.ceil(Q / args.micro_batch)
-        return cached_backward(encode, queries + passages, chunks, loss_of, scaler.scale)
-    losses = loss_of(encode(queries + passages))
-    scaler.scale(losses[0]).backward()
-    return losses
+    def loss_of(embeddings):
+        return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
+                        {layer: rows[Q:] for layer, rows in embeddings.items()},
+                        sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold)
+    return backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
 
 def get_lr(step, max_steps, args):
     """ linear warm-up, then linear decay to 0 """
@@ -102,19 +139,21 @@ def get_lr(step, max_steps, args):
         return args.learning_rate * (step + 1) / warmup_steps
     return args.learning_rate * (max_steps - step) / max(1, max_steps - warmup_steps)
 
-def build_model(args, rows):
+def build_model(args, sources):
     """ -> Bert with sizes, pooling and similarity in its config; tokenizer. Raises ValueError for flags that misfit """
-    p = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
-    if args.init_from == "scratch":
+    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    init_from = args.out_dir if args.resume else args.init_from
+    if init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
-        texts = (text for query, positives, negatives, _ in rows for text in [query, *positives, *negatives])
+        texts = (text for rows in sources for query, positives, negatives, _ in rows
+                 for text in [query, *positives, *negatives])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                 num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                 intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
-                                initializer_range=0.01, **p))   # half of BERT's, so that AdamW's steps weigh more
+                                initializer_range=0.01, **dropout))   # half of BERT's, so that AdamW's steps weigh more
     else:
-        model, tokenizer = evaluate.load_model(args.init_from, **p)
+        model, tokenizer = evaluate.load_model(init_from, **dropout)
     config = model.config
     for name in ("query_max_length", "passage_max_length"):
         if getattr(args, name) > config.max_position_embeddings:
@@ -128,22 +167,47 @@ def build_model(args, rows):
     if config.sizes[-1] != (layer, dim):
         raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
                          f"widest, so none can teach the others; add {layer}:{dim}")
+    if args.method == "2dmse" and (layer == 1 or len({dim for _, dim in config.sizes}) == 1):
+        raise ValueError(f"--method 2dmse draws a layer and a dim below {layer}:{dim}; give --sizes with two dims or more")
     config.num_hidden_layers = layer
     del model.blocks[layer:]                              # layers that no size uses
-    if args.init_from == "scratch" and config.pooling == "mean":
+    if init_from == "scratch" and config.pooling == "mean":
         leave_channels_unscored(model)
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     return model.to(args.device).train(), tokenizer
 
 def leave_channels_unscored(model):
-    """ Mean pooling weighs a token by its norm in the scored dims, but LayerNorm gives all tokens the same norm over
-    all channels. So "the" can only weigh less than a rare word if its norm is in channels that are not scored, and the
-    full size has none. Start the last sixth of its LayerNorm's gains at 0, so that these channels hardly count. """
+    """ Mean pooling weighs a token by its norm in the scored dims. The full size scores all channels, and LayerNorm
+    gives all tokens the same norm over all channels, so its mean cannot let "the" weigh less than a rare word. Start
+    the last sixth of its LayerNorm's gains at 0: these channels hardly count, and take the norm of common words. """
     model.blocks[-1].norm2.weight.data[-model.config.hidden_size // 6:] = 0
+
+def order_channels(model, texts, sizes):
+    """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose
+    embeddings vary most over the texts at the smallest size's layer, as many as it has dims, then those of the next
+    size. The full size stays the same function. texts: list of (T,) ids """
+    embeddings = evaluate.encode(model, texts, sorted({layer for layer, _ in sizes}))
+    order = []
+    for layer, dim in sizes:
+        variance = embeddings[layer].var(dim=0)                                         # (C,)
+        variance[order] = -1                                                            # taken by smaller sizes
+        order += variance.argsort(descending=True)[:max(0, dim - len(order))].tolist()
+    permute_channels(model, order + sorted(set(range(model.config.hidden_size)) - set(order)))
+
+def load_teacher(args, tokenizer):
+    """ --teacher -> frozen Bert, or None. Raises ValueError if it does not read the same token ids. """
+    if not args.teacher:
+        return None
+    teacher, its_tokenizer = evaluate.load_model(args.teacher, args.device)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--teacher {args.teacher} has another vocabulary than --init_from {args.init_from}; choose a "
+                         "teacher that reads the same tokens")
+    return teacher
 
 def main(args):
     """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
     start = time.time()
+    rank, world_size = start_ranks(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
 
@@ -152,72 +216,93 @@ def main(args):
         data.Collection(args.retrieval)
         if args.eval_interval:
             data.Collection(f"{args.retrieval}:dev")
-    rows = data.load_pairs(args.train_pairs)
-    model, tokenizer = build_model(args, rows)
+    sources = [data.load_pairs(source) for source in args.train_pairs]
+    model, tokenizer = build_model(args, sources)
     sizes = model.config.sizes
     # passages keep more tokens than a step takes: srl_batch cuts a window of --passage_max_length out of them
-    pairs = data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
-    batch_size = min(args.batch_size, len(pairs.queries))
-    max_steps = args.max_steps or max(1, round(args.epochs * (len(pairs.queries) // batch_size)))
+    sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
+               for rows in sources]
+    rows = [len(pairs.queries) for pairs in sources]
+    batch_size = min([args.batch_size, *rows])
+    if batch_size < 2 * world_size:
+        raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(rows)} rows: the other rows of a batch "
+                         f"are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
+    max_steps = args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
+    if args.order_channels and not args.resume:
+        order_channels(model, sources[0].queries[:1000], sizes)
+    teacher = load_teacher(args, tokenizer)
 
     # optimizer
     optimizer = configure_optimizer(dict(model.named_parameters()), args.learning_rate, args.weight_decay,
                                     ("word.weight", "position.weight", "token_type.weight"), args.embedding_lr_scale)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "float16")
+    trained, first_step = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
+    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources],
+             "ranks without --micro_batch": 0 if args.micro_batch else world_size}
+    if args.resume:
+        state = load_state(args)
+        check_about(args, state, about)
+        for name, part in trained.items():
+            part.load_state_dict(state[name])
+        first_step = state["step"]
     if args.compile:
         for block in model.blocks:
             block.rest = torch.compile(block.rest, dynamic=True)   # not attention: its groups differ in every batch
 
-    log_file = open_run(args)
-    print(f"{len(pairs.queries):,} pairs, {max_steps} steps of {batch_size} queries; "
+    log_file = open_run(args, first_step) if rank == 0 else None
+    print(f"{sum(rows):,} pairs, {max_steps} steps of {batch_size} queries; "
           f"sizes {', '.join(map(size_name, sizes))}; "
           f"{model.num_params(sizes[-1][0]) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses = time.time(), 0, []
-    for step in range(max_steps):
+    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
+    for step in range(first_step, max_steps):
         lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
-        queries, passages, _ = data.srl_batch([pairs], batch_size, args.negatives, args.passage_max_length, args.seed, step)
+        batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
-        loss, nce, kl = backward(model, queries, passages, sizes, args, scaler)
+        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
+                                   (args.seed, step), scaler, rank, world_size)
+        sum_over_ranks(model.parameters(), world_size)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        check_finite(step, loss, norm, nce | {f"KL of {name}": value for name, value in kl.items()}, args)
         scaler.step(optimizer)
         scaler.update()
 
-        tokens += sum(map(len, queries + passages))
+        tokens += sum(map(len, batch[0] + batch[1]))
         losses.append(({"loss": loss}, nce, kl))
-        if (step + 1) % args.log_interval == 0 or step + 1 == max_steps:
+        last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
+        if (step + 1) % args.log_interval == 0 or last_step:
             mean, nce, kl = map(average, zip(*losses))
-            if not math.isfinite(mean["loss"]):
-                raise FloatingPointError(f"step {step + 1}: the loss is {mean['loss']}, InfoNCE per size {nce}; "
-                                         "nothing was saved. Try a lower --learning_rate, or --dtype float32")
             seconds = (time.time() - clock) / len(losses)
             rate = tokens / len(losses) / seconds
-            first, last = list(nce)[0], size_name(sizes[-1])
+            shown = " | ".join(f"{name} {nce[name]:.3f}" for name in map(size_name, [sizes[0], sizes[-1]]) if name in nce)
             log(log_file, {"step": step + 1, "loss": mean["loss"], "nce": nce, "kl": kl, "learning_rate": lr,
                            "norm": norm.item(), "ms": 1000 * seconds, "tokens_per_second": rate,
                            "seconds": time.time() - start},
-                f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {first} {nce[first]:.3f} | "
-                f"{last} {nce[last]:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * seconds:.0f} ms | "
-                f"{rate / 1000:.1f}k tok/s | eta {(max_steps - step - 1) * seconds / 60:.1f}m")
+                f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {shown} | lr {lr:.1e} | norm {norm:.2f} | "
+                f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | eta {(max_steps - step - 1) * seconds / 60:.1f}m")
             clock, tokens, losses = time.time(), 0, []
-        if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and step + 1 < max_steps:
+        if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step and rank == 0:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", sizes, args.dtype)
             mrr = [r for r in results if r["metric"] == "MRR@10" and r["layer"]]   # without BM25
             log(log_file, {"step": step + 1, "dev": results}, f"step {step + 1}/{max_steps} | dev MRR@10 | "
                 + " | ".join(f"{r['layer']}:{r['dim']} {r['value']:.3f}" for r in mrr))
             clock += time.time() - pause
-
-    save_pretrained(model, tokenizer, args.out_dir)
+        if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
+            save_run(args, step + 1, model, tokenizer, trained, about, last_step)
+        if last_step and step + 1 < max_steps:
+            return print(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
     print(f"saved {args.out_dir}")
-    if args.retrieval:
+    if args.retrieval and rank == 0:
         evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--speed",
                                            "--device", args.device, "--dtype", args.dtype]))
+    if rank == 0:
+        Path(args.out_dir, evaluate.STATE).unlink(missing_ok=True)   # three times the model, and the run is finished
     print(f"{(time.time() - start) / 60:.1f} minutes in all")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -225,7 +310,9 @@ def parse_args(argv=None):
     """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
-    add("--train_pairs", default="docs", help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT]")
+    add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",
+        help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT]; of several sources each batch takes "
+             "one, in proportion to their sizes. Columns query, positive, maybe negative; or sentence1, sentence2, score")
     add("--batch_size", type=positive_int, default=128, help="queries per step; all their passages are candidates")
     add("--negatives", type=count, default=1, help="hard negatives a query, at most, where the pairs have any")
     add("--micro_batch", type=count, default=0,
@@ -242,6 +329,10 @@ def parse_args(argv=None):
     add("--similarity", choices=SIMILARITIES,
         help="of a query and a passage; by default the loaded model's own, from scratch cosine")
     add("--temperature", type=positive, default=0.1, help="divides the similarities; use 1 with --similarity dot")
+    add("--method", choices=["srl", "2dmse"], default="srl", help="which sizes a step trains: see step_sizes")
+    add("--teacher", help="a frozen model whose full size every size follows; by default the trained model's own")
+    add("--order_channels", action=argparse.BooleanOptionalAction, default=False,
+        help="for a loaded model: before training, sort the channels so that the first dims matter most")
     add("--kl_weight", type=at_least_zero, default=1.0, help="of the KL from the full size; 0 leaves it out")
     add("--embedding_lr_scale", type=positive,
         help="learning rate of the embeddings over that of the blocks, because a word is seen less often than a block; "
@@ -257,10 +348,7 @@ def parse_args(argv=None):
     if args.embedding_lr_scale is None:
         args.embedding_lr_scale = 8.0 if args.init_from == "scratch" else 1.0
     args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)
-    if (Path(args.out_dir) / "model.safetensors").exists() and not args.overwrite:
-        parser.error(f"--out_dir {args.out_dir} holds a finished run; choose another folder or add --overwrite")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("this script runs as one process, and torchrun started several; start it with python")
+    check_out_dir(parser, args)
     return args
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Letters for shapes, the same in all files:
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
   V words of the vocabulary. In code p is always dropout.
 """
-import argparse, ctypes, functools, json, sys
+import argparse, ctypes, functools, json, os, shutil, sys, tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from data import whole
 
 # ---- sizes: (layer, dim) pairs ---------------------------------------------------------------------------------------
 # name, share of the model's layers, share of its channels
@@ -279,6 +277,16 @@ def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scal
               {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
 
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all linear
+    layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
+                parameter.copy_(parameter[:, order])             # the channels are the columns
+            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
+                parameter.copy_(parameter[order])                # the channels are the rows
+
 # ==== Below is speed and file formats, not the method =================================================================
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
@@ -467,8 +475,17 @@ def save_pretrained(model, tokenizer, folder, head=None):
     if head is not None:
         state, kind = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
         state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise FloatingPointError(f"{folder}: not saved, because {broken[0]} is not finite; lower --learning_rate")
     config = {"architectures": [kind], "model_type": "bert", **asdict(model.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
-    with whole(folder / "model.safetensors") as part:
-        save_file(state, part, metadata={"format": "pt"})
+    for leftover in folder.glob("save.*.part"):   # of a killed run
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=folder) as part:
+        (Path(part) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tokenizer.save_pretrained(part)
+        save_file(state, Path(part) / "model.safetensors", metadata={"format": "pt"})
+        for file in Path(part).iterdir():         # each file is whole at any moment
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(file, folder / file.name)

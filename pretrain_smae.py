@@ -10,7 +10,7 @@ Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM, for finetune_srl.py 
 training_state.pt, which --resume takes and which holds the decoder; args.json and log.jsonl.
 Paper: arXiv 2410.13230. smae_loss holds both halves of its loss.
 """
-import argparse, copy, itertools, math, os, time
+import argparse, copy, itertools, math, time
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from evaluate import (HelpFormatter, average, count, log, number, open_run, positive, positive_int, run_script, share,
-                      training_flags)
+from evaluate import (STATE, HelpFormatter, average, catch_signals, check_about, check_finite, check_out_dir, count,
+                      interrupted, load_state, log, number, open_run, positive, positive_int, run_script, save_run,
+                      share, start_ranks, sum_over_ranks, training_flags)
 from model import (Bert, BertConfig, MLMHead, as_contiguous, check_sizes, configure_optimizer, dropout, from_pretrained,
-                   keep_freed_memory, load_head, named_sizes, pack, save_pretrained, size_name)
+                   keep_freed_memory, load_head, named_sizes, pack, size_name)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), M masked positions, V vocabulary
@@ -178,7 +179,7 @@ MAX_VOCABULARY_DOCUMENTS = 200_000   # that a vocabulary is trained on
 def build_model(args, saved):
     """ -> SMAE, tokenizer, sizes to train. saved: the state of the run to resume, or None """
     init_from = args.out_dir if saved else args.init_from
-    p = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     if init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the text")
         texts = itertools.islice(data.load_texts(args.train_text, args.streaming), MAX_VOCABULARY_DOCUMENTS)
@@ -186,10 +187,10 @@ def build_model(args, saved):
         bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                intermediate_size=4 * args.hidden_size,
-                               max_position_embeddings=max(512, args.max_length), **p))   # room for longer texts later
+                               max_position_embeddings=max(512, args.max_length), **dropout))   # room for longer texts later
         head = MLMHead(bert.config)
     else:
-        bert = from_pretrained(init_from, **p)
+        bert = from_pretrained(init_from, **dropout)
         tokenizer, head = data.load_tokenizer(init_from), load_head(init_from, bert.config)
     config = bert.config
     if args.max_length > config.max_position_embeddings:
@@ -202,9 +203,10 @@ def build_model(args, saved):
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
     bert.gradient_checkpointing = args.gradient_checkpointing
-    if (Path(init_from) / "training_state.pt").exists():   # continue with the decoder of that run
-        earlier = saved or torch.load(Path(init_from) / "training_state.pt", map_location="cpu")
-        model.load_state_dict(earlier["model"])
+    if (Path(init_from) / STATE).exists():   # continue with the decoder of that run
+        earlier = saved or torch.load(Path(init_from) / STATE, map_location="cpu", weights_only=True)
+        if "objective" in earlier["args"]:   # else a stopped fine-tuning, which has no decoder
+            model.load_state_dict(earlier["model"])
     return model, tokenizer, sizes
 
 def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
@@ -281,34 +283,12 @@ def get_lr(step, max_steps, args):
         return args.learning_rate * (step + 1) / warmup_steps
     return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps))) / 2
 
-def check_resumed(args, saved):
-    """ Raises ValueError when a flag that decides what is computed differs from that of the stopped run. """
-    free = {"out_dir", "overwrite", "resume", "log_interval", "device", "compile"}
-    for name, value in vars(args).items():
-        if name not in free and saved.get(name, value) != value:   # an older run may not have had the flag
-            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
-                             "the flags it was begun with, or begin another with --init_from")
-
-def save(step, args, model, tokenizer, optimizer, scaler):
-    """ the model for others, and the state for --resume """
-    out_dir = Path(args.out_dir)
-    save_pretrained(model.bert, tokenizer, out_dir, model.head)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "step": step, "args": vars(args)}
-    with data.whole(out_dir / "training_state.pt") as part:
-        torch.save(state, part)
-
 def main(args):
     """ model, text, optimizer, loop. Raises ValueError or OSError for what the user can mend. """
     start = time.time()
+    rank, world_size = start_ranks(args)
     keep_freed_memory(not args.gradient_checkpointing)
     torch.manual_seed(args.seed)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun sets them
-    if world_size > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
 
     # model and text
     micro_batch = args.micro_batch or args.batch_size // world_size
@@ -316,12 +296,15 @@ def main(args):
     if micro_batch == 0 or args.batch_size % micro_batch or pieces % world_size:
         raise ValueError(f"--batch_size {args.batch_size} --micro_batch {args.micro_batch}: {world_size} ranks cannot "
                          "share pieces of that size equally; choose a batch that is a multiple of both")
-    saved = torch.load(Path(args.out_dir, "training_state.pt"), map_location="cpu") if args.resume else None
-    if saved:
-        check_resumed(args, saved["args"])
+    saved = load_state(args) if args.resume else None
     first_step = saved["step"] if saved else 0
     model, tokenizer, sizes = build_model(args, saved)
     held_out, max_steps, steps, text = open_text(args, tokenizer, micro_batch, first_step, rank, world_size)
+    about = {"--train_text": text.about if text else args.train_text,
+             "ranks, which only --micro_batch without --streaming makes equal,":
+                 0 if args.micro_batch and not args.streaming else world_size}
+    if saved:
+        check_about(args, saved, about)
     if args.init_from == "scratch" and not saved and text:
         set_bias(model.head, text)
 
@@ -331,22 +314,21 @@ def main(args):
     optimizer = configure_optimizer(trained, args.learning_rate, args.weight_decay, ["bert.word.weight"],
                                     args.word_lr_scale if args.init_from == "scratch" else 1.0)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "float16")
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    for name in ("optimizer", "scaler") if saved else ():
+        state[name].load_state_dict(saved[name])
     if args.compile:
         for block in [*model.bert.blocks, model.decoder]:
             block.rest = torch.compile(block.rest, dynamic=True)   # not attention: its groups differ in every batch
 
     log_file = open_run(args, first_step) if rank == 0 else None
-    if rank == 0:
-        print(f"{args.objective}, {max_steps - first_step} steps of {args.batch_size} documents; "
-              f"sizes {', '.join(map(size_name, sizes))}; "
-              f"{sum(parameter.numel() for parameter in trained.values()) / 1e6:.2f}M parameters; "
-              f"{args.dtype} on {args.device}")
+    print(f"{args.objective}, {max_steps - first_step} steps of {args.batch_size} documents; "
+          f"sizes {', '.join(map(size_name, sizes))}; "
+          f"{sum(parameter.numel() for parameter in trained.values()) / 1e6:.2f}M parameters; "
+          f"{args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses = time.time(), 0, []
+    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
     for step, documents_of_pieces in enumerate(steps, start=first_step):
         lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
@@ -358,20 +340,16 @@ def main(args):
             scaler.scale(loss / pieces).backward()
             tokens += N * world_size
             losses.append(({"loss": loss}, ce, accuracy))
-        if world_size > 1:
-            for parameter in trained.values():
-                if parameter.grad is not None:         # blocks above the largest size have none
-                    dist.all_reduce(parameter.grad)    # the sum over all pieces of the batch
+        sum_over_ranks(trained.values(), world_size)           # the sum over all pieces of the batch
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(list(trained.values()), args.grad_clip or math.inf)
+        check_finite(step, loss, norm, ce, args)
         scaler.step(optimizer)
         scaler.update()
 
-        if (step + 1) % args.log_interval == 0 or step + 1 == max_steps:
+        last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
+        if (step + 1) % args.log_interval == 0 or last_step:
             mean, ce, accuracy = (average(records, world_size) for records in zip(*losses))
-            if not math.isfinite(mean["loss"]):
-                raise FloatingPointError(f"step {step + 1}: the loss is {mean['loss']}, per term {ce}; the last "
-                                         f"checkpoint: {args.out_dir}. Try a lower --learning_rate, or --dtype float32")
             seconds = time.time() - clock
             ms = 1000 * seconds / (len(losses) * world_size / pieces)
             shown = [f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in (list(ce)[0], list(ce)[-1])]
@@ -389,13 +367,12 @@ def main(args):
             log(log_file, {"step": step + 1, "val_loss": loss, "val_ce": ce, "val_accuracy": accuracy},
                 f"step {step + 1}/{max_steps} | validation loss {loss:.3f} | "
                 + " | ".join(f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in ce))
-            if rank == 0:
-                save(step + 1, args, model, tokenizer, optimizer, scaler)
             clock += time.time() - pause
-    if world_size > 1:
-        dist.destroy_process_group()
-    if rank == 0:
-        print(f"saved {args.out_dir}; {(time.time() - start) / 60:.1f} minutes in all")
+        if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
+            save_run(args, step + 1, model.bert, tokenizer, state, about, last_step, model.head)
+        if last_step and step + 1 < max_steps:
+            return print(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
+    print(f"saved {args.out_dir}; {(time.time() - start) / 60:.1f} minutes in all")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
@@ -420,10 +397,9 @@ def parse_args(argv=None):
     add("--decoder_mask", type=share, default=0.4, help="share hidden from the decoder")
     add("--word_lr_scale", type=positive, default=3.0,
         help="from scratch: learning rate of the word embeddings over that of the rest; a word is seen less often")
-    add = parser.add_argument_group("checkpoints and memory").add_argument
-    add("--resume", action=flag, default=False, help="go on with the run in --out_dir, exactly")
+    add = parser.add_argument_group("validation and memory").add_argument
     add("--eval_interval", type=count, default=200,
-        help="steps between two checkpoints, each with the loss on held-out text; 0 for the end only")
+        help="steps between two measurements of the loss on held-out text; 0 for the end only")
     add("--gradient_checkpointing", action=flag, default=False,
         help="least memory: compute blocks and decoder again in the backward pass; 1.6 times the time at BERT-base")
     training_flags(parser)
@@ -435,11 +411,7 @@ def parse_args(argv=None):
                      "the encoder's not above the decoder's, whose mask contains it")
     if args.streaming and not args.max_steps:
         parser.error("--streaming does not know how long the text is; give --max_steps")
-    state = Path(args.out_dir) / "training_state.pt"
-    if state.exists() and not (args.overwrite or args.resume):
-        parser.error(f"--out_dir {args.out_dir} holds a run; add --resume or --overwrite, or choose another folder")
-    if args.resume and not state.exists():
-        parser.error(f"--resume: there is no {state}; leave --resume out to begin a run")
+    check_out_dir(parser, args)
     return args
 
 if __name__ == "__main__":

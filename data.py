@@ -294,8 +294,8 @@ def find_columns(row, kind):
     return [column for column in row if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
 
 def load_pairs(source):
-    """ One of --train_pairs -> an iterable with a len, of (query, [positive, ...], [negative, ...], gold). Negatives may
-    be empty; gold is a number where the columns are sentence1, sentence2 and score, else None.
+    """ One of --train_pairs -> an iterable with a len, of (query, [positive, ...], [negative, ...], gold). Negatives
+    may be empty; gold is a number where the columns are sentence1, sentence2 and score, else None.
     source: "docs", a .jsonl/.csv/.tsv/.parquet file (.gz or not, but for parquet), or a name for load_table such as
     sentence-transformers/all-nli:triplet or Tevatron/msmarco-passage. Raises ValueError on a source it cannot read. """
     path = str(docs_folder() / "train.jsonl") if source == "docs" else source

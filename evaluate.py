@@ -409,7 +409,7 @@ def plot(specs, path, metrics=()):
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
-# ==== Below is not evaluation: flags, ranks, log, checkpoints, errors of the training scripts; then this script's flags =
+# ==== Below is not evaluation: what both training scripts need for flags, ranks, log and checkpoints; then own flags ===
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """
     def _get_help_string(self, action):
@@ -482,7 +482,7 @@ def average(records, world_size=1):
     return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
 
 def start_ranks(args):
-    """ Join the processes that torchrun started -> rank, number of ranks; 0, 1 without torchrun. Only rank 0 prints. """
+    """ Join the processes that torchrun started -> rank, number of ranks; (0, 1) without it. Only rank 0 prints. """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         if args.device == "cuda":
@@ -525,9 +525,9 @@ def check_finite(step, loss, norm, terms, args):
         return
     bad = [name for name, value in terms.items() if not value.isfinite()]
     saved = args.out_dir if Path(args.out_dir, STATE).exists() else "there is none"
-    raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not finite: "
-                             f"{', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype float32. "
-                             f"The last checkpoint: {saved}")
+    raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
+                             f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
+                             f"float32. The last checkpoint: {saved}")
 
 STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
 RUN_FILES = ("model.safetensors", STATE, "args.json", "log.jsonl", "eval.json", "config.json", "vocab.txt",
@@ -543,9 +543,10 @@ def check_out_dir(parser, args):
     if args.resume and not (out_dir / STATE).exists():
         parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
                      "checkpoint; leave --resume out to begin a run")
-    if not args.resume and not args.overwrite and any((out_dir / name).exists() for name in (STATE, "model.safetensors")):
+    found = [name for name in (STATE, "model.safetensors") if (out_dir / name).exists()]
+    if found and not args.resume and not args.overwrite:
         parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
-                     + (" or --resume" if (out_dir / STATE).exists() else ""))
+                     + (" or --resume" if STATE in found else ""))
 
 def open_run(args, first_step=0):
     """ Write args.json -> log.jsonl, open and locked. A resumed run keeps its lines up to first_step. With --overwrite
@@ -588,11 +589,12 @@ def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
         shutil.rmtree(Path(args.out_dir, "replaced"), ignore_errors=True)
     except (OSError, RuntimeError) as error:   # torch.save and safetensors wrap a full disk in errors of their own
         if last_step:
-            raise OSError(f"step {step}: nothing could be saved in {args.out_dir} ({error}); make room, then --resume") from error
+            raise OSError(f"step {step}: nothing could be saved in {args.out_dir} ({error}); make room, then go on from "
+                          "the last checkpoint with --resume") from error
         print(f"step {step}: nothing could be saved in {args.out_dir} ({error}); the training goes on", file=sys.stderr)
 
 def load_state(args):
-    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides what is computed differs. """
+    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
     path = Path(args.out_dir, STATE)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -601,7 +603,7 @@ def load_state(args):
         raise ValueError(f"--resume: {path} cannot be read ({str(error).splitlines()[0]}); begin the run again with "
                          "--overwrite") from None
     free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
-    if saved.keys() ^ vars(args).keys() - free:
+    if (saved.keys() ^ vars(args).keys()) - free:
         raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
     for name, value in vars(args).items():
         if name not in free and saved[name] != value:

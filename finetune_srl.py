@@ -168,7 +168,7 @@ def build_model(args, sources):
         raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
                          f"widest, so none can teach the others; add {layer}:{dim}")
     if args.method == "2dmse" and (layer == 1 or len({dim for _, dim in config.sizes}) == 1):
-        raise ValueError(f"--method 2dmse draws a layer and a dim below {layer}:{dim}; give --sizes with two dims or more")
+        raise ValueError(f"--method 2dmse draws a layer and a dim below {layer}:{dim}; give --sizes that have some")
     config.num_hidden_layers = layer
     del model.blocks[layer:]                              # layers that no size uses
     if init_from == "scratch" and config.pooling == "mean":
@@ -204,6 +204,15 @@ def load_teacher(args, tokenizer):
                          "teacher that reads the same tokens")
     return teacher
 
+def plan(args, sources, world_size):
+    """ list of Pairs -> rows of a batch, number of steps. Raises ValueError where a batch would have no negatives. """
+    rows = [len(pairs.queries) for pairs in sources]
+    batch_size = min([args.batch_size, *rows])
+    if batch_size < 2 * world_size:
+        raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(rows)} rows: the other rows of a "
+                         f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
+    return batch_size, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
+
 def main(args):
     """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
     start = time.time()
@@ -212,22 +221,14 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # data and model: read all input before anything is written
-    if args.retrieval:
-        data.Collection(args.retrieval)
-        if args.eval_interval:
-            data.Collection(f"{args.retrieval}:dev")
+    for name in [args.retrieval, f"{args.retrieval}:dev"][:2 if args.eval_interval else 1] if args.retrieval else []:
+        data.Collection(name)   # raises now, not after the training
     sources = [data.load_pairs(source) for source in args.train_pairs]
     model, tokenizer = build_model(args, sources)
-    sizes = model.config.sizes
-    # passages keep more tokens than a step takes: srl_batch cuts a window of --passage_max_length out of them
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
-               for rows in sources]
-    rows = [len(pairs.queries) for pairs in sources]
-    batch_size = min([args.batch_size, *rows])
-    if batch_size < 2 * world_size:
-        raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(rows)} rows: the other rows of a batch "
-                         f"are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
-    max_steps = args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
+               for rows in sources]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
+    sizes, ends = model.config.sizes, [size_name(model.config.sizes[i]) for i in (0, -1)]   # ends are printed
+    batch_size, max_steps = plan(args, sources, world_size)
     if args.order_channels and not args.resume:
         order_channels(model, sources[0].queries[:1000], sizes)
     teacher = load_teacher(args, tokenizer)
@@ -246,11 +247,11 @@ def main(args):
             part.load_state_dict(state[name])
         first_step = state["step"]
     if args.compile:
-        for block in model.blocks:
-            block.rest = torch.compile(block.rest, dynamic=True)   # not attention: its groups differ in every batch
+        for block in model.blocks:   # not attention: its groups differ in every batch
+            block.after_attention = torch.compile(block.after_attention, dynamic=True)
 
     log_file = open_run(args, first_step) if rank == 0 else None
-    print(f"{sum(rows):,} pairs, {max_steps} steps of {batch_size} queries; "
+    print(f"{sum(len(pairs.queries) for pairs in sources):,} pairs, {max_steps} steps of {batch_size} queries; "
           f"sizes {', '.join(map(size_name, sizes))}; "
           f"{model.num_params(sizes[-1][0]) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
 
@@ -279,14 +280,16 @@ def main(args):
             mean, nce, kl = map(average, zip(*losses))
             seconds = (time.time() - clock) / len(losses)
             rate = tokens / len(losses) / seconds
-            shown = " | ".join(f"{name} {nce[name]:.3f}" for name in map(size_name, [sizes[0], sizes[-1]]) if name in nce)
+            shown = " | ".join(f"{name} {nce[name]:.3f}" for name in ends if name in nce)
             log(log_file, {"step": step + 1, "loss": mean["loss"], "nce": nce, "kl": kl, "learning_rate": lr,
                            "norm": norm.item(), "ms": 1000 * seconds, "tokens_per_second": rate,
                            "seconds": time.time() - start},
                 f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {shown} | lr {lr:.1e} | norm {norm:.2f} | "
-                f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | eta {(max_steps - step - 1) * seconds / 60:.1f}m")
+                f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
+                f"eta {(max_steps - step - 1) * seconds / 60:.1f}m")
             clock, tokens, losses = time.time(), 0, []
-        if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step and rank == 0:
+        dev = args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step
+        if dev and rank == 0:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", sizes, args.dtype)
             mrr = [r for r in results if r["metric"] == "MRR@10" and r["layer"]]   # without BM25
@@ -311,8 +314,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",
-        help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT]; of several sources each batch takes "
-             "one, in proportion to their sizes. Columns query, positive, maybe negative; or sentence1, sentence2, score")
+        help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with the columns query, positive, "
+             "maybe negative, or sentence1, sentence2, score; several: each batch is of one, in proportion to its size")
     add("--batch_size", type=positive_int, default=128, help="queries per step; all their passages are candidates")
     add("--negatives", type=count, default=1, help="hard negatives a query, at most, where the pairs have any")
     add("--micro_batch", type=count, default=0,

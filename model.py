@@ -75,8 +75,8 @@ class Pack(NamedTuple):
 
 def pack(texts, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
-    multiple: round N up with filler tokens (texts of one token, id 0) that belong to no text, unless N is below 8 x
-    multiple. oneDNN compiles a kernel for every new N; with 128 it meets a dozen values in place of hundreds. """
+    multiple: round N up to a multiple with filler tokens, which belong to no text. A CPU's matrix library compiles a
+    kernel for every new N; with multiple = 128 it meets a dozen values. A batch below 8 x multiple stays as it is. """
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
@@ -85,7 +85,8 @@ def pack(texts, device="cpu", multiple=1):
     starts = np.empty_like(lengths)                                         # (B,)
     starts[order] = ends - lengths[order]
     text_ids = np.repeat(order, lengths[order])                             # (N,)
-    groups = [(int(G), int(T)) for T, G in zip(*np.unique(lengths, return_counts=True))]
+    T_values, G_values = np.unique(lengths, return_counts=True)             # ascending
+    groups = list(zip(G_values.tolist(), T_values.tolist()))
     fill = int(-ends[-1] % multiple) if ends[-1] >= 8 * multiple else 0
     if fill:
         groups.append((fill, 1))
@@ -167,7 +168,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        # In training also under no_grad, because both passes of gradient caching must draw the same dropout.
+        # In training also without a graph: gradient caching embeds a text twice, with the same dropout only if both
+        # passes use the same function.
         fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
         attend = fast_attention if fast else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
@@ -187,10 +189,10 @@ class Block(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        return self.rest(x, self.attention(x, groups))
+        return self.after_attention(x, self.attention(x, groups))
 
-    def rest(self, x, mixed):
-        """ block input (N, C), output of its attention (N, C) -> (N, C): what torch.compile compiles """
+    def after_attention(self, x, mixed):
+        """ block input (N, C), output of its attention (N, C) -> (N, C) """
         p = self.p if self.training else 0.0
         x = self.norm1(x + dropout(mixed, p))
         return self.norm2(x + dropout(self.down(self.act(self.up(x))), p))
@@ -199,7 +201,7 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False   # see run
+        self.gradient_checkpointing = False   # see maybe_checkpoint
         C = config.hidden_size
         self.word = nn.Embedding(config.vocab_size, C)
         self.position = nn.Embedding(config.max_position_embeddings, C)
@@ -224,8 +226,8 @@ class Bert(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
-    def run(self, function, *args):
-        """ function(*args). With gradient checkpointing, backward computes it again instead of storing activations. """
+    def maybe_checkpoint(self, function, *args):
+        """ function(*args); with gradient checkpointing, backward computes it again instead of storing activations """
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
@@ -236,7 +238,7 @@ class Bert(nn.Module):
         x = self.embed(batch)
         taps = {0: x}
         for n, block in enumerate(self.blocks[:max(layers)], start=1):
-            x = self.run(block, x, batch.groups)
+            x = self.maybe_checkpoint(block, x, batch.groups)
             if n in layers:
                 taps[n] = x
         return [taps[n] for n in layers]
@@ -278,8 +280,8 @@ def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scal
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
 
 def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all linear
-    layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):

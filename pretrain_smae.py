@@ -36,12 +36,12 @@ class SMAE(nn.Module):
         self.bert, self.head = bert, head
         self.decoder = copy.deepcopy(bert.blocks[0])   # starts as a copy of the encoder's first block
 
-def show(batch, ids):
-    """ Pack, ids (N,) that a mask leaves -> the same Pack with these ids """
+def with_ids(batch, ids):
+    """ Pack, masked ids (N,) -> the same Pack, showing the masked ids """
     ids = torch.from_numpy(ids).to(batch.input_ids.device)
     return batch._replace(input_ids=F.pad(ids, (0, len(batch.input_ids) - len(ids))))   # fillers have the id 0
 
-def encode(model, batch, sizes):
+def sliced_taps(model, batch, sizes):
     """ one pass of the encoder -> {size name: (N, D)}: the output of the size's layer, its first D coordinates """
     taps = model.bert(batch, [layer for layer, _ in sizes])                             # (N, C) each
     return {size_name(size): tap[:, :size[1]] for size, tap in zip(sizes, taps)}
@@ -53,8 +53,8 @@ def bottleneck(model, taps, batch):
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M,) -> (S, M, C): what the decoder makes of the positions it must guess """
     decoded = []
-    for first in bottlenecks:                                             # (B, C), one size
-        inputs = embeddings.index_copy(0, batch.starts, first)            # (N, C): the bottleneck replaces [CLS]
+    for vectors in bottlenecks:                                           # (B, C), one size
+        inputs = embeddings.index_copy(0, batch.starts, vectors)          # (N, C): the bottleneck replaces [CLS]
         decoded.append(decoder(inputs, batch.groups)[positions])          # (M, C)
     return torch.stack(decoded)
 
@@ -68,26 +68,29 @@ def vocabulary_loss(model, hidden, labels):
     return sum(ce.values()) / len(ce), ce, accuracy
 
 def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, vocabulary_loss=vocabulary_loss):
-    """ For every size (layer, dim), with h = the first dim coordinates of the encoder's output at that layer, and E the
-    word embeddings:
-      MLM = CE( E transform(h), what the encoder must guess )
-      MAE = CE( E transform(decoder(layer 0 of its ids, position 0 replaced by transform(h[CLS]))), what it must guess )
+    """ For every size (layer, dim), with E the word embeddings (V, C) and the functions above:
+      h   = the first dim coordinates of the encoder's output at that layer
+      MLM = CE( E transform(h), words hidden from the encoder )
+      x   = layer 0 of the decoder's ids, with x[CLS] replaced by the bottleneck transform(h[CLS])
+      MAE = CE( E transform(decoder(x)), words hidden from the decoder )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
-    Position 0, the bottleneck, is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it
-    can only do well if D numbers say what the text is about. All sizes share the head and the decoder.
-    batch, masked: Pack and Masked of the same texts. -> loss, {"mlm 1:8": CE, ...}, {"mlm 1:8": accuracy, ...} """
+    The bottleneck is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it can only do
+    well if dim numbers say what the text is about. All sizes share the head and the decoder.
+    batch, masked: Pack and Masked of the same texts. decode, vocabulary_loss: training passes their fast equals.
+    -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     encoder_masked, decoder_masked = (torch.from_numpy(positions).to(batch.input_ids.device)
                                       for positions in (masked.encoder_masked, masked.decoder_masked))   # (M,), (M',)
-    taps = encode(model, show(batch, masked.encoder_ids), sizes)
+    taps = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)
     hidden = {f"mlm {name}": model.head.transform(tap[encoder_masked]) for name, tap in taps.items()}    # (M, C) each
     labels = dict.fromkeys(hidden, batch.input_ids[encoder_masked])                                      # (M,) each
     if objective == "smae":
         bottlenecks = bottleneck(model, taps, batch)                                                     # (S, B, C)
-        embeddings = model.bert.embed(show(batch, masked.decoder_ids))                                   # (N, C)
-        decoded = model.bert.run(decode, model.decoder, embeddings, bottlenecks, batch, decoder_masked)  # (S, M', C)
+        embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                                   # (N, C)
+        decoded = model.bert.maybe_checkpoint(decode, model.decoder, embeddings, bottlenecks, batch,
+                                              decoder_masked)                                            # (S, M', C)
         for name, states in zip(taps, model.head.transform(decoded)):
             hidden[f"mae {name}"], labels[f"mae {name}"] = states, batch.input_ids[decoder_masked]
-    return vocabulary_loss(model, hidden, labels)
+    return vocabulary_loss(model, hidden, labels)   # the mean over S MLM and S MAE terms is L
 
 # ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
 def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
@@ -95,12 +98,12 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
     With s_0 the score of the bottleneck and s_j the scores of the other positions,
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
-    Dropout is drawn once for that shared attention. """
+    Dropout is drawn once for that shared attention. It needs a decoder of one layer, and [CLS] never masked. """
     attention, p = decoder.attention, decoder.attention.p if decoder.training else 0.0
     (N, C), S, H = embeddings.shape, len(bottlenecks), attention.heads
     qkv = attention.qkv(embeddings).view(N, 3, H, C // H)
-    first = F.linear(bottlenecks, attention.qkv.weight[C:], attention.qkv.bias[C:])      # (S, B, 2C), keys and values
-    k_first, v_first = first.view(S, -1, 2, H, C // H).unbind(2)                         # (S, B, H, C / H) each
+    kv_first = F.linear(bottlenecks, attention.qkv.weight[C:], attention.qkv.bias[C:])   # (S, B, 2C)
+    k_first, v_first = kv_first.view(S, -1, 2, H, C // H).unbind(2)                      # (S, B, H, C / H) each
     q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M, H, C / H), (M,)
     with torch.autocast(embeddings.device.type, enabled=False):
         others, logsumexp = [], []
@@ -115,7 +118,7 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
         s_first = (q_masked * k_first[:, text_ids]).sum(-1, keepdim=True, dtype=others.dtype) * q_masked.shape[-1]**-0.5
         weight = (s_first - logsumexp).sigmoid()                                         # (S, M, H, 1)
         mixed = (1 - weight) * others + dropout(weight, p) * v_first[:, text_ids]        # (S, M, H, C / H)
-    return decoder.rest(embeddings[positions], attention.out(mixed.flatten(2)))
+    return decoder.after_attention(embeddings[positions], attention.out(mixed.flatten(2)))
 
 def fast_vocabulary_loss(model, hidden, labels):
     """ Equals `vocabulary_loss`: all terms in one call. A row's weight, 1 / (terms * rows of its term), turns the sum
@@ -132,9 +135,9 @@ def fast_vocabulary_loss(model, hidden, labels):
 class VocabularyLoss(torch.autograd.Function):
     """ hidden (M, C), weight (V, C), bias (V,), labels (M,), row_weights (M,), needs_grad
     -> sum of row_weights * CE, CE (M,), hit (M,). needs_grad: forward itself cannot see whether it runs under no_grad.
-    The logits (M, V) never exist as a whole: PIECE rows are multiplied out, turned into their own gradient on the spot
+    The logits (M, V) never exist as a whole: ROWS rows are multiplied out, turned into their own gradient on the spot
     and overwritten by the next. That takes three products, as in any training step; checkpointing takes four. """
-    PIECE = 1024   # rows: 50 MB of buffers with a vocabulary of 8,192, 190 MB with 30,522
+    ROWS = 1024   # rows: 50 MB of buffers with a vocabulary of 8,192, 190 MB with 30,522
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, row_weights, needs_grad):
         device, dtype = hidden.device, hidden.dtype
@@ -144,13 +147,13 @@ class VocabularyLoss(torch.autograd.Function):
             x, w = hidden.to(dtype), weight.to(dtype)
             ce, hit = torch.empty_like(row_weights), torch.empty_like(labels, dtype=torch.bool)
             ctx.grads = [torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)] if needs_grad else []
-            size = min(VocabularyLoss.PIECE, max(1, len(x)))
+            size = min(VocabularyLoss.ROWS, max(1, len(x)))
             # Buffers, because on a CPU fresh memory of this size costs as much time as the product that fills it.
-            low, full = x.new_empty(size, len(w)), weight.new_empty(size, len(w))   # (PIECE, V), in dtype and float32
+            low, full = x.new_empty(size, len(w)), weight.new_empty(size, len(w))   # (ROWS, V), in dtype and float32
             grad_w = torch.empty_like(w)                                            # (V, C)
             for i in range(0, len(x), size):
                 rows = slice(i, i + size)
-                xs, ys = x[rows], labels[rows, None]                    # (PIECE, C), (PIECE, 1)
+                xs, ys = x[rows], labels[rows, None]                    # (ROWS, C), (ROWS, 1)
                 logits = full[:len(xs)].copy_(torch.mm(xs, w.T, out=low[:len(xs)])).add_(bias)
                 top, true = logits.amax(1), logits.gather(1, ys)[:, 0]
                 probs = torch.softmax(logits, 1, out=logits)
@@ -159,7 +162,7 @@ class VocabularyLoss(torch.autograd.Function):
                 if needs_grad:
                     probs.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype)).mul_(row_weights[rows, None])
                     ctx.grads[2] += probs.sum(0)
-                    g = low[:len(xs)].copy_(probs)                      # (PIECE, V) gradient of the logits
+                    g = low[:len(xs)].copy_(probs)                      # (ROWS, V) gradient of the logits
                     torch.mm(g, w, out=ctx.grads[0][rows])
                     ctx.grads[1] += torch.mm(g.T, xs, out=grad_w)
         ctx.mark_non_differentiable(ce, hit)
@@ -187,7 +190,8 @@ def build_model(args, saved):
         bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
                                intermediate_size=4 * args.hidden_size,
-                               max_position_embeddings=max(512, args.max_length), **dropout))   # room for longer texts later
+                               max_position_embeddings=max(512, args.max_length),   # room for longer texts later
+                               **dropout))
         head = MLMHead(bert.config)
     else:
         bert = from_pretrained(init_from, **dropout)
@@ -318,8 +322,8 @@ def main(args):
     for name in ("optimizer", "scaler") if saved else ():
         state[name].load_state_dict(saved[name])
     if args.compile:
-        for block in [*model.bert.blocks, model.decoder]:
-            block.rest = torch.compile(block.rest, dynamic=True)   # not attention: its groups differ in every batch
+        for block in [*model.bert.blocks, model.decoder]:   # not attention: its groups differ in every batch
+            block.after_attention = torch.compile(block.after_attention, dynamic=True)
 
     log_file = open_run(args, first_step) if rank == 0 else None
     print(f"{args.objective}, {max_steps - first_step} steps of {args.batch_size} documents; "

@@ -435,7 +435,7 @@ def test_compile_takes_any_length_without_breaks(config):
     bert, counter = Bert(config).train(), CompileCounter()
     torch._dynamo.reset()
     for block in bert.blocks:
-        block.rest = torch.compile(block.rest, dynamic=True, fullgraph=True, backend=counter)
+        block.after_attention = torch.compile(block.after_attention, dynamic=True, fullgraph=True, backend=counter)
     rng, after_two = np.random.default_rng(0), None
     for step in range(12):
         texts = [rng.integers(5, 97, size=n) for n in rng.integers(3, 40, size=5 + step)]

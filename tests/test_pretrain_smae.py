@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import data
 import finetune_srl
 import model
+import evaluate
 import pretrain_smae
 from conftest import refused_process
 from model import SIZES as NAMED, Bert, from_pretrained, load_head, named_sizes, pack
@@ -118,7 +119,7 @@ def literal_loss(model, batch, masked, sizes):
 @pytest.mark.parametrize("functions", [(), FAST], ids=["plain", "fast"])
 def test_loss_is_the_equations(smae, batch, monkeypatch, functions):
     """ The loss, its terms and its gradients equal those of the equations as they stand, to 1e-10 in float64. """
-    monkeypatch.setattr(VocabularyLoss, "PIECE", 7)   # rows are not a multiple of it
+    monkeypatch.setattr(VocabularyLoss, "ROWS", 7)   # rows are not a multiple of it
     want, terms = literal_loss(smae, *batch, SIZES)
     want.backward()
     grads = {name: p.grad for name, p in smae.named_parameters()}
@@ -137,7 +138,7 @@ def test_loss_is_the_equations(smae, batch, monkeypatch, functions):
 
 def test_vocabulary_loss(monkeypatch):
     """ Weighted CE, hits and gradients equal those of plain logits, also where exp is no float32. """
-    monkeypatch.setattr(VocabularyLoss, "PIECE", 4)
+    monkeypatch.setattr(VocabularyLoss, "ROWS", 4)
     torch.manual_seed(0)
     x, w, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((10, 5), (7, 5), (7,)))
     labels, weights = torch.randint(7, (10,)), torch.rand(10, dtype=torch.float64)
@@ -175,7 +176,7 @@ def test_fast_decode_is_decode(smae, batch):
 
 def test_fast_vocabulary_loss_is_vocabulary_loss(smae, monkeypatch):
     """ fast_vocabulary_loss equals the plain one, in value and gradients, to 1e-10 in float64. """
-    monkeypatch.setattr(VocabularyLoss, "PIECE", 7)
+    monkeypatch.setattr(VocabularyLoss, "ROWS", 7)
     torch.manual_seed(0)
     rows, V = {"mlm 1:6": 5, "mlm 4:48": 5, "mae 1:6": 11}, len(smae.head.bias)
     hidden = {term: torch.randn(M, 48, dtype=torch.float64, requires_grad=True) for term, M in rows.items()}
@@ -441,7 +442,7 @@ def test_dropout_of_the_bottlenecks_share(smae, batch):
         decoder.attention.qkv.weight[2 * C:] = 0
         decoder.attention.qkv.weight[2 * C:, 0] = 1
         decoder.attention.out.weight.copy_(torch.eye(C))
-    decoder.rest = lambda x, mixed: mixed
+    decoder.after_attention = lambda x, mixed: mixed
     torch.manual_seed(0)
     embeddings = torch.randn(len(pack_of_texts.input_ids), C, dtype=torch.float64)
     bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
@@ -462,7 +463,7 @@ def test_dropout_among_the_decoders_other_positions(smae, batch):
         decoder.attention.qkv.weight[2 * C:] = 0
         decoder.attention.qkv.weight[2 * C:, 0] = 1
         decoder.attention.out.weight.copy_(torch.eye(C))
-    decoder.rest = lambda x, mixed: mixed
+    decoder.after_attention = lambda x, mixed: mixed
     torch.manual_seed(0)
     embeddings = torch.randn(len(pack_of_texts.input_ids), C, dtype=torch.float64)
     bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
@@ -489,14 +490,14 @@ def test_validation_sees_every_held_out_document_once(monkeypatch):
 def test_flags_that_decide_the_result_must_not_change(tmp_path):
     """ --resume refuses another value of every flag, but of those that say where, how often to log and on what. """
     args = pretrain_smae.parse_args(["--out_dir", str(tmp_path)])
-    free = {"out_dir", "overwrite", "resume", "log_interval", "device", "compile"}
+    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
     for name in vars(args):
-        saved = vars(args) | {name: "another"}
+        torch.save({"args": vars(args) | {name: "another"}}, tmp_path / "training_state.pt")
         if name in free:
-            pretrain_smae.check_resumed(args, saved)
+            evaluate.load_state(args)
         else:
             with pytest.raises(ValueError, match=f"--resume: --{name} is .*had another"):
-                pretrain_smae.check_resumed(args, saved)
+                evaluate.load_state(args)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -506,7 +507,7 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
         import datasets
         text_file = str(tmp_path / "text.parquet")
         datasets.Dataset.from_dict({"text": [f"{line} {i}" for i, line in enumerate(LINES * 20)]}).to_parquet(text_file)
-    flags = ["--eval_interval", "4"] + ["--streaming"] * streaming
+    flags = ["--eval_interval", "4", "--save_interval", "4"] + ["--streaming"] * streaming
     batches, make = {}, data.smae_batch   # {[seed, step, piece]: the masked texts of every run}
     def smae_batch(*args):
         masked = make(*args)
@@ -533,7 +534,6 @@ def test_resume(text_file, tmp_path, monkeypatch, streaming):
     assert all(torch.equal(a[name], b[name]) for name in b)
     with pytest.raises(ValueError, match="--resume: --learning_rate is 0.5, and the run in .* had 0.001"):
         train(text_file, tmp_path / "halves", *flags, "--resume", "--learning_rate", "0.5")
-    pretrain_smae.check_resumed(pretrain_smae.parse_args(["--out_dir", str(tmp_path)]), {})   # a run older than a flag
 
 
 def test_gradient_checkpointing_flag(text_file, tmp_path, monkeypatch):
@@ -772,5 +772,5 @@ def test_a_run_is_not_overwritten(text_file, tmp_path, refused):
     """ An out_dir with a run in it is refused unless --overwrite or --resume is there. """
     train(text_file, tmp_path / "out", "--max_steps", "1")
     flags = ["--train_text", text_file, "--out_dir", str(tmp_path / "out"), *SMALL, "--max_steps", "1"]
-    assert "holds a run; add --resume or --overwrite" in refused(pretrain_smae, flags)
+    assert "holds a run; choose another folder, or add --overwrite or --resume" in refused(pretrain_smae, flags)
     train(text_file, tmp_path / "out", "--max_steps", "1", "--overwrite")

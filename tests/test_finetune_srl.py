@@ -14,8 +14,8 @@ import data
 import evaluate
 import finetune_srl
 import model
-from conftest import make_beir, refused_process
-from finetune_srl import backward, get_lr, main, parse_args, srl_loss
+from conftest import NOUNS, make_beir, needs, refused_process
+from finetune_srl import backward, cosent, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
 from model import Bert, BertConfig, from_pretrained, named_sizes, pack
 
 ROOT = Path(finetune_srl.__file__).parent
@@ -449,3 +449,121 @@ def test_help_loads_nothing_slow():
     code = ("import sys, finetune_srl; slow = {'transformers', 'datasets', 'scipy.stats', 'matplotlib'}; "
             "sys.exit(', '.join(slow & set(sys.modules)) or 0)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_sizes_of_a_step():
+    """ SRL trains its sizes in every step. 2DMSE trains the full size, a random smaller layer and dim, and the two
+    combinations; in time every layer below the full one and every dim of the list has its turn. """
+    sizes = ((1, 8), (2, 16), (4, 64))
+    assert step_sizes("srl", sizes, 1, 0) == step_sizes("srl", sizes, 1, 7) == sizes
+    drawn = [step_sizes("2dmse", sizes, 1, step) for step in range(100)]
+    assert all(step == ((n, d), (n, 64), (4, d), (4, 64)) for step in drawn for n, d in step[:1])
+    assert {step[0] for step in drawn} == {(n, d) for n in (1, 2, 3) for d in (8, 16)}
+    assert drawn == [step_sizes("2dmse", sizes, 1, step) for step in range(100)]
+    assert drawn != [step_sizes("2dmse", sizes, 2, step) for step in range(100)]
+
+
+def test_2dmse_trains_what_it_draws(pairs_file, tmp_path):
+    """ A run with --method 2dmse logs the terms of the sizes that its steps drew. """
+    run(pairs_file, tmp_path / "a", "--method", "2dmse", "--sizes", "1:8,2:16,3:64")
+    for record in logged(tmp_path / "a"):
+        want = step_sizes("2dmse", ((1, 8), (2, 16), (3, 64)), 1, record["step"] - 1)
+        assert list(record["nce"]) == [f"{n}:{d}" for n, d in want]
+
+
+def test_cosent_by_hand():
+    """ Three pairs with gold 3, 1, 2: the wrong orders are 1 over 0, 2 over 0 and 1 over 2. """
+    scores, gold = torch.tensor([0.5, 1.0, 0.2]), torch.tensor([3.0, 1.0, 2.0])
+    want = math.log(1 + math.exp(1.0 - 0.5) + math.exp(0.2 - 0.5) + math.exp(1.0 - 0.2))
+    assert cosent(scores, gold).item() == pytest.approx(want, abs=1e-6)
+    assert cosent(scores, torch.ones(3)).item() == 0   # equal gold asks for nothing
+
+
+@needs("sentence_transformers")
+def test_cosent_is_that_of_sentence_transformers(monkeypatch):
+    """ srl_loss with gold scores and one size equals CoSENTLoss on the same embeddings, scale 20. """
+    from sentence_transformers.losses import CoSENTLoss
+    torch.manual_seed(0)
+    a, b, gold = torch.randn(6, 8), torch.randn(6, 8), torch.tensor([0.0, 5.0, 2.0, 2.0, 3.0, 1.0])
+    want = CoSENTLoss.compute_loss_from_embeddings(CoSENTLoss(None, scale=20.0), [a, b], gold)
+    loss, nce, kl = srl_loss({1: a}, {1: b}, ((1, 8),), "cosine", 0.05, 1.0, gold=gold)
+    assert nce["1:8"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(want.item() + kl["1:8"].item(), rel=1e-5)
+
+
+def test_scored_pairs_train(tmp_path, bert_folder):
+    """ Pairs with gold scores bring the loss down, and the similar pairs end above the others. """
+    path, out = tmp_path / "scored.jsonl", tmp_path / "out"
+    rows = [{"sentence1": f"the {a}", "sentence2": f"a {b} in the morning", "score": float(i == j)}
+            for i, a in enumerate(NOUNS[:6]) for j, b in enumerate(NOUNS[:6])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [flag for flag in SMALL if flag not in ("--sizes", "1:8,3:64")]
+    main(parse_args(["--train_pairs", str(path), "--init_from", bert_folder, "--out_dir", str(out), *flags, "--batch_size",
+                     "36", "--max_steps", "40", "--learning_rate", "0.002", "--temperature", "0.2", "--sizes", "1:16,3:48"]))
+    records = logged(out)
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+    model, tokenizer = evaluate.load_model(str(out))
+    (task, first, second, gold), sizes = data.load_sts(str(path)), ((1, 16), (3, 48))
+    found, _ = evaluate.sts(model, tokenizer, str(path), sizes, "float32")
+    assert min(r["value"] for r in found) > 0.5 and len(gold) == 36
+
+
+def test_a_frozen_teacher_teaches_every_size():
+    """ With scores of another model, the KL of every size, the full one included, is that from these scores, and moves
+    the size; the gradient reaches no teacher. """
+    torch.manual_seed(0)
+    taps = {n: torch.randn(6, 8, requires_grad=True) for n in (1, 2)}
+    teacher = torch.randn(3, 3, requires_grad=True)
+    _, _, kl = srl_loss(*split(taps, 3), ((1, 4), (2, 8)), "dot", 0.5, 1.0, teacher.detach())
+    for (n, d), value in zip(((1, 4), (2, 8)), kl.values()):
+        scores = taps[n][:3, :d] @ taps[n][3:, :d].T / 0.5
+        want = (teacher.softmax(-1) * (teacher.log_softmax(-1) - scores.log_softmax(-1))).sum(-1).mean()
+        assert value.item() == pytest.approx(want.item(), abs=1e-5)
+    sum(kl.values()).backward()
+    assert taps[2].grad.abs().max() > 1e-3
+
+
+def test_the_teacher_flag(bert_folder, pairs_file, tmp_path, refused):
+    """ At the first step, with the untrained model as its own frozen teacher, the KL of the full size is 0 and that of
+    the small one is as with the live teacher; a teacher with another vocabulary is refused. """
+    flags = ["--init_from", bert_folder, "--sizes", "1:8,3:48", "--learning_rate", "0.01", "--max_length", "64"]
+    run(pairs_file, tmp_path / "frozen", *flags, "--teacher", bert_folder)
+    run(pairs_file, tmp_path / "live", *flags)
+    frozen, live = logged(tmp_path / "frozen"), logged(tmp_path / "live")
+    assert frozen[0]["kl"]["3:48"] == pytest.approx(0, abs=1e-5) and frozen[-1]["kl"]["3:48"] > 1e-3
+    assert frozen[0]["kl"]["1:8"] == pytest.approx(live[0]["kl"]["1:8"], rel=1e-4)
+    said = refused(finetune_srl, ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "c"), *SMALL, "--vocab_size",
+                                  "110", "--teacher", bert_folder])
+    assert "--teacher" in said and "vocabulary" in said
+
+
+def test_permuted_channels_are_the_same_function(model_with_every_weight, texts):
+    """ In float64 every tap of a model with permuted channels is the old tap with permuted columns. """
+    bert, order = model_with_every_weight, np.random.default_rng(0).permutation(48).tolist()
+    with torch.no_grad():
+        before = bert(pack(texts), [0, 1, 4])
+        model.permute_channels(bert, order)
+        after = bert(pack(texts), [0, 1, 4])
+    for a, b in zip(before, after):
+        torch.testing.assert_close(b, a[:, order], rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def model_with_every_weight(config):
+    """ a float64 BERT in which no bias or LayerNorm is at its usual start """
+    bert = Bert(config).double().eval()
+    for parameter in bert.parameters():
+        torch.nn.init.normal_(parameter, mean=0.3, std=0.2)
+    return bert
+
+
+def test_ordered_channels_are_those_that_vary_most(model_with_every_weight, texts):
+    """ --order_channels puts the channels first that vary most at the smallest size's layer, then those of the next. """
+    bert, sizes = model_with_every_weight.float(), ((1, 6), (3, 16), (4, 48))
+    before = evaluate.encode(bert, texts, [1, 3])
+    order_channels(bert, texts, sizes)
+    after = evaluate.encode(bert, texts, [1, 3])
+    first = before[1].var(0).argsort(descending=True)[:6]
+    torch.testing.assert_close(after[1][:, :6], before[1][:, first], rtol=0, atol=1e-5)
+    rest = [i for i in before[3].var(0).argsort(descending=True).tolist() if i not in first.tolist()][:10]
+    torch.testing.assert_close(after[3][:, 6:16], before[3][:, rest], rtol=0, atol=1e-5)

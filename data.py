@@ -204,7 +204,7 @@ def token_file(source, tokenizer):
         about += [os.path.abspath(source), os.stat(source).st_size, os.stat(source).st_mtime_ns]
     folder = CACHE / f"text-{zlib.crc32(json.dumps(about).encode()):08x}"
     if not folder.exists():
-        with whole(folder) as part:
+        with atomic_write(folder) as part:
             part.mkdir()
             ends, documents = [0], tokenize_documents(load_texts(source), tokenizer)
             with open(part / "tokens.bin", "wb") as file:
@@ -217,9 +217,9 @@ def token_file(source, tokenizer):
     return TokenFile(folder)
 
 @contextlib.contextmanager
-def whole(path):
-    """ with whole(path) as part: write a file or a folder at `part`, which is renamed to `path` at the end. So `path`
-    is never half written. If two runs make the same folder at once, both use that of the first to finish. """
+def atomic_write(path):
+    """ with atomic_write(path) as part: write a file or a folder at `part`, which is renamed to `path` at the end. So
+    `path` is never half written. If two runs make the same folder at once, both use that of the first to finish. """
     def remove(left):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -503,7 +503,7 @@ def build_docs(folder):
             seen |= keys
     order = np.random.default_rng(0).permutation(len(corpus)).tolist()
     test, dev = order[:1000], order[1000:1500]
-    with whole(folder) as part:
+    with atomic_write(folder) as part:
         (part / "qrels").mkdir(parents=True)
         def write(file, rows):
             (part / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

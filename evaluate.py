@@ -239,7 +239,7 @@ def write_run(folder, label, queries, rankings):
 
 def write_array(path, array):
     """ a .npy file, never half of one """
-    with data.whole(path) as part, open(part, "wb") as file:
+    with data.atomic_write(path) as part, open(part, "wb") as file:
         np.save(file, array)
 
 def bm25(docs, queries, k1=1.2, b=0.75):

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import whole
+from data import atomic_write
 
 # ---- sizes: (layer, dim) pairs ---------------------------------------------------------------------------------------
 # name, share of the model's layers, share of its channels
@@ -470,5 +470,5 @@ def save_pretrained(model, tokenizer, folder, head=None):
     config = {"architectures": [kind], "model_type": "bert", **asdict(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
-    with whole(folder / "model.safetensors") as part:
+    with atomic_write(folder / "model.safetensors") as part:
         save_file(state, part, metadata={"format": "pt"})

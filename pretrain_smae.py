@@ -295,7 +295,7 @@ def save(step, args, model, tokenizer, optimizer, scaler):
     save_pretrained(model.bert, tokenizer, out_dir, model.head)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
              "step": step, "args": vars(args)}
-    with data.whole(out_dir / "training_state.pt") as part:
+    with data.atomic_write(out_dir / "training_state.pt") as part:
         torch.save(state, part)
 
 def main(args):

@@ -128,13 +128,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, folder):
     old = tmp_path / "file"
     old.write_text("old")
     for path in (old, tmp_path / "new"):
-        with pytest.raises(RuntimeError, match="disk"), data.whole(path) as part:
+        with pytest.raises(RuntimeError, match="disk"), data.atomic_write(path) as part:
             if folder:
                 part.mkdir()
             (part / "inside" if folder else part).write_text("half")
             raise RuntimeError("disk")
     assert os.listdir(tmp_path) == ["file"] and old.read_text() == "old"
-    with data.whole(old) as part:
+    with data.atomic_write(old) as part:
         part.write_text("new")
         assert old.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"] and old.read_text() == "new"
@@ -151,7 +151,7 @@ def test_what_killed_runs_left_goes_after_a_day(tmp_path):
         os.utime(tmp_path / name, (ages[0], ages[0]))
     (tmp_path / "file.4.part").write_text("")
     os.utime(tmp_path / "file.4.part", (two_days_ago, two_days_ago))
-    with data.whole(tmp_path / "file") as part:
+    with data.atomic_write(tmp_path / "file") as part:
         part.write_text("new")
     assert sorted(os.listdir(tmp_path)) == ["file", "file.2.part", "file.3.part", "other.1.part"]
 

@@ -41,27 +41,30 @@ def window(text, length, rng):
     start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
-def srl_batch(sources, batch_size, negatives, passage_max_length, seed, step):
+def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
     """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids, and the gold scores (Q,)
-    or None. Passage i < Q is the positive of query i; the hard negatives follow, at most `negatives` a query. Passages
-    longer than passage_max_length are cut to a window.
+    or None. Passage i < Q is the positive of query i; the hard negatives follow, at most max_negatives a query.
+    Passages longer than passage_max_length are cut to a window.
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
     visits every row of every source once and drops the last, incomplete batch of each. """
-    batches = [len(pairs.queries) // batch_size for pairs in sources]                   # of each source
-    epoch, i = divmod(step, sum(batches))
+    batches = [len(pairs.queries) // batch_size for pairs in sources]   # that each source has in an epoch
+    epoch, turn = divmod(step, sum(batches))
     turns = np.random.default_rng([seed, epoch, 2]).permutation(np.repeat(np.arange(len(sources)), batches))
-    pairs, i = sources[turns[i]], (turns[:i] == turns[i]).sum()                         # batch i of this source
+    pairs = sources[turns[turn]]                    # turns: 0 2 0 1 ..., the source of each batch of the epoch
+    i = (turns[:turn] == turns[turn]).sum()         # batches that this source has had in this epoch
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
     rng = np.random.default_rng([seed, step, 1])
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
-    hard = [pairs.negatives[row][k] for row in rows for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
+    hard = [pairs.negatives[row][k] for row in rows
+            for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
     passages = [window(text, passage_max_length, rng) for text in positives + hard]
     return [pairs.queries[row] for row in rows], passages, gold
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
-    """ B texts masked twice. N is the number of their tokens in one row, the short texts first, as in model.Pack. """
+    """ B texts masked twice. The texts are sorted, short ones first, so model.pack(texts) keeps their order, and the
+    positions here are those of its row of N tokens (behind which pack may add fillers). """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
     encoder_masked: np.ndarray      # (M,) positions in the row that the encoder must guess: about 20 %
@@ -71,23 +74,29 @@ class Masked(NamedTuple):
 def whole_word_mask(begins, special, text_ids, rates, rng):
     """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
     -> one (N,) bool mask for each rate; a smaller rate's mask lies inside a larger rate's.
-    The words of each text are shuffled once. A rate masks words from the front of that order, up to its budget of
-    round(rate * tokens but [CLS] and [SEP]); a word is masked if its middle lies within the budget. For one text
-      tokens   [CLS] the dra ##gon sleeps [SEP]     shuffled words: dragon (2 tokens), sleeps, the
-      middles        3.5  1   1     2.5             rate 0.5, budget 2: masks "dragon", whose middle is 1
-    All texts are masked at once. """
-    word = np.cumsum(begins) - 1                                          # (N,) number of each token's word
-    first = np.flatnonzero(begins)                                        # (words,) first token of each word
-    length = np.diff(np.append(first, len(begins)))                       # (words,) tokens of each word
-    text = text_ids[first]                                                # (words,) text of each word
-    key = np.where(special[first], 2.0, rng.random(len(first)))           # special tokens sort behind all others
-    order = np.lexsort((key, text))                                       # (words,) by text, shuffled within each text
-    ends = np.cumsum(length[order])                                       # (words,) tokens up to here, in that order
-    start = (ends - length[order])[np.searchsorted(text[order], text[order])]   # (words,) tokens of all earlier texts
-    middle = np.empty(len(first))                                         # (words,) of each word, within its text
-    middle[order] = ends - start - length[order] / 2
-    tokens = np.bincount(text_ids, weights=~special).astype(int)          # (B,) without [CLS] and [SEP]
-    return [(middle <= np.round(rate * tokens)[text])[word] for rate in rates]
+    The words of each text are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a
+    budget of round(rate * tokens but [CLS] and [SEP]). A word that the budget ends in is masked if its middle lies
+    within the budget: the budget is rounded to the nearest word, so long words are masked as often as short ones. The
+    middles of [CLS] and [SEP] lie behind every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
+      text                   0                                      1
+      tokens                 [CLS]  the  dra ##gon  sleeps  [SEP]   [CLS]  a    cat  [SEP]
+      shuffled words         dragon  sleeps  the  [CLS]  [SEP]      a    cat  [CLS]  [SEP]
+      length                 2       1       1    1      1          1    1    1      1
+      middle in its text     1       2.5     3.5  4.5    5.5        0.5  1.5  2.5    3.5
+      budget, what it masks  2: dragon                              1: a                            """
+    word = np.cumsum(begins) - 1                                  # (N,) number of each token's word
+    first = np.flatnonzero(begins)                                # (words,) first token of each word
+    length = np.diff(np.append(first, len(begins)))               # (words,) tokens of each word
+    text = text_ids[first]                                        # (words,) text of each word
+    key = np.where(special[first], 2.0, rng.random(len(first)))   # [CLS] and [SEP] sort behind all others
+    order = np.lexsort((key, text))                               # (words,) text by text, shuffled within each
+    by_length, by_text = length[order], text[order]               # (words,) of the words in that order
+    text_start = np.searchsorted(text_ids, by_text)               # (words,) where the word's text begins in the row
+    middle = np.empty(len(first))                                 # (words,) of each word, counted within its text
+    middle[order] = np.cumsum(by_length) - by_length / 2 - text_start
+    tokens = np.bincount(text_ids, weights=~special).astype(int)  # (B,) without [CLS] and [SEP]
+    budgets = [np.round(rate * tokens) for rate in rates]         # (B,) each
+    return [(middle <= budget[text])[word] for budget in budgets]
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     """ BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random token, 10 % the true one -> (N,) """
@@ -109,10 +118,10 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     for ids, begin in map(split_tokens, windows):
         texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))
         begins.append(np.concatenate([[True, True], begin[1:], [True]]))   # a window may begin inside a word
-    ids = np.concatenate(texts)                                                                  # (N,)
-    text_ids = np.repeat(np.arange(len(texts)), [len(text) for text in texts])                   # (N,)
-    border = np.diff(text_ids, prepend=-1, append=len(texts)) > 0          # (N + 1,): a text ends or begins in front
-    special = border[:-1] | border[1:]                                     # (N,): so the token is [CLS] or [SEP]
+    lengths = np.array([len(text) for text in texts])                      # (B,)
+    ids, text_ids = np.concatenate(texts), np.repeat(np.arange(len(texts)), lengths)             # (N,) each
+    special, ends = np.zeros(len(ids), bool), np.cumsum(lengths)
+    special[ends - lengths] = special[ends - 1] = True                     # each text's [CLS] and [SEP]
     encoder, decoder = whole_word_mask(np.concatenate(begins), special, text_ids, rates, rng)    # (N,) each
     encoder_ids, decoder_ids = (corrupt(ids, masked, tokenizer.mask_token_id, len(tokenizer), rng)
                                 for masked in (encoder, decoder))
@@ -139,7 +148,7 @@ def tokenize(texts, tokenizer, max_length, desc="tokenising"):
     """ list of B texts -> list of B (T,) integer arrays, [CLS] ... [SEP], T <= max_length """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32   # 12 M MS MARCO passages: 2 GB instead of 4
     ids = []
-    for i in tqdm(range(0, len(texts), 4096), desc=desc, unit=" x 4096 texts", disable=len(texts) <= 4096):
+    for i in tqdm(range(0, len(texts), 4096), desc=desc, unit=" x 4096 texts", disable=len(texts) <= 4096 or None):
         chunk = tokenizer(texts[i:i + 4096], truncation=True, max_length=max_length, return_attention_mask=False,
                           return_token_type_ids=False)["input_ids"]
         ids += [np.array(text, dtype=dtype) for text in chunk]

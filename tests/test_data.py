@@ -243,7 +243,8 @@ def pairs():
 
 def test_a_batch_is_a_function_of_seed_and_step(pairs):
     """ A batch is the same in any order of calls, and another one for another seed, step or epoch. """
-    batch = lambda seed, step: [text.tolist() for part in data.srl_batch([pairs], 4, 2, 9, seed, step)[:2] for text in part]
+    def batch(seed, step):
+        return [text.tolist() for part in data.srl_batch([pairs], 4, 2, 9, seed, step)[:2] for text in part]
     first = [batch(1, step) for step in (0, 1, 2, 3)]
     assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
     assert batch(2, 0) != first[0] and first[0] != first[1]
@@ -279,7 +280,8 @@ def test_a_batch_is_of_one_source():
     every row once. """
     ids = lambda *values: np.array(values)
     def source(first, rows):
-        return data.Pairs([ids(first + i) for i in range(rows)], [[ids(first + i)] for i in range(rows)], [[]] * rows, [])
+        return data.Pairs([ids(first + i) for i in range(rows)], [[ids(first + i)] for i in range(rows)],
+                          [[]] * rows, [])
     sources = [source(100, 12), source(200, 4), source(300, 9)]   # 3, 1 and 2 batches of 4; one row of the last is left
     batches = [[int(q[0]) for q in data.srl_batch(sources, 4, 0, 9, 1, step)[0]] for step in range(12)]
     turns = [batch[0] // 100 for batch in batches]
@@ -293,12 +295,25 @@ def test_a_batch_is_of_one_source():
 def test_scored_pairs(tmp_path, tokenizer):
     """ Columns sentence1, sentence2 and score give pairs whose gold scores follow them into the batch. """
     path, words = tmp_path / "sts.csv", ["apple", "bridge", "candle", "dragon", "engine", "forest"]
-    path.write_text("sentence1,sentence2,score\n" + "".join(f"{word},the {word},{i}.5\n" for i, word in enumerate(words)))
+    lines = [f"{word},the {word},{i}.5\n" for i, word in enumerate(words)]
+    path.write_text("sentence1,sentence2,score\n" + "".join(lines))
     rows = list(data.load_pairs(str(path)))
     assert rows[1] == ("bridge", ["the bridge"], [], 1.5)
     queries, passages, gold = data.srl_batch([data.tokenize_pairs(rows, tokenizer, 9, 9)], 5, 1, 9, 1, 0)
     found = [tokenizer.decode(query, skip_special_tokens=True) for query in queries]
     assert len(passages) == 5 and gold.tolist() == [words.index(word) + 0.5 for word in found] != sorted(gold)
+
+
+def test_worked_example_of_whole_word_mask():
+    """ The example of whole_word_mask's docstring comes out, and a larger rate masks the next word as well. """
+    tokens = "[CLS] the dra ##gon sleeps [SEP] [CLS] a cat [SEP]".split()
+    begins, special = (np.array([token.startswith(mark) for token in tokens]) for mark in ("##", "["))
+    text_ids = np.array([0] * 6 + [1] * 4)
+    class Shuffle:   # of [CLS] the dragon sleeps [SEP], [CLS] a cat [SEP]: the smallest number comes first
+        random = staticmethod(lambda words: np.array([0, 0.9, 0.1, 0.5, 0, 0, 0.2, 0.7, 0]))
+    masks = data.whole_word_mask(~begins, special, text_ids, [0.5, 0.75], Shuffle)
+    found = [[token for token, hidden in zip(tokens, mask) if hidden] for mask in masks]
+    assert found == [["dra", "##gon", "a"], ["dra", "##gon", "sleeps", "a", "cat"]]
 
 
 def test_windows_of_long_passages():

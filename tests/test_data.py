@@ -92,6 +92,108 @@ def test_bad_files_are_named_with_the_line(tmp_path, text, message):
         data.load_pairs(str(path))
 
 
+Q, STS = "query,positive\n", "sentence1,sentence2,score\n"
+LONG = "long " * 40_000   # characters; the csv module takes 131,072 by default
+
+
+def pair(**cells):
+    """ a row of a .jsonl, by default a good one """
+    return json.dumps({"query": "q", "positive": "p"} | cells) + "\n"
+
+
+READ = {   # file, its content, the rows it gives
+    "negative that row 1 lacks": ("p.jsonl", pair() + pair(negative="n"),
+                                  [("q", ["p"], [], None), ("q", ["p"], ["n"], None)]),
+    "positive that row 1 lacks": ("p.jsonl", '{"query": "q"}\n' + pair(),
+                                  [("q", [], [], None), ("q", ["p"], [], None)]),
+    "no text in a cell": ("p.jsonl", pair(positive=["p", "", None], negative=None) + pair(query="", negative=" "),
+                          [("q", ["p"], [], None), ("", ["p"], [], None)]),
+    "blanks in the header": ("p.csv", " query, positive \nq,p\n", [("q", ["p"], [], None)]),
+    "blank rows": ("p.csv", f"\n{Q}\nq,p\n,\n\n", [("q", ["p"], [], None)]),
+    "line break in a cell": ("p.csv", Q + '"q\nr",p\n', [("q\nr", ["p"], [], None)]),
+    "quotes within a cell": ("p.tsv", 'query\tpositive\n5" nail\t"a ""b"" c"\n', [('5" nail', ['a "b" c'], [], None)]),
+    "long cell": ("p.csv", f"{Q}q,{LONG}\n", [("q", [LONG], [], None)]),
+    "byte order mark": ("p.csv", "\ufeff" + Q + "q,p\n", [("q", ["p"], [], None)]),
+    "scores": ("p.csv", STS + "a,b,1\nc,d,-2.5e1\n", [("a", ["b"], [], 1.0), ("c", ["d"], [], -25.0)]),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_is_read(tmp_path, case):
+    """ Files that look odd and have one meaning are read as they are meant. """
+    name, content, rows = READ[case]
+    (tmp_path / name).write_bytes(content.encode())
+    found = data.load_pairs(str(tmp_path / name))
+    assert list(found) == rows and len(found) == len(rows)
+
+
+GZ = gzip.compress((pair() * 50).encode(), mtime=0)
+REFUSED = [   # file, its content, what is said
+    ("p.csv", Q + "q,p\n" * 2 + 'q,"p\n' + "q,p\n" * 38, "p.csv, line 4: a quote is not closed"),
+    ("p.csv", Q + '"q" r,p\n', "p.csv, line 2: a quote is not closed or text follows it"),
+    ("p.csv", Q + '"q\nr",p\nq,p,n\n', "p.csv, line 4: has 3 cells and the header 2"),
+    ("p.tsv.gz", gzip.compress(b"query\tpositive\nq\n"), "p.tsv.gz, line 2: has 1 cells and the header 2"),
+    ("p.csv", "query,positive,positive \nq,p,r\n", "p.csv, line 1: has the column positive twice"),
+    ("p.csv", Q + "q,p\nq,p\0\n", "p.csv, line 3: holds bytes that are no UTF-8 text"),
+    ("p.csv", (Q + "q,p\nq,caf\u00e9\n").encode("latin-1"), "p.csv, line 3: holds bytes that are no UTF-8 text"),
+    ("p.csv", (Q + "q,p\n").encode("utf-16"), "p.csv, line 1: holds bytes that are no UTF-8 text"),
+    ("p.csv", (Q + "q,p\n").encode("utf-16-le"), "p.csv, line 1: holds bytes that are no UTF-8 text"),
+    ("p.jsonl.gz", pair(), "p.jsonl.gz: is no whole gzip file .*; make it again"),
+    ("p.jsonl.gz", GZ[:-20], "p.jsonl.gz: is no whole gzip file"),
+    ("p.jsonl.gz", GZ[:10] + b"\xff" + GZ[11:], "p.jsonl.gz: is no whole gzip file"),
+    ("p.jsonl", "\n" + pair() + pair(query=None), "p.jsonl, line 3: query is None; it must be a text"),
+    ("p.jsonl", pair() + '{"positive": "p"}\n', "p.jsonl, line 2: query is None; it must be a text"),
+    ("p.jsonl", pair(query=["q", "r"]), r"line 1: query is \['q', 'r'\]; it must be a text"),
+    ("p.jsonl", pair(query=5), "line 1: query is 5; it must be a text"),
+    ("p.jsonl", pair(query={"text": "q"}), "line 1: query is {'text': 'q'}; it must be a text"),
+    ("p.jsonl", pair(positive=0), "line 1: positive is 0; it must be a text"),
+    ("p.jsonl", pair(positive=["p", 5]), "line 1: positive is 5; it must be a text"),
+    ("p.jsonl", pair(positive={"title": "t"}), "line 1: positive text is None; it must be a text"),
+    ("p.jsonl", pair(negative=[{"title": 5, "text": "t"}]), "line 1: negative title is 5; it must be a text"),
+    ("p.csv", STS + "a,b,1\na,b,high\n", "p.csv, line 3: the score 'high' is not a finite number"),
+    ("p.csv", STS + "a,b,nan\n", "line 2: the score 'nan' is not a finite number"),
+    ("p.csv", STS + "a,b,\n", "line 2: the score '' is not a finite number"),
+    ("p.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n{"sentence1": "a", "sentence2": "b"}\n',
+     "line 2: the score None is not a finite number"),
+    ("p.parquet", [{"query": "q", "positive": "p"}, {"query": None, "positive": "p"}],
+     "p.parquet, row 2: query is None"),
+    ("text.jsonl", '{"text": "a"}\n{"text": ["a"]}\n', r"text.jsonl, line 2: text is \['a'\]; it must be a text"),
+    ("text.jsonl", '{"text": "a"}\n{"body": "a"}\n', "text.jsonl, line 2: has the columns body; it needs text"),
+    ("text.parquet", [{"text": "a"}, {"text": None}], "text.parquet, row 2: text is None; it must be a text"),
+    ("text.txt", b"a\n\xe9\n", "text.txt, line 2: holds bytes that are no UTF-8 text"),
+    ("sts.jsonl", '{"sentence1": "a", "sentence2": null, "score": 1}\n', "sts.jsonl, line 1: sentence2 is None"),
+    ("sts.csv", STS + "a,b,inf\n", "sts.csv, line 2: the score 'inf' is not a finite number"),
+    ("sts.csv", STS + 'a,"b,1\nc,d,2\n', "sts.csv, line 2: a quote is not closed"),
+    ("corpus.jsonl", '{"_id": "d1", "text": ["a"]}\n', r"corpus.jsonl, line 1: text is \['a'\]; it must be a text"),
+    ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": 5}\n', "corpus.jsonl, line 1: title is 5; it must be a text"),
+    ("corpus.jsonl", '{"_id": null, "text": "a"}\n', "corpus.jsonl, line 1: _id is None; it must be a text"),
+    ("queries.jsonl", '{"_id": "q1", "text": null}\n', "queries.jsonl, line 1: text is None; it must be a text"),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t0.5\n", r"line 2: needs the columns .*a whole number"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", REFUSED, ids=[message for *_, message in REFUSED])
+def test_what_is_refused(tmp_path, beir, name, content, message):
+    """ A file that is broken or holds no text where a text belongs is refused in one line that names its line. """
+    import datasets
+    (beir / "corpus.jsonl.gz").unlink()
+    (beir / "corpus.jsonl").write_text('{"_id": "d1", "text": "a"}\n')
+    path = beir / name
+    if isinstance(content, list):
+        datasets.Dataset.from_list(content).to_parquet(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    def read():
+        kind = name.split(".")[0]
+        if kind in ("corpus", "queries", "qrels/test"):
+            list(data.Collection(str(beir)).shards())
+        else:
+            list({"p": data.load_pairs, "text": data.load_texts, "sts": data.load_sts}[kind](str(path)))
+    with pytest.raises(ValueError, match=message) as stop:
+        read()
+    assert "\n" not in str(stop.value)
+
+
 @pytest.mark.parametrize("name", [f"rows.{kind}{gz}" for kind in ("txt", "csv", "tsv", "jsonl") for gz in ("", ".gz")])
 def test_read_rows(tmp_path, name):
     """ read_rows gives line numbers and dicts of every format, passes over blank lines, keeps quotes and accents. """
@@ -118,7 +220,7 @@ def test_train_text_from_a_table(tmp_path, tokenizer, monkeypatch):
     texts = [tokenizer.decode(data.split_tokens(found[i])[0]) for i in (0, 1)]
     assert texts == ["the apple stands beside", "the bridge"]
     path.write_text("id,body\n1,an apple\n")
-    with pytest.raises(ValueError, match="--train_text: a row with the columns id, body; it needs text"):
+    with pytest.raises(ValueError, match=r"t.csv, line 2: has the columns id, body; it needs text"):
         list(data.load_texts(str(path)))
 
 
@@ -366,7 +468,7 @@ def test_rows_without_a_positive_are_left_out(tokenizer):
     found = (pairs.queries, *pairs.positives, *pairs.negatives)
     texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in found]
     assert texts == ["garden", "candle", "dragon"]   # what follows the row is still aligned
-    with pytest.raises(ValueError, match="not a single row has a positive"):
+    with pytest.raises(ValueError, match="not a single row has a query and a positive"):
         data.tokenize_pairs(rows[:1], tokenizer, 8, 8)
 
 

@@ -441,6 +441,10 @@ def device(text):
 def training_flags(parser):
     """ add the flags that both training scripts have; each script sets its own defaults """
     flag = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("columns of the data").add_argument
+    add("--columns", nargs="+", default=[], metavar="KIND=COLUMN",
+        help="what yours are called, as query=question positive=answer negative=hard, or sentence1=a sentence2=b "
+             "score=label, or for text text=body; for what is not named, COLUMNS in data.py has the names")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
     add("--sizes", type=parse_sizes,

@@ -152,7 +152,7 @@ def main(args):
         data.Collection(args.retrieval)
         if args.eval_interval:
             data.Collection(f"{args.retrieval}:dev")
-    rows = data.load_pairs(args.train_pairs)
+    rows = data.load_pairs(args.train_pairs, args.columns)
     model, tokenizer = build_model(args, rows)
     sizes = model.config.sizes
     # passages keep more tokens than a step takes: srl_batch cuts a window of --passage_max_length out of them

@@ -194,6 +194,130 @@ def test_what_is_refused(tmp_path, beir, name, content, message):
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("row, columns, found", [
+    ({"question": "q", "answer": "p"}, "query=question positive=answer", ("q", ["p"], [], None)),
+    ({"query": "x", "anchor": "q", "positive": "p"}, "query=anchor", ("q", ["p"], [], None)),   # in place of query
+    ({"query": "q", "positive": "p", "hard": "a", "harder": "b", "negative": "x"}, "negative=hard negative=harder",
+     ("q", ["p"], ["a", "b"], None)),
+    ({"a": "q", "b": "p", "label": "2"}, "sentence1=a sentence2=b score=label", ("q", ["p"], [], 2.0)),
+    ({"a": "q", "b": "p", "score": "2"}, "sentence1=a sentence2=b", ("q", ["p"], [], 2.0)),
+    ({"query": "q", "positive": "p", "score": "2"}, "query=query", ("q", ["p"], [], None)),   # no gold score of a pair
+])
+def test_columns_have_other_names(tmp_path, kind, row, columns, found):
+    """ --columns says which of the columns is the query, the positive, the negatives or the score. """
+    import datasets
+    path, rows = tmp_path / f"p.{kind}", datasets.Dataset.from_list([row])
+    rows.to_csv(path) if kind == "csv" else rows.to_parquet(path)
+    assert list(data.load_pairs(str(path), columns.split())) == [found]
+
+
+def test_columns_that_are_not_there(tmp_path, refused):
+    """ --columns with an unknown kind, or a column that is not there, is refused with a list of what there is. """
+    import finetune_srl
+    import pretrain_smae
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "q", "answer": "p"}\n{"question": "q", "reply": "p"}\n')
+    for item in ("query=body", "question=query", "text=question", "question"):
+        flags = ["--train_pairs", str(path), "--out_dir", str(tmp_path / "out"), "--retrieval=", "--columns", item]
+        assert f"--columns {item}: {path} has the columns question, answer, reply; " in refused(finetune_srl, flags)
+    for item in ("text=body", "query=question"):
+        flags = ["--train_text", str(path), "--out_dir", str(tmp_path / "out"), "--columns", item]
+        assert f"--columns {item}: {path}, line 1 has the columns question, answer; " in refused(pretrain_smae, flags)
+
+
+def first_text(source, tokenizer, columns=()):
+    """ the first document of a token file, as text """
+    return tokenizer.decode(data.split_tokens(data.token_file(source, tokenizer, columns)[0])[0])
+
+
+def test_tokenised_text_is_that_of_the_source(tmp_path, tokenizer, monkeypatch):
+    """ Another column, another file in a folder, and another working directory give another token file. """
+    import datasets
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    def fill(folder, text, body):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"text": [text, text], "body": [body, body]}).to_parquet(
+            tmp_path / folder / "train-00000-of-00001.parquet")
+    fill("a/set", "apple", "bridge")
+    fill("b/set", "candle", "dragon")
+    monkeypatch.chdir(tmp_path / "a")
+    assert [first_text("set", tokenizer), first_text("set", tokenizer, ["text=body"])] == ["apple", "bridge"]
+    monkeypatch.chdir(tmp_path / "b")
+    assert first_text("set", tokenizer) == first_text("set::train", tokenizer) == "candle"
+    fill("b/set", "garden engine", "forest")
+    assert first_text("set", tokenizer) == first_text("set::train", tokenizer) == "garden engine"
+    made = len(os.listdir(data.CACHE))
+    assert first_text("set", tokenizer) == "garden engine" and len(os.listdir(data.CACHE)) == made == 6
+
+
+@pytest.mark.parametrize("file, spoil", [
+    ("tokens.bin", lambda content: content[:len(content) // 2]), ("tokens.bin", lambda content: content + b"ab"),
+    ("tokens.bin", lambda content: b""), ("ends.npy", lambda content: content[:-3]), ("ends.npy", None)])
+def test_half_a_token_file(tmp_path, tokenizer, monkeypatch, file, spoil):
+    """ Tokens and ends that do not belong together are refused with the way out. """
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    (tmp_path / "t.txt").write_text("apple\nbridge\n")
+    data.token_file(str(tmp_path / "t.txt"), tokenizer)
+    folder, = data.CACHE.iterdir()
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(spoil(content)) if spoil else (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"{folder}: .* delete the folder"):
+        data.token_file(str(tmp_path / "t.txt"), tokenizer)
+
+
+def test_hold_out(tmp_path):
+    """ A test set of n pairs: its rows, and those that share a query or a positive with them, are not trained on. """
+    rows = [(f"query {i}", [f"text {i}"], ["n"], None) for i in range(20)]
+    rows += [(f"Query, {i}!", [f"other {i}"], [], None) for i in range(20)]   # each query again
+    rows += [(f"third {i}", [f"TEXT {i}."], [], None) for i in range(20)]     # each passage again
+    rows += [("", ["no query"], [], None), ("no positive", [], ["n"], None)]
+    train, folder = data.hold_out(rows, 6, tmp_path / "held")
+    collection = data.Collection(str(folder))
+    (ids, texts), = collection.shards()
+    corpus = dict(zip(ids, texts))
+    pairs = {(collection.queries[query], corpus[document]) for query, grades in collection.qrels.items()
+             for document in grades}
+    drawn = [row for row in rows if row[1] and (row[0], row[1][0]) in pairs]
+    assert len(drawn) == len(pairs) == 6 and sorted(texts) == sorted(text for _, text in pairs)
+    def words(row):
+        return {" ".join("".join(c for c in text.lower() if c.isalnum() or c == " ").split())
+                for text in [row[0], *row[1]]}
+    taken = set().union(*map(words, drawn))
+    assert list(train) == list(train) == [row for row in rows if not words(row) & taken]   # the same twice
+    assert len(train) == len(list(train)) < 56 and ("no positive", [], ["n"], None) in list(train)
+    before = {path.name: path.read_bytes() for path in folder.rglob("*.*")}
+    assert set(before) == {"corpus.jsonl", "queries.jsonl", "test.tsv"}
+    again, _ = data.hold_out(rows, 6, tmp_path / "held")
+    assert list(again) == list(train) and before == {path.name: path.read_bytes() for path in folder.rglob("*.*")}
+    data.hold_out(rows, 7, folder)   # replaces the test set
+    assert len(data.Collection(str(folder)).qrels) == 7
+
+
+def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path):
+    """ Held-out rows with the same query, or the same positive, become one query with both, or one document. """
+    pairs = [("Query", ["a"]), ("query?", ["b", "A"]), ("r", ["b"]), ("s", ["c"]), ("t", ["d"])]
+    drawn = np.random.default_rng(0).permutation(5).tolist()   # hold_out draws the first three
+    rows = [pairs[drawn.index(i)] + ([], None) for i in range(5)]
+    train, folder = data.hold_out(rows, 3, tmp_path / "held")
+    collection = data.Collection(str(folder))
+    (_, texts), = collection.shards()
+    assert len(train) == 2 and sorted(map(str.lower, texts)) == ["a", "b"]
+    assert sorted(len(grades) for grades in collection.qrels.values()) == [1, 2]
+
+
+@pytest.mark.parametrize("rows, n, message", [(10, 1, "--hold_out 1: "), (10, 9, "--hold_out 9: leaves 1 of 10 pairs"),
+                                              (10, 50, "--hold_out 50: leaves 0 of 10"), (0, 2, "leaves 0 of 0")])
+def test_hold_out_leaves_two_on_each_side(tmp_path, rows, n, message):
+    """ Fewer than two pairs to test or to train on are refused, and so are scored pairs; nothing is written. """
+    pairs = [(f"q{i}", [f"p{i}"], [], None) for i in range(rows)]
+    with pytest.raises(ValueError, match=message):
+        data.hold_out(pairs, n, tmp_path / "held")
+    with pytest.raises(ValueError, match="--hold_out: is for queries and passages"):
+        data.hold_out([(f"q{i}", [f"p{i}"], [], 0.5) for i in range(9)], 3, tmp_path / "held")
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", [f"rows.{kind}{gz}" for kind in ("txt", "csv", "tsv", "jsonl") for gz in ("", ".gz")])
 def test_read_rows(tmp_path, name):
     """ read_rows gives line numbers and dicts of every format, passes over blank lines, keeps quotes and accents. """

@@ -9,7 +9,7 @@ Face hub); and `docs`, the corpus that needs no download, because it is the docu
 
 Letters for shapes: see model.py.
 """
-import ast, contextlib, csv, functools, gzip, itertools, json, os, re, shutil, string, sys, sysconfig, time
+import ast, contextlib, csv, functools, gzip, itertools, json, math, os, re, shutil, string, sys, sysconfig, time
 import importlib.metadata, importlib.util, warnings, zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -41,27 +41,30 @@ def window(text, length, rng):
     start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
-def srl_batch(sources, batch_size, negatives, passage_max_length, seed, step):
+def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
     """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids, and the gold scores (Q,)
-    or None. Passage i < Q is the positive of query i; the hard negatives follow, at most `negatives` a query. Passages
-    longer than passage_max_length are cut to a window.
+    or None. Passage i < Q is the positive of query i; the hard negatives follow, at most max_negatives a query.
+    Passages longer than passage_max_length are cut to a window.
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
     visits every row of every source once and drops the last, incomplete batch of each. """
-    batches = [len(pairs.queries) // batch_size for pairs in sources]                   # of each source
-    epoch, i = divmod(step, sum(batches))
+    batches = [len(pairs.queries) // batch_size for pairs in sources]   # that each source has in an epoch
+    epoch, turn = divmod(step, sum(batches))
     turns = np.random.default_rng([seed, epoch, 2]).permutation(np.repeat(np.arange(len(sources)), batches))
-    pairs, i = sources[turns[i]], (turns[:i] == turns[i]).sum()                         # batch i of this source
+    pairs = sources[turns[turn]]                    # turns: 0 2 0 1 ..., the source of each batch of the epoch
+    i = (turns[:turn] == turns[turn]).sum()         # batches that this source has had in this epoch
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
     rng = np.random.default_rng([seed, step, 1])
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
-    hard = [pairs.negatives[row][k] for row in rows for k in rng.permutation(len(pairs.negatives[row]))[:negatives]]
+    hard = [pairs.negatives[row][k] for row in rows
+            for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
     passages = [window(text, passage_max_length, rng) for text in positives + hard]
     return [pairs.queries[row] for row in rows], passages, gold
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
-    """ B texts masked twice. N is the number of their tokens in one row, the short texts first, as in model.Pack. """
+    """ B texts masked twice. The texts are sorted, short ones first, so model.pack(texts) keeps their order, and the
+    positions here are those of its row of N tokens (behind which pack may add fillers). """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
     encoder_masked: np.ndarray      # (M,) positions in the row that the encoder must guess: about 20 %
@@ -71,23 +74,29 @@ class Masked(NamedTuple):
 def whole_word_mask(begins, special, text_ids, rates, rng):
     """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
     -> one (N,) bool mask for each rate; a smaller rate's mask lies inside a larger rate's.
-    The words of each text are shuffled once. A rate masks words from the front of that order, up to its budget of
-    round(rate * tokens but [CLS] and [SEP]); a word is masked if its middle lies within the budget. For one text
-      tokens   [CLS] the dra ##gon sleeps [SEP]     shuffled words: dragon (2 tokens), sleeps, the
-      middles        3.5  1   1     2.5             rate 0.5, budget 2: masks "dragon", whose middle is 1
-    All texts are masked at once. """
-    word = np.cumsum(begins) - 1                                          # (N,) number of each token's word
-    first = np.flatnonzero(begins)                                        # (words,) first token of each word
-    length = np.diff(np.append(first, len(begins)))                       # (words,) tokens of each word
-    text = text_ids[first]                                                # (words,) text of each word
-    key = np.where(special[first], 2.0, rng.random(len(first)))           # special tokens sort behind all others
-    order = np.lexsort((key, text))                                       # (words,) by text, shuffled within each text
-    ends = np.cumsum(length[order])                                       # (words,) tokens up to here, in that order
-    start = (ends - length[order])[np.searchsorted(text[order], text[order])]   # (words,) tokens of all earlier texts
-    middle = np.empty(len(first))                                         # (words,) of each word, within its text
-    middle[order] = ends - start - length[order] / 2
-    tokens = np.bincount(text_ids, weights=~special).astype(int)          # (B,) without [CLS] and [SEP]
-    return [(middle <= np.round(rate * tokens)[text])[word] for rate in rates]
+    The words of each text are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a
+    budget of round(rate * tokens but [CLS] and [SEP]). A word that the budget ends in is masked if its middle lies
+    within the budget: the budget is rounded to the nearest word, so long words are masked as often as short ones. The
+    middles of [CLS] and [SEP] lie behind every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
+      text                   0                                      1
+      tokens                 [CLS]  the  dra ##gon  sleeps  [SEP]   [CLS]  a    cat  [SEP]
+      shuffled words         dragon  sleeps  the  [CLS]  [SEP]      a    cat  [CLS]  [SEP]
+      length                 2       1       1    1      1          1    1    1      1
+      middle in its text     1       2.5     3.5  4.5    5.5        0.5  1.5  2.5    3.5
+      budget, what it masks  2: dragon                              1: a                            """
+    word = np.cumsum(begins) - 1                                  # (N,) number of each token's word
+    first = np.flatnonzero(begins)                                # (words,) first token of each word
+    length = np.diff(np.append(first, len(begins)))               # (words,) tokens of each word
+    text = text_ids[first]                                        # (words,) text of each word
+    key = np.where(special[first], 2.0, rng.random(len(first)))   # [CLS] and [SEP] sort behind all others
+    order = np.lexsort((key, text))                               # (words,) text by text, shuffled within each
+    by_length, by_text = length[order], text[order]               # (words,) of the words in that order
+    text_start = np.searchsorted(text_ids, by_text)               # (words,) where the word's text begins in the row
+    middle = np.empty(len(first))                                 # (words,) of each word, counted within its text
+    middle[order] = np.cumsum(by_length) - by_length / 2 - text_start
+    tokens = np.bincount(text_ids, weights=~special).astype(int)  # (B,) without [CLS] and [SEP]
+    budgets = [np.round(rate * tokens) for rate in rates]         # (B,) each
+    return [(middle <= budget[text])[word] for budget in budgets]
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     """ BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random token, 10 % the true one -> (N,) """
@@ -109,10 +118,10 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     for ids, begin in map(split_tokens, windows):
         texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))
         begins.append(np.concatenate([[True, True], begin[1:], [True]]))   # a window may begin inside a word
-    ids = np.concatenate(texts)                                                                  # (N,)
-    text_ids = np.repeat(np.arange(len(texts)), [len(text) for text in texts])                   # (N,)
-    border = np.diff(text_ids, prepend=-1, append=len(texts)) > 0          # (N + 1,): a text ends or begins in front
-    special = border[:-1] | border[1:]                                     # (N,): so the token is [CLS] or [SEP]
+    lengths = np.array([len(text) for text in texts])                      # (B,)
+    ids, text_ids = np.concatenate(texts), np.repeat(np.arange(len(texts)), lengths)             # (N,) each
+    special, ends = np.zeros(len(ids), bool), np.cumsum(lengths)
+    special[ends - lengths] = special[ends - 1] = True                     # each text's [CLS] and [SEP]
     encoder, decoder = whole_word_mask(np.concatenate(begins), special, text_ids, rates, rng)    # (N,) each
     encoder_ids, decoder_ids = (corrupt(ids, masked, tokenizer.mask_token_id, len(tokenizer), rng)
                                 for masked in (encoder, decoder))
@@ -139,18 +148,20 @@ def tokenize(texts, tokenizer, max_length, desc="tokenising"):
     """ list of B texts -> list of B (T,) integer arrays, [CLS] ... [SEP], T <= max_length """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32   # 12 M MS MARCO passages: 2 GB instead of 4
     ids = []
-    for i in tqdm(range(0, len(texts), 4096), desc=desc, unit=" x 4096 texts", disable=len(texts) <= 4096):
+    for i in tqdm(range(0, len(texts), 4096), desc=desc, unit=" x 4096 texts", disable=len(texts) <= 4096 or None):
         chunk = tokenizer(texts[i:i + 4096], truncation=True, max_length=max_length, return_attention_mask=False,
                           return_token_type_ids=False)["input_ids"]
         ids += [np.array(text, dtype=dtype) for text in chunk]
     return ids
 
 def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
-    """ rows of load_pairs -> Pairs; rows without a positive are left out. Only one chunk of strings is in memory. """
-    pairs, stream, bar = Pairs([], [], [], []), iter(rows), tqdm(total=len(rows), desc="tokenising pairs", unit=" rows")
+    """ rows of load_pairs -> Pairs; rows without a query or a positive are left out, and their number is printed. Only
+    one chunk of strings is in memory. """
+    pairs, stream = Pairs([], [], [], []), iter(rows)
+    bar = tqdm(total=len(rows), desc="tokenising pairs", unit=" rows", disable=None)   # None: if it is no terminal
     while chunk := list(itertools.islice(stream, 4096)):
         bar.update(len(chunk))
-        chunk = [row for row in chunk if row[1]]
+        chunk = [row for row in chunk if row[0].strip() and row[1]]
         texts = [text for _, positives, negatives, _ in chunk for text in positives + negatives]
         queries = tokenize([query for query, *_ in chunk], tokenizer, query_max_length)
         passages = iter(tokenize(texts, tokenizer, passage_max_length))
@@ -162,7 +173,9 @@ def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
             pairs.negatives.append([next(passages) for _ in negatives])
     bar.close()
     if not pairs.queries:
-        raise ValueError("--train_pairs: not a single row has a positive; fill that column")
+        raise ValueError("--train_pairs: not a single row has a query and a positive; fill these columns")
+    if left_out := len(rows) - len(pairs.queries):
+        print(f"{left_out:,} of {len(rows):,} pairs are left out, because they have no query or no positive")
     return pairs
 
 def checksum(pairs):
@@ -173,11 +186,15 @@ def checksum(pairs):
             found = zlib.crc32(text.tobytes(), found)
     return zlib.crc32(repr(pairs.gold).encode(), found)
 
+def token_dtype(tokenizer):
+    """ the unsigned integers that hold an id and one bit: 16 bits up to a vocabulary of 2**15 (BERT's has 30,522) """
+    return np.dtype(np.uint16 if len(tokenizer) <= 2**15 else np.uint32)
+
 def tokenize_documents(texts, tokenizer):
     """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0. The top bit of each says
     whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 32773 at the beginning of
-    a word and as 5 inside one. Vocabularies above 2**15 (BERT's has 30,522) take 32 bits. """
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**15 else np.uint32)
+    a word and as 5 inside one. """
+    dtype = token_dtype(tokenizer)
     begins = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
     stored = np.arange(len(tokenizer), dtype=dtype) | (begins.astype(dtype) << dtype.type(8 * dtype.itemsize - 1))
     texts = iter(texts)
@@ -194,41 +211,46 @@ def split_tokens(tokens):
 
 class TokenFile:
     """ tokenised documents in one memory-mapped file: it may be larger than memory """
-    def __init__(self, folder):
-        self.about = folder.name                   # says which source, of what date, and which vocabulary
-        self.ends = np.load(folder / "ends.npy")   # (documents,)
-        size = (folder / "tokens.bin").stat().st_size // int(self.ends[-1])   # bytes a token
-        self.tokens = np.memmap(folder / "tokens.bin", np.dtype(f"uint{8 * size}"), mode="r")
+    def __init__(self, folder, dtype):
+        self.about = folder.name   # says which source, of what date, and which vocabulary
+        try:
+            self.ends = np.load(folder / "ends.npy")   # (documents,)
+            self.tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+            assert len(self.tokens) == self.ends[-1]
+        except (OSError, EOFError, ValueError, AssertionError):
+            raise ValueError(f"{folder}: tokens.bin and ends.npy are not those of one text; delete the folder, it will "
+                             "be made again") from None
     def __len__(self):
         return len(self.ends)
     def __getitem__(self, i):
         return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
 
-def token_file(source, tokenizer):
-    """ --train_text -> TokenFile. Tokenises once; found again by source, date of the file and vocabulary. """
-    about = [source, sorted(tokenizer.get_vocab().items())]
-    if source == "docs":
-        about.append(docs_folder().name)
-    elif Path(source).is_file():
-        about += [os.path.abspath(source), os.stat(source).st_size, os.stat(source).st_mtime_ns]
+def token_file(source, tokenizer, columns=()):
+    """ --train_text -> TokenFile. Tokenises once; found again by source, --columns, vocabulary, and path, size and date
+    of each local file. The text of a hub set is taken to stay as it is. """
+    path = Path(source) if Path(source).is_file() else Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
+    files = [file for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
+    about = [source, list(columns), docs_folder().name if source == "docs" else os.path.abspath(path),
+             [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+             sorted(tokenizer.get_vocab().items())]
     folder = CACHE / f"text-{zlib.crc32(json.dumps(about).encode()):08x}"
     if not folder.exists():
-        with whole(folder) as part:
+        with atomic_write(folder) as part:
             part.mkdir()
-            ends, documents = [0], tokenize_documents(load_texts(source), tokenizer)
+            ends, documents = [0], tokenize_documents(load_texts(source, columns=columns), tokenizer)
             with open(part / "tokens.bin", "wb") as file:
-                for tokens in tqdm(documents, desc="tokenising", unit=" documents"):
+                for tokens in tqdm(documents, desc="tokenising", unit=" documents", disable=None):
                     tokens.tofile(file)
                     ends.append(ends[-1] + len(tokens))
             if len(ends) < 3:
                 raise ValueError(f"--train_text {source} holds {len(ends) - 1} documents with text; give two or more")
             np.save(part / "ends.npy", np.array(ends[1:]))
-    return TokenFile(folder)
+    return TokenFile(folder, token_dtype(tokenizer))
 
 @contextlib.contextmanager
-def whole(path):
-    """ with whole(path) as part: write a file or a folder at `part`, which is renamed to `path` at the end. So `path`
-    is never half written. If two runs make the same folder at once, both use that of the first to finish. """
+def atomic_write(path):
+    """ with atomic_write(path) as part: write a file or a folder at `part`, which is renamed to `path` at the end. So
+    `path` is never half written. If two runs make the same folder at once, both use that of the first to finish. """
     def remove(left):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,12 +270,51 @@ def whole(path):
 
 # ==== Below is reading files, not the method ==========================================================================
 # ---- sources: local files and the Hugging Face hub -------------------------------------------------------------------
-# What columns are called. In training data any one of the names will do, also with _1, _2, ... behind it.
-COLUMNS = {"query": ["query", "anchor", "sentence1"], "positives": ["positive", "positive_passages", "sentence2"],
-           "negatives": ["negative", "negatives", "negative_passages"], "text": ["text"]}
+# What columns are called in training data: any one of the names will do, also with _1, _2, ... behind it.
+COLUMNS = {"query": ["query", "anchor", "sentence1"], "positive": ["positive", "positive_passages", "sentence2"],
+           "negative": ["negative", "negatives", "negative_passages"], "text": ["text"],
+           "sentence1": ["sentence1"], "sentence2": ["sentence2"], "score": ["score"]}
 STS_COLUMNS = ["sentence1", "sentence2", "score"]   # the two texts, then the gold score
 QRELS_COLUMNS = ["query-id", "corpus-id", "score"]  # a BEIR set has these, and _id, text, maybe title for its texts
 LOCAL = re.compile(r"\.(txt|jsonl|csv|tsv)(\.gz)?$")
+
+def read_lines(path):
+    """ yields the lines of a text file, gzipped or not. Raises ValueError for what is neither UTF-8 nor gzip. """
+    number, opened = 0, gzip.open if path.suffix == ".gz" else open
+    try:
+        # surrogateescape lets bytes through that are not UTF-8, so that the line that holds them can be named
+        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            for number, line in enumerate(file, start=1):
+                if "\0" in line or not line.isascii() and re.search("[\udc80-\udcff]", line):
+                    raise ValueError(f"{path}, line {number}: holds bytes that are no UTF-8 text; save it as UTF-8")
+                yield line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: is no whole gzip file ({error}); make it again, or drop .gz from its name if it "
+                         "is not compressed") from None
+
+def read_cells(path, delimiter):
+    """ .csv or .tsv with a header -> yields (line number, dict); the line is the row's first, as cells may hold line
+    breaks. Raises ValueError for rows that do not fit the header, and for quotes that do not close. """
+    csv.field_size_limit(2**31 - 1)   # the default, 131,072 characters, is less than a long document
+    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
+    header, begin = [], 1             # begin: the line where the next row begins
+    try:
+        for cells in reader:
+            number, begin = begin, reader.line_num + 1
+            if not any(map(str.strip, cells)):
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                if twice := [name for name in header if name and header.count(name) > 1]:
+                    raise ValueError(f"{path}, line {number}: has the column {twice[0]} twice; rename one")
+            elif len(cells) != len(header):
+                raise ValueError(f"{path}, line {number}: has {len(cells)} cells and the header {len(header)}; leave a "
+                                 "cell empty rather than out, and put quotes around one that holds the separator")
+            else:
+                yield number, dict(zip(header, cells))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {begin}: a quote is not closed or text follows it ({error}); in a quoted cell "
+                         'write "" for a quote') from None
 
 def read_rows(path):
     """ .jsonl, .csv or .tsv with a header, or .txt, each gzipped or not -> yields (line number, dict), {"text": line}
@@ -262,23 +323,22 @@ def read_rows(path):
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if kind in ("csv", "tsv"):
-            reader = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",")
-            yield from ((reader.line_num, row) for row in reader)
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line) if kind == "jsonl" else {"text": line}
-                    assert isinstance(row, dict)
-                except (json.JSONDecodeError, AssertionError):
-                    raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
-                yield number, row
+    if kind in ("csv", "tsv"):
+        yield from read_cells(path, "\t" if kind == "tsv" else ",")
+        return
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line) if kind == "jsonl" else {"text": line}
+                assert isinstance(row, dict)
+            except (ValueError, RecursionError, AssertionError):
+                raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
+            yield number, row
 
-def load_table(source, what, streaming=False):
+def load_table(source, error_start, streaming=False):
     """ A .parquet file, or NAME[:CONFIG][:SPLIT] of the hub or of a local folder with the same layout (by default the
-    split "train") -> rows with named columns. Raises ValueError with the message "`what`, nor a data set that ...". """
+    split "train") -> rows with named columns. Raises ValueError. error_start begins its message and says which other
+    sources there are: "--sts x: neither one of sts12, ..., nor a .csv file"; ", nor a data set that ..." follows. """
     import datasets   # imported here, because that takes 0.7 s and local files do without
     try:
         if source.endswith(".parquet"):
@@ -286,75 +346,116 @@ def load_table(source, what, streaming=False):
         name, config, split = (source.split(":") + ["", ""])[:3]
         return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
     except Exception as error:   # datasets has a dozen errors for "not there", being offline among them
-        raise ValueError(f"{what}, nor a data set that could be loaded as NAME[:CONFIG][:SPLIT], {source} "
-                         f"({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{error_start}, nor a data set that could be loaded as NAME[:CONFIG][:SPLIT], {source} "
+                         f"({reason})") from error
 
-def find_columns(row, kind):
-    """ the columns of a row {column: value} that hold the texts of this kind, a key of COLUMNS """
-    return [column for column in row if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
+def find_columns(where, columns, kinds, given):
+    """ the columns of the source `where` -> {kind: its columns that hold it}. given: --columns, as ["query=question"];
+    kinds that it does not name go by COLUMNS. Raises ValueError for a kind or a column that is not there. """
+    named = {kind: [] for kind in kinds}
+    for item in given:
+        kind, _, name = item.partition("=")
+        if kind not in kinds or name not in columns:
+            raise ValueError(f"--columns {item}: {where} has the columns {', '.join(columns)}; give KIND=COLUMN, where "
+                             f"KIND is {' or '.join(kinds)}")
+        named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)
+    return {kind: names or [column for column in columns if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
+            for kind, names in named.items()}
 
-def load_pairs(source):
-    """ One of --train_pairs -> an iterable with a len, of (query, [positive, ...], [negative, ...], gold). Negatives
-    may be empty; gold is a number where the columns are sentence1, sentence2 and score, else None.
-    source: "docs", a .jsonl/.csv/.tsv/.parquet file (.gz or not, but for parquet), or a name for load_table such as
-    sentence-transformers/all-nli:triplet or Tevatron/msmarco-passage. Raises ValueError on a source it cannot read. """
-    path = str(docs_folder() / "train.jsonl") if source == "docs" else source
-    rows = ([row for _, row in read_rows(path)] if LOCAL.search(path) else
-            load_table(source, f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file"))
-    if not len(rows):
-        raise ValueError(f"--train_pairs {source} holds no pairs; give a file with at least one row")
-    names = {kind: find_columns(rows[0], kind) for kind in ("query", "positives", "negatives")}
-    if not names["query"] or not names["positives"]:
-        query, positives, negatives = (" or ".join(COLUMNS[kind]) for kind in names)
-        raise ValueError(f"--train_pairs {source} has the columns {', '.join(rows[0])}; it needs {query}, and "
-                         f"{positives}, and may have {negatives}; rename yours, or add them to COLUMNS in data.py")
-    return Rows(rows, names, scored=set(STS_COLUMNS) <= set(rows[0]))
+# These three check a cell. `where` begins the message of the ValueError that they raise: "pairs.csv, line 3: query".
+def as_text(cell, where):
+    """ a cell -> itself, if it is a string """
+    if not isinstance(cell, str):
+        raise ValueError(f"{where} is {cell!r:.60}; it must be a text")
+    return cell
+
+def as_texts(cell, where):
+    """ None, a string, a passage {"title": ..., "text": ...}, or a list of these -> list of strings, blank ones out """
+    if isinstance(cell, list):
+        return [text for item in cell for text in as_texts(item, where)]
+    if isinstance(cell, dict):
+        title, text = as_text(cell.get("title") or "", f"{where} title"), as_text(cell.get("text"), f"{where} text")
+        cell = f"{title} {text}".strip()
+    return [cell] if as_text("" if cell is None else cell, where).strip() else []
+
+def as_score(cell, where):
+    """ a number, or a string of one -> finite float """
+    try:
+        score = float(cell)
+        assert math.isfinite(score)
+    except (TypeError, ValueError, AssertionError):
+        raise ValueError(f"{where} {cell!r:.60} is not a finite number") from None
+    return score
 
 class Rows:
-    """ the pairs of any source, read one row at a time, because MS MARCO does not fit a list of strings """
-    def __init__(self, rows, names, scored):
-        self.rows, self.names, self.scored = rows, names, scored
+    """ an iterable with a len that makes its rows anew each time, because MS MARCO does not fit a list of strings """
+    def __init__(self, length, make):
+        self.length, self.make = length, make
     def __len__(self):
-        return len(self.rows)
+        return self.length
     def __iter__(self):
-        for row in self.rows:
-            query = row[self.names["query"][0]]
-            positives, negatives = ([text for name in self.names[kind] for text in as_texts(row.get(name))]
-                                    for kind in ("positives", "negatives"))
-            yield query, positives, negatives, float(row["score"]) if self.scored else None
+        return self.make()
 
-def as_texts(value):
-    """ A cell -> list of texts: None, "text", ["text", ...] or Tevatron's [{"title": ..., "text": ...}, ...]. """
-    if not value:
-        return []
-    if isinstance(value, dict):
-        return [f"{value.get('title') or ''} {value['text']}".strip()]
-    return [value] if isinstance(value, str) else [text for item in value for text in as_texts(item)]
+def load_pairs(source, columns=()):
+    """ One of --train_pairs -> Rows of (query, [positive, ...], [negative, ...], gold). Negatives may be empty; gold is
+    a number where the columns are sentence1, sentence2 and score, else None. columns: see find_columns.
+    source: "docs", a .jsonl/.csv/.tsv/.parquet file (.gz or not, but for parquet), or a name for load_table such as
+    sentence-transformers/all-nli:triplet or Tevatron/msmarco-passage. Raises ValueError for a source that it cannot
+    read; for a cell that it cannot read, when it comes to that row. """
+    path = str(docs_folder() / "train.jsonl") if source == "docs" else source
+    if LOCAL.search(path):
+        numbered = list(read_rows(path))
+        numbers, rows = [number for number, _ in numbered], [row for _, row in numbered]
+        present = list(dict.fromkeys(column for row in rows for column in row))   # a row of a .jsonl may lack some
+    else:
+        rows = load_table(source, f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file")
+        numbers, present = range(1, len(rows) + 1), rows.column_names
+    if not len(rows):
+        raise ValueError(f"--train_pairs {source} holds no pairs; give a file with at least one row")
+    found = find_columns(source, present, [kind for kind in COLUMNS if kind != "text"], columns)
+    if not found["query"] or not found["positive"]:
+        raise ValueError(f"--train_pairs {source} has the columns {', '.join(present)}; it needs query and positive, "
+                         "maybe negative; say which of yours these are: --columns query=COLUMN positive=COLUMN")
+    scored = found["score"] and (found["sentence1"] and found["sentence2"]
+                                 or any(item.startswith(("sentence", "score=")) for item in columns))
+    def make():
+        for number, row in zip(numbers, rows):
+            where = f"{source}, {'line' if LOCAL.search(path) else 'row'} {number}:"
+            positives, negatives = ([text for column in found[kind]
+                                     for text in as_texts(row.get(column), f"{where} {column}")]
+                                    for kind in ("positive", "negative"))
+            gold = as_score(row.get(found["score"][0]), f"{where} the score") if scored else None
+            yield as_text(row.get(found["query"][0]), f"{where} {found['query'][0]}"), positives, negatives, gold
+    return Rows(len(rows), make)
 
-def load_texts(source, streaming=False, rank=0, world_size=1):
-    """ --train_text -> iterable of documents (strings): "docs" (its training part), a .txt file (a line is a document),
-    a file with a column "text", or a name for load_table such as HuggingFaceFW/fineweb:sample-100BT. streaming reads
-    parquet and hub sets as they arrive; each of world_size ranks takes files of its own. Raises ValueError. """
+def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
+    """ --train_text -> yields documents (strings): "docs" (its training part), a .txt file (a line is a document), a
+    file with a column "text", or a name for load_table such as HuggingFaceFW/fineweb:sample-100BT. columns: see
+    find_columns. streaming reads parquet and hub sets as they arrive; each of world_size ranks takes files of its own.
+    Raises ValueError. """
+    unit = "line" if LOCAL.search(source) else "row"
     if source == "docs":
-        return (f"{row['query']} {row['positive']}" for _, row in read_rows(docs_folder() / "train.jsonl"))
-    if LOCAL.search(source):
+        rows = read_rows(docs_folder() / "train.jsonl")
+        numbered = ((number, {"text": f"{row['query']} {row['positive']}"}) for number, row in rows)
+    elif unit == "row":
+        rows = load_table(source, f"--train_text {source}: neither a .txt/.jsonl/.csv/.tsv/.parquet file", streaming)
         if streaming:
-            raise ValueError(f"--streaming with {source}: is for .parquet files and hub sets; leave it out, the file "
-                             "is tokenised once, line by line, whatever its size")
-        return text_column(row for _, row in read_rows(source))
-    rows = load_table(source, f"--train_text {source}: neither a .txt/.jsonl/.csv/.tsv/.parquet file", streaming)
-    if streaming:
-        from datasets.distributed import split_dataset_by_node
-        rows = split_dataset_by_node(rows, rank, world_size)
-    return text_column(rows)
-
-def text_column(rows):
-    """ yields the texts of dicts, one a dict; raises ValueError where there is none or it is no string """
-    for row in rows:
-        text = [row[column] for column in find_columns(row, "text")]
-        if not text or not isinstance(text[0], str):
-            raise ValueError(f"--train_text: a row with the columns {', '.join(row)}; it needs text, a string")
-        yield text[0]
+            from datasets.distributed import split_dataset_by_node
+            rows = split_dataset_by_node(rows, rank, world_size)
+        numbered = enumerate(rows, start=1)
+    elif streaming:
+        raise ValueError(f"--streaming with {source}: is for .parquet files and hub sets; leave it out, the file is "
+                         "tokenised once, line by line, whatever its size")
+    else:
+        numbered = read_rows(source)
+    for number, row in numbered:
+        where = f"{source}, {unit} {number}"
+        found = find_columns(where, row, ["text"], columns)["text"]
+        if not found:
+            raise ValueError(f"{where}: has the columns {', '.join(row)}; it needs text; say which of yours that is: "
+                             "--columns text=COLUMN")
+        yield as_text(row[found[0]], f"{where}: {found[0]}")
 
 # ---- sources of test sets: sentence pairs with gold scores, and retrieval collections --------------------------------
 STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
@@ -367,22 +468,20 @@ def task_name(name):
 
 def load_sts(name):
     """ A name in STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, first sentences,
-    second sentences, (pairs,) gold scores. Raises ValueError naming file and line for what is missing or no number. """
+    second sentences, (pairs,) gold scores. Raises ValueError naming file and line for what is missing or no text or
+    no number. """
     if LOCAL.search(name):
         rows = read_rows(name)
     else:
-        what = f"--sts {name}: neither one of {', '.join(STS)}, nor a .jsonl, .csv or .tsv file (.gz or not)"
-        rows = enumerate(load_table(f"{STS.get(name, name)}::test", what), start=1)
+        error_start = f"--sts {name}: neither one of {', '.join(STS)}, nor a .jsonl, .csv or .tsv file (.gz or not)"
+        rows = enumerate(load_table(f"{STS.get(name, name)}::test", error_start), start=1)
     pairs = []
     for line, row in rows:
+        where = f"{name}, line {line}:"
         if set(STS_COLUMNS) - set(row):
-            raise ValueError(f"{name}, line {line}: has the columns {', '.join(row)}; needs {', '.join(STS_COLUMNS)}")
-        first, second, gold = (row[column] for column in STS_COLUMNS)
-        try:
-            pairs.append((first, second, float(gold)))
-            assert np.isfinite(pairs[-1][2])
-        except (TypeError, ValueError, AssertionError):
-            raise ValueError(f"{name}, line {line}: the score {gold!r} is not a finite number") from None
+            raise ValueError(f"{where} has the columns {', '.join(row)}; needs {', '.join(STS_COLUMNS)}")
+        first, second = (as_text(row[column], f"{where} {column}") for column in STS_COLUMNS[:2])
+        pairs.append((first, second, as_score(row["score"], f"{where} the score")))
     if len(pairs) < 2:
         raise ValueError(f"{name}: {len(pairs)} pairs; a correlation needs two or more")
     first, second, gold = zip(*pairs)
@@ -398,20 +497,21 @@ class Collection:
         self.name, _, split = name.partition(":")
         self.folder = docs_folder() if self.name == "docs" else Path(self.name)
         self.qrels_file, judgements = self.open(f"qrels/{split or 'test'}.tsv", f"{self.name}-qrels::{split or 'test'}")
-        texts = {key: row["text"] for key, row in self.texts("queries")}
+        texts = dict(self.texts("queries"))
         self.qrels, self.lines = {}, {}   # lines {document id: the first line that judges it}, for shards()
         for line, row in judgements:
             where = f"{self.qrels_file}, line {line}"
             try:
                 query, document, grade = (row[column] for column in QRELS_COLUMNS)
-                query, document, grade = str(query), str(document), int(grade)
-            except (KeyError, TypeError, ValueError):
+                query, document, grade = str(query), str(document), float(grade)
+                assert grade.is_integer()
+            except (KeyError, TypeError, ValueError, AssertionError):
                 raise ValueError(f"{where}: needs the columns query-id, corpus-id and score (a whole number)") from None
             if query not in texts:
                 raise ValueError(f"{where}: query {query!r} is not among the queries")
             if document in self.qrels.setdefault(query, {}):
                 raise ValueError(f"{where}: query {query!r} and document {document!r} are judged twice")
-            self.qrels[query][document] = grade
+            self.qrels[query][document] = int(grade)
             self.lines.setdefault(document, line)
         if not self.qrels:
             raise ValueError(f"{self.qrels_file}: no judgements; one line a judged document is needed")
@@ -431,17 +531,18 @@ class Collection:
         return path, read_rows(path)
 
     def texts(self, stem):
-        """ yields (id, row) of the "corpus" or the "queries" """
+        """ yields (id, text) of the "corpus", where the title is part of the text, or of the "queries" """
         source, rows = self.open(f"{stem}.jsonl", f"{self.name}:{stem}:{stem}")
         seen = set()
         for line, row in rows:
+            where = f"{source}, line {line}:"
             if not {"_id", "text"} <= set(row):
-                raise ValueError(f"{source}, line {line}: has the columns {', '.join(row)}; it needs _id and text")
-            key = str(row["_id"])
+                raise ValueError(f"{where} has the columns {', '.join(row)}; it needs _id and text")
+            key = str(row["_id"]) if isinstance(row["_id"], int) else as_text(row["_id"], f"{where} _id")
             if key in seen:
-                raise ValueError(f"{source}, line {line}: the id {key!r} is there twice")
+                raise ValueError(f"{where} the id {key!r} is there twice")
             seen.add(key)
-            yield key, row
+            yield key, "".join(as_texts(row, where)) if stem == "corpus" else as_text(row["text"], f"{where} text")
         if not seen:
             raise ValueError(f"{source} is empty; it needs one line a text")
 
@@ -450,12 +551,53 @@ class Collection:
         missing = dict(self.lines)
         rows = self.texts("corpus")
         while shard := list(itertools.islice(rows, SHARD)):
-            ids = [key for key, _ in shard]
+            ids, texts = map(list, zip(*shard))
             for key in ids:
                 missing.pop(key, None)
-            yield ids, [f"{row.get('title') or ''} {row['text']}".strip() for _, row in shard]
+            yield ids, texts
         for document, line in missing.items():
             raise ValueError(f"{self.qrels_file}, line {line}: document {document!r} is not in the corpus")
+
+def fold(text):
+    """ "Sort the -- LIST." -> "sort the list": texts that differ in case or punctuation alone become equal """
+    return re.sub(r"\W+", " ", text).strip().lower()
+
+def write_jsonl(path, rows):
+    """ dicts -> a line each """
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+def write_beir(folder, corpus, queries, qrels):
+    """ corpus, queries: {"_id", "text", ...} each; qrels {split: [(query id, document id), ...]} -> a Collection """
+    (folder / "qrels").mkdir(parents=True)
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", queries)
+    for split, judged in qrels.items():
+        lines = ["query-id\tcorpus-id\tscore\n"] + [f"{query}\t{document}\t1\n" for query, document in judged]
+        (folder / "qrels" / f"{split}.tsv").write_text("".join(lines))
+
+def hold_out(rows, n, folder):
+    """ rows as of load_pairs -> Rows to train on, folder: a test set of n of the pairs, drawn at random; its corpus is
+    their positives. A row with a query or a positive that is in the test set, whatever its case and punctuation, is not
+    trained on. Replaces the folder. Raises ValueError if fewer than two pairs are left on one side. """
+    usable = {i for i, (query, positives, *_) in enumerate(rows) if query.strip() and positives}
+    drawn = set(np.random.default_rng(0).permutation(sorted(usable))[:n].tolist())
+    pairs = [(query, text, gold) for i, (query, positives, _, gold) in enumerate(rows) if i in drawn
+             for text in positives]
+    if any(gold is not None for *_, gold in pairs):
+        raise ValueError("--hold_out: is for queries and passages; for scored pairs give evaluate.py a file with --sts")
+    queries, corpus = {fold(query): query for query, *_ in pairs}, {fold(text): text for _, text, _ in pairs}
+    kept = {i for i, (query, positives, *_) in enumerate(rows)
+            if not {fold(query), *map(fold, positives)} & (queries.keys() | corpus.keys())}
+    if min(n, len(kept & usable)) < 2:
+        raise ValueError(f"--hold_out {n}: leaves {len(kept & usable)} of {len(usable)} pairs to train on; both sides "
+                         "need two or more")
+    ids = {key: i for i, key in enumerate(queries | corpus)}
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_write(folder) as part:
+        write_beir(part, [{"_id": f"d{ids[key]}", "text": text} for key, text in corpus.items()],
+                   [{"_id": f"q{ids[key]}", "text": text} for key, text in queries.items()],
+                   {"test": dict.fromkeys((f"q{ids[fold(query)]}", f"d{ids[fold(text)]}") for query, text, _ in pairs)})
+    return Rows(len(kept), lambda: (row for i, row in enumerate(rows) if i in kept)), folder
 
 # ---- docs: the documentation of this machine's Python packages, as training pairs and as a test collection -----------
 DOCS_PACKAGES = "numpy scipy torch transformers datasets pandas sympy networkx huggingface_hub".split()
@@ -500,27 +642,24 @@ def build_docs(folder):
              for root in roots for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
     with ProcessPoolExecutor() as pool:
         found = list(tqdm(pool.map(docstrings, [path for _, path in files], chunksize=16), total=len(files),
-                          desc="docs: reading the docstrings of this machine's Python packages", unit=" files"))
+                          unit=" files", disable=None,
+                          desc="docs: reading the docstrings of this machine's Python packages"))
     held_out = [zlib.crc32(name.encode()) % 5 == 0 for name, _ in files]
     seen, train, corpus = set(), [], []
     for i in sorted(range(len(files)), key=lambda i: not held_out[i]):   # held-out files first: they keep shared texts
         module = re.sub(r"(/__init__)?\.py$", "", files[i][0]).replace("/", ".")
         for name, query, passage in found[i]:
-            keys = {re.sub(r"\W+", " ", text).strip().lower() for text in (query, passage)}
+            keys = {fold(query), fold(passage)}
             if not keys & seen:
                 (corpus if held_out[i] else train).append((module + name, query, passage))
             seen |= keys
     order = np.random.default_rng(0).permutation(len(corpus)).tolist()
     test, dev = order[:1000], order[1000:1500]
-    with whole(folder) as part:
-        (part / "qrels").mkdir(parents=True)
-        def write(file, rows):
-            (part / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        write("train.jsonl", [{"name": name, "query": query, "positive": passage} for name, query, passage in train])
-        write("corpus.jsonl", [{"_id": str(i), "title": "", "text": passage, "name": name, "query": query}
-                               for i, (name, query, passage) in enumerate(corpus)])
-        write("queries.jsonl", [{"_id": f"q{i}", "text": corpus[i][1]} for i in test + dev])
-        for split, rows in (("test", test), ("dev", dev)):
-            lines = ["query-id\tcorpus-id\tscore\n"] + [f"q{i}\t{i}\t1\n" for i in rows]
-            (part / "qrels" / f"{split}.tsv").write_text("".join(lines))
+    with atomic_write(folder) as part:
+        write_beir(part, [{"_id": str(i), "title": "", "text": passage, "name": name, "query": query}
+                          for i, (name, query, passage) in enumerate(corpus)],
+                   [{"_id": f"q{i}", "text": corpus[i][1]} for i in test + dev],
+                   {"test": [(f"q{i}", i) for i in test], "dev": [(f"q{i}", i) for i in dev]})
+        write_jsonl(part / "train.jsonl", [{"name": name, "query": query, "positive": passage}
+                                           for name, query, passage in train])
     return folder

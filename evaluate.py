@@ -239,7 +239,7 @@ def write_run(folder, label, queries, rankings):
 
 def write_array(path, array):
     """ a .npy file, never half of one """
-    with data.whole(path) as part, open(part, "wb") as file:
+    with data.atomic_write(path) as part, open(part, "wb") as file:
         np.save(file, array)
 
 def bm25(docs, queries, k1=1.2, b=0.75):
@@ -441,6 +441,10 @@ def device(text):
 def training_flags(parser):
     """ add the flags that both training scripts have; each script sets its own defaults """
     flag = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("columns of the data").add_argument
+    add("--columns", nargs="+", default=[], metavar="KIND=COLUMN",
+        help="what yours are called, as query=question positive=answer negative=hard, or sentence1=a sentence2=b "
+             "score=label, or for text text=body; for what is not named, COLUMNS in data.py has the names")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
     add("--sizes", type=parse_sizes,
@@ -582,7 +586,7 @@ def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
     try:
         save_pretrained(bert, tokenizer, args.out_dir, head)
         state = {name: part.state_dict() for name, part in state.items()}
-        with data.whole(Path(args.out_dir, STATE)) as part, open(part, "wb") as file:
+        with data.atomic_write(Path(args.out_dir, STATE)) as part, open(part, "wb") as file:
             torch.save(state | {"step": step, "args": vars(args), "about": about}, file)
             file.flush()
             os.fsync(file.fileno())

@@ -223,7 +223,7 @@ def main(args):
     # data and model: read all input before anything is written
     for name in [args.retrieval, f"{args.retrieval}:dev"][:2 if args.eval_interval else 1] if args.retrieval else []:
         data.Collection(name)   # raises now, not after the training
-    sources = [data.load_pairs(source) for source in args.train_pairs]
+    sources = [data.load_pairs(source, args.columns) for source in args.train_pairs]
     model, tokenizer = build_model(args, sources)
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
                for rows in sources]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them

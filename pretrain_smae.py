@@ -185,7 +185,8 @@ def build_model(args, saved):
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     if init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the text")
-        texts = itertools.islice(data.load_texts(args.train_text, args.streaming), MAX_VOCABULARY_DOCUMENTS)
+        texts = data.load_texts(args.train_text, args.streaming, columns=args.columns)
+        texts = itertools.islice(texts, MAX_VOCABULARY_DOCUMENTS)
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
@@ -219,7 +220,8 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
     [(piece, its documents), ...], the pieces of this rank. Raises ValueError when there are too few documents. """
     pieces = range(rank, args.batch_size // micro_batch, world_size)
     if args.streaming:
-        stream = data.tokenize_documents(data.load_texts(args.train_text, True, rank, world_size), tokenizer)
+        texts = data.load_texts(args.train_text, True, rank, world_size, args.columns)
+        stream = data.tokenize_documents(texts, tokenizer)
         held_out = list(itertools.islice(stream, HELD_OUT))
         consumed = first_step * args.batch_size // world_size   # documents that this rank read before the run stopped
         stream = itertools.islice(stream, consumed, None)       # reads them again and drops them
@@ -233,7 +235,7 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
 
     if rank > 0:
         dist.barrier()   # until rank 0 has written the file
-    text = data.token_file(args.train_text, tokenizer)
+    text = data.token_file(args.train_text, tokenizer, args.columns)
     if rank == 0 and world_size > 1:
         dist.barrier()
     shuffled = np.random.default_rng(0).permutation(len(text))

@@ -92,6 +92,232 @@ def test_bad_files_are_named_with_the_line(tmp_path, text, message):
         data.load_pairs(str(path))
 
 
+Q, STS = "query,positive\n", "sentence1,sentence2,score\n"
+LONG = "long " * 40_000   # characters; the csv module takes 131,072 by default
+
+
+def pair(**cells):
+    """ a row of a .jsonl, by default a good one """
+    return json.dumps({"query": "q", "positive": "p"} | cells) + "\n"
+
+
+READ = {   # file, its content, the rows it gives
+    "negative that row 1 lacks": ("p.jsonl", pair() + pair(negative="n"),
+                                  [("q", ["p"], [], None), ("q", ["p"], ["n"], None)]),
+    "positive that row 1 lacks": ("p.jsonl", '{"query": "q"}\n' + pair(),
+                                  [("q", [], [], None), ("q", ["p"], [], None)]),
+    "no text in a cell": ("p.jsonl", pair(positive=["p", "", None], negative=None) + pair(query="", negative=" "),
+                          [("q", ["p"], [], None), ("", ["p"], [], None)]),
+    "blanks in the header": ("p.csv", " query, positive \nq,p\n", [("q", ["p"], [], None)]),
+    "blank rows": ("p.csv", f"\n{Q}\nq,p\n,\n\n", [("q", ["p"], [], None)]),
+    "line break in a cell": ("p.csv", Q + '"q\nr",p\n', [("q\nr", ["p"], [], None)]),
+    "quotes within a cell": ("p.tsv", 'query\tpositive\n5" nail\t"a ""b"" c"\n', [('5" nail', ['a "b" c'], [], None)]),
+    "long cell": ("p.csv", f"{Q}q,{LONG}\n", [("q", [LONG], [], None)]),
+    "byte order mark": ("p.csv", "\ufeff" + Q + "q,p\n", [("q", ["p"], [], None)]),
+    "scores": ("p.csv", STS + "a,b,1\nc,d,-2.5e1\n", [("a", ["b"], [], 1.0), ("c", ["d"], [], -25.0)]),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_is_read(tmp_path, case):
+    """ Files that look odd and have one meaning are read as they are meant. """
+    name, content, rows = READ[case]
+    (tmp_path / name).write_bytes(content.encode())
+    found = data.load_pairs(str(tmp_path / name))
+    assert list(found) == rows and len(found) == len(rows)
+
+
+GZ = gzip.compress((pair() * 50).encode(), mtime=0)
+REFUSED = [   # file, its content, what is said
+    ("p.csv", Q + "q,p\n" * 2 + 'q,"p\n' + "q,p\n" * 38, "p.csv, line 4: a quote is not closed"),
+    ("p.csv", Q + '"q" r,p\n', "p.csv, line 2: a quote is not closed or text follows it"),
+    ("p.csv", Q + '"q\nr",p\nq,p,n\n', "p.csv, line 4: has 3 cells and the header 2"),
+    ("p.tsv.gz", gzip.compress(b"query\tpositive\nq\n"), "p.tsv.gz, line 2: has 1 cells and the header 2"),
+    ("p.csv", "query,positive,positive \nq,p,r\n", "p.csv, line 1: has the column positive twice"),
+    ("p.csv", Q + "q,p\nq,p\0\n", "p.csv, line 3: holds bytes that are no UTF-8 text"),
+    ("p.csv", (Q + "q,p\nq,caf\u00e9\n").encode("latin-1"), "p.csv, line 3: holds bytes that are no UTF-8 text"),
+    ("p.csv", (Q + "q,p\n").encode("utf-16"), "p.csv, line 1: holds bytes that are no UTF-8 text"),
+    ("p.csv", (Q + "q,p\n").encode("utf-16-le"), "p.csv, line 1: holds bytes that are no UTF-8 text"),
+    ("p.jsonl.gz", pair(), "p.jsonl.gz: is no whole gzip file .*; make it again"),
+    ("p.jsonl.gz", GZ[:-20], "p.jsonl.gz: is no whole gzip file"),
+    ("p.jsonl.gz", GZ[:10] + b"\xff" + GZ[11:], "p.jsonl.gz: is no whole gzip file"),
+    ("p.jsonl", "\n" + pair() + pair(query=None), "p.jsonl, line 3: query is None; it must be a text"),
+    ("p.jsonl", pair() + '{"positive": "p"}\n', "p.jsonl, line 2: query is None; it must be a text"),
+    ("p.jsonl", pair(query=["q", "r"]), r"line 1: query is \['q', 'r'\]; it must be a text"),
+    ("p.jsonl", pair(query=5), "line 1: query is 5; it must be a text"),
+    ("p.jsonl", pair(query={"text": "q"}), "line 1: query is {'text': 'q'}; it must be a text"),
+    ("p.jsonl", pair(positive=0), "line 1: positive is 0; it must be a text"),
+    ("p.jsonl", pair(positive=["p", 5]), "line 1: positive is 5; it must be a text"),
+    ("p.jsonl", pair(positive={"title": "t"}), "line 1: positive text is None; it must be a text"),
+    ("p.jsonl", pair(negative=[{"title": 5, "text": "t"}]), "line 1: negative title is 5; it must be a text"),
+    ("p.csv", STS + "a,b,1\na,b,high\n", "p.csv, line 3: the score 'high' is not a finite number"),
+    ("p.csv", STS + "a,b,nan\n", "line 2: the score 'nan' is not a finite number"),
+    ("p.csv", STS + "a,b,\n", "line 2: the score '' is not a finite number"),
+    ("p.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n{"sentence1": "a", "sentence2": "b"}\n',
+     "line 2: the score None is not a finite number"),
+    ("p.parquet", [{"query": "q", "positive": "p"}, {"query": None, "positive": "p"}],
+     "p.parquet, row 2: query is None"),
+    ("text.jsonl", '{"text": "a"}\n{"text": ["a"]}\n', r"text.jsonl, line 2: text is \['a'\]; it must be a text"),
+    ("text.jsonl", '{"text": "a"}\n{"body": "a"}\n', "text.jsonl, line 2: has the columns body; it needs text"),
+    ("text.parquet", [{"text": "a"}, {"text": None}], "text.parquet, row 2: text is None; it must be a text"),
+    ("text.txt", b"a\n\xe9\n", "text.txt, line 2: holds bytes that are no UTF-8 text"),
+    ("sts.jsonl", '{"sentence1": "a", "sentence2": null, "score": 1}\n', "sts.jsonl, line 1: sentence2 is None"),
+    ("sts.csv", STS + "a,b,inf\n", "sts.csv, line 2: the score 'inf' is not a finite number"),
+    ("sts.csv", STS + 'a,"b,1\nc,d,2\n', "sts.csv, line 2: a quote is not closed"),
+    ("corpus.jsonl", '{"_id": "d1", "text": ["a"]}\n', r"corpus.jsonl, line 1: text is \['a'\]; it must be a text"),
+    ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": 5}\n', "corpus.jsonl, line 1: title is 5; it must be a text"),
+    ("corpus.jsonl", '{"_id": null, "text": "a"}\n', "corpus.jsonl, line 1: _id is None; it must be a text"),
+    ("queries.jsonl", '{"_id": "q1", "text": null}\n', "queries.jsonl, line 1: text is None; it must be a text"),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t0.5\n", r"line 2: needs the columns .*a whole number"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", REFUSED, ids=[message for *_, message in REFUSED])
+def test_what_is_refused(tmp_path, beir, name, content, message):
+    """ A file that is broken or holds no text where a text belongs is refused in one line that names its line. """
+    import datasets
+    (beir / "corpus.jsonl.gz").unlink()
+    (beir / "corpus.jsonl").write_text('{"_id": "d1", "text": "a"}\n')
+    path = beir / name
+    if isinstance(content, list):
+        datasets.Dataset.from_list(content).to_parquet(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    def read():
+        kind = name.split(".")[0]
+        if kind in ("corpus", "queries", "qrels/test"):
+            list(data.Collection(str(beir)).shards())
+        else:
+            list({"p": data.load_pairs, "text": data.load_texts, "sts": data.load_sts}[kind](str(path)))
+    with pytest.raises(ValueError, match=message) as stop:
+        read()
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("row, columns, found", [
+    ({"question": "q", "answer": "p"}, "query=question positive=answer", ("q", ["p"], [], None)),
+    ({"query": "x", "anchor": "q", "positive": "p"}, "query=anchor", ("q", ["p"], [], None)),   # in place of query
+    ({"query": "q", "positive": "p", "hard": "a", "harder": "b", "negative": "x"}, "negative=hard negative=harder",
+     ("q", ["p"], ["a", "b"], None)),
+    ({"a": "q", "b": "p", "label": "2"}, "sentence1=a sentence2=b score=label", ("q", ["p"], [], 2.0)),
+    ({"a": "q", "b": "p", "score": "2"}, "sentence1=a sentence2=b", ("q", ["p"], [], 2.0)),
+    ({"query": "q", "positive": "p", "score": "2"}, "query=query", ("q", ["p"], [], None)),   # no gold score of a pair
+])
+def test_columns_have_other_names(tmp_path, kind, row, columns, found):
+    """ --columns says which of the columns is the query, the positive, the negatives or the score. """
+    import datasets
+    path, rows = tmp_path / f"p.{kind}", datasets.Dataset.from_list([row])
+    rows.to_csv(path) if kind == "csv" else rows.to_parquet(path)
+    assert list(data.load_pairs(str(path), columns.split())) == [found]
+
+
+def test_columns_that_are_not_there(tmp_path, refused):
+    """ --columns with an unknown kind, or a column that is not there, is refused with a list of what there is. """
+    import finetune_srl
+    import pretrain_smae
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "q", "answer": "p"}\n{"question": "q", "reply": "p"}\n')
+    for item in ("query=body", "question=query", "text=question", "question"):
+        flags = ["--train_pairs", str(path), "--out_dir", str(tmp_path / "out"), "--retrieval=", "--columns", item]
+        assert f"--columns {item}: {path} has the columns question, answer, reply; " in refused(finetune_srl, flags)
+    for item in ("text=body", "query=question"):
+        flags = ["--train_text", str(path), "--out_dir", str(tmp_path / "out"), "--columns", item]
+        assert f"--columns {item}: {path}, line 1 has the columns question, answer; " in refused(pretrain_smae, flags)
+
+
+def first_text(source, tokenizer, columns=()):
+    """ the first document of a token file, as text """
+    return tokenizer.decode(data.split_tokens(data.token_file(source, tokenizer, columns)[0])[0])
+
+
+def test_tokenised_text_is_that_of_the_source(tmp_path, tokenizer, monkeypatch):
+    """ Another column, another file in a folder, and another working directory give another token file. """
+    import datasets
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    def fill(folder, text, body):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"text": [text, text], "body": [body, body]}).to_parquet(
+            tmp_path / folder / "train-00000-of-00001.parquet")
+    fill("a/set", "apple", "bridge")
+    fill("b/set", "candle", "dragon")
+    monkeypatch.chdir(tmp_path / "a")
+    assert [first_text("set", tokenizer), first_text("set", tokenizer, ["text=body"])] == ["apple", "bridge"]
+    monkeypatch.chdir(tmp_path / "b")
+    assert first_text("set", tokenizer) == first_text("set::train", tokenizer) == "candle"
+    fill("b/set", "garden engine", "forest")
+    assert first_text("set", tokenizer) == first_text("set::train", tokenizer) == "garden engine"
+    made = len(os.listdir(data.CACHE))
+    assert first_text("set", tokenizer) == "garden engine" and len(os.listdir(data.CACHE)) == made == 6
+
+
+@pytest.mark.parametrize("file, spoil", [
+    ("tokens.bin", lambda content: content[:len(content) // 2]), ("tokens.bin", lambda content: content + b"ab"),
+    ("tokens.bin", lambda content: b""), ("ends.npy", lambda content: content[:-3]), ("ends.npy", None)])
+def test_half_a_token_file(tmp_path, tokenizer, monkeypatch, file, spoil):
+    """ Tokens and ends that do not belong together are refused with the way out. """
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    (tmp_path / "t.txt").write_text("apple\nbridge\n")
+    data.token_file(str(tmp_path / "t.txt"), tokenizer)
+    folder, = data.CACHE.iterdir()
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(spoil(content)) if spoil else (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"{folder}: .* delete the folder"):
+        data.token_file(str(tmp_path / "t.txt"), tokenizer)
+
+
+def test_hold_out(tmp_path):
+    """ A test set of n pairs: its rows, and those that share a query or a positive with them, are not trained on. """
+    rows = [(f"query {i}", [f"text {i}"], ["n"], None) for i in range(20)]
+    rows += [(f"Query, {i}!", [f"other {i}"], [], None) for i in range(20)]   # each query again
+    rows += [(f"third {i}", [f"TEXT {i}."], [], None) for i in range(20)]     # each passage again
+    rows += [("", ["no query"], [], None), ("no positive", [], ["n"], None)]
+    train, folder = data.hold_out(rows, 6, tmp_path / "held")
+    collection = data.Collection(str(folder))
+    (ids, texts), = collection.shards()
+    corpus = dict(zip(ids, texts))
+    pairs = {(collection.queries[query], corpus[document]) for query, grades in collection.qrels.items()
+             for document in grades}
+    drawn = [row for row in rows if row[1] and (row[0], row[1][0]) in pairs]
+    assert len(drawn) == len(pairs) == 6 and sorted(texts) == sorted(text for _, text in pairs)
+    def words(row):
+        return {" ".join("".join(c for c in text.lower() if c.isalnum() or c == " ").split())
+                for text in [row[0], *row[1]]}
+    taken = set().union(*map(words, drawn))
+    assert list(train) == list(train) == [row for row in rows if not words(row) & taken]   # the same twice
+    assert len(train) == len(list(train)) < 56 and ("no positive", [], ["n"], None) in list(train)
+    before = {path.name: path.read_bytes() for path in folder.rglob("*.*")}
+    assert set(before) == {"corpus.jsonl", "queries.jsonl", "test.tsv"}
+    again, _ = data.hold_out(rows, 6, tmp_path / "held")
+    assert list(again) == list(train) and before == {path.name: path.read_bytes() for path in folder.rglob("*.*")}
+    data.hold_out(rows, 7, folder)   # replaces the test set
+    assert len(data.Collection(str(folder)).qrels) == 7
+
+
+def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path):
+    """ Held-out rows with the same query, or the same positive, become one query with both, or one document. """
+    pairs = [("Query", ["a"]), ("query?", ["b", "A"]), ("r", ["b"]), ("s", ["c"]), ("t", ["d"])]
+    drawn = np.random.default_rng(0).permutation(5).tolist()   # hold_out draws the first three
+    rows = [pairs[drawn.index(i)] + ([], None) for i in range(5)]
+    train, folder = data.hold_out(rows, 3, tmp_path / "held")
+    collection = data.Collection(str(folder))
+    (_, texts), = collection.shards()
+    assert len(train) == 2 and sorted(map(str.lower, texts)) == ["a", "b"]
+    assert sorted(len(grades) for grades in collection.qrels.values()) == [1, 2]
+
+
+@pytest.mark.parametrize("rows, n, message", [(10, 1, "--hold_out 1: "), (10, 9, "--hold_out 9: leaves 1 of 10 pairs"),
+                                              (10, 50, "--hold_out 50: leaves 0 of 10"), (0, 2, "leaves 0 of 0")])
+def test_hold_out_leaves_two_on_each_side(tmp_path, rows, n, message):
+    """ Fewer than two pairs to test or to train on are refused, and so are scored pairs; nothing is written. """
+    pairs = [(f"q{i}", [f"p{i}"], [], None) for i in range(rows)]
+    with pytest.raises(ValueError, match=message):
+        data.hold_out(pairs, n, tmp_path / "held")
+    with pytest.raises(ValueError, match="--hold_out: is for queries and passages"):
+        data.hold_out([(f"q{i}", [f"p{i}"], [], 0.5) for i in range(9)], 3, tmp_path / "held")
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", [f"rows.{kind}{gz}" for kind in ("txt", "csv", "tsv", "jsonl") for gz in ("", ".gz")])
 def test_read_rows(tmp_path, name):
     """ read_rows gives line numbers and dicts of every format, passes over blank lines, keeps quotes and accents. """
@@ -118,7 +344,7 @@ def test_train_text_from_a_table(tmp_path, tokenizer, monkeypatch):
     texts = [tokenizer.decode(data.split_tokens(found[i])[0]) for i in (0, 1)]
     assert texts == ["the apple stands beside", "the bridge"]
     path.write_text("id,body\n1,an apple\n")
-    with pytest.raises(ValueError, match="--train_text: a row with the columns id, body; it needs text"):
+    with pytest.raises(ValueError, match=r"t.csv, line 2: has the columns id, body; it needs text"):
         list(data.load_texts(str(path)))
 
 
@@ -128,13 +354,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, folder):
     old = tmp_path / "file"
     old.write_text("old")
     for path in (old, tmp_path / "new"):
-        with pytest.raises(RuntimeError, match="disk"), data.whole(path) as part:
+        with pytest.raises(RuntimeError, match="disk"), data.atomic_write(path) as part:
             if folder:
                 part.mkdir()
             (part / "inside" if folder else part).write_text("half")
             raise RuntimeError("disk")
     assert os.listdir(tmp_path) == ["file"] and old.read_text() == "old"
-    with data.whole(old) as part:
+    with data.atomic_write(old) as part:
         part.write_text("new")
         assert old.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"] and old.read_text() == "new"
@@ -151,7 +377,7 @@ def test_what_killed_runs_left_goes_after_a_day(tmp_path):
         os.utime(tmp_path / name, (ages[0], ages[0]))
     (tmp_path / "file.4.part").write_text("")
     os.utime(tmp_path / "file.4.part", (two_days_ago, two_days_ago))
-    with data.whole(tmp_path / "file") as part:
+    with data.atomic_write(tmp_path / "file") as part:
         part.write_text("new")
     assert sorted(os.listdir(tmp_path)) == ["file", "file.2.part", "file.3.part", "other.1.part"]
 
@@ -243,7 +469,8 @@ def pairs():
 
 def test_a_batch_is_a_function_of_seed_and_step(pairs):
     """ A batch is the same in any order of calls, and another one for another seed, step or epoch. """
-    batch = lambda seed, step: [text.tolist() for part in data.srl_batch([pairs], 4, 2, 9, seed, step)[:2] for text in part]
+    def batch(seed, step):
+        return [text.tolist() for part in data.srl_batch([pairs], 4, 2, 9, seed, step)[:2] for text in part]
     first = [batch(1, step) for step in (0, 1, 2, 3)]
     assert [batch(1, step) for step in (3, 2, 1, 0)] == first[::-1]
     assert batch(2, 0) != first[0] and first[0] != first[1]
@@ -279,7 +506,8 @@ def test_a_batch_is_of_one_source():
     every row once. """
     ids = lambda *values: np.array(values)
     def source(first, rows):
-        return data.Pairs([ids(first + i) for i in range(rows)], [[ids(first + i)] for i in range(rows)], [[]] * rows, [])
+        return data.Pairs([ids(first + i) for i in range(rows)], [[ids(first + i)] for i in range(rows)],
+                          [[]] * rows, [])
     sources = [source(100, 12), source(200, 4), source(300, 9)]   # 3, 1 and 2 batches of 4; one row of the last is left
     batches = [[int(q[0]) for q in data.srl_batch(sources, 4, 0, 9, 1, step)[0]] for step in range(12)]
     turns = [batch[0] // 100 for batch in batches]
@@ -293,12 +521,25 @@ def test_a_batch_is_of_one_source():
 def test_scored_pairs(tmp_path, tokenizer):
     """ Columns sentence1, sentence2 and score give pairs whose gold scores follow them into the batch. """
     path, words = tmp_path / "sts.csv", ["apple", "bridge", "candle", "dragon", "engine", "forest"]
-    path.write_text("sentence1,sentence2,score\n" + "".join(f"{word},the {word},{i}.5\n" for i, word in enumerate(words)))
+    lines = [f"{word},the {word},{i}.5\n" for i, word in enumerate(words)]
+    path.write_text("sentence1,sentence2,score\n" + "".join(lines))
     rows = list(data.load_pairs(str(path)))
     assert rows[1] == ("bridge", ["the bridge"], [], 1.5)
     queries, passages, gold = data.srl_batch([data.tokenize_pairs(rows, tokenizer, 9, 9)], 5, 1, 9, 1, 0)
     found = [tokenizer.decode(query, skip_special_tokens=True) for query in queries]
     assert len(passages) == 5 and gold.tolist() == [words.index(word) + 0.5 for word in found] != sorted(gold)
+
+
+def test_worked_example_of_whole_word_mask():
+    """ The example of whole_word_mask's docstring comes out, and a larger rate masks the next word as well. """
+    tokens = "[CLS] the dra ##gon sleeps [SEP] [CLS] a cat [SEP]".split()
+    begins, special = (np.array([token.startswith(mark) for token in tokens]) for mark in ("##", "["))
+    text_ids = np.array([0] * 6 + [1] * 4)
+    class Shuffle:   # of [CLS] the dragon sleeps [SEP], [CLS] a cat [SEP]: the smallest number comes first
+        random = staticmethod(lambda words: np.array([0, 0.9, 0.1, 0.5, 0, 0, 0.2, 0.7, 0]))
+    masks = data.whole_word_mask(~begins, special, text_ids, [0.5, 0.75], Shuffle)
+    found = [[token for token, hidden in zip(tokens, mask) if hidden] for mask in masks]
+    assert found == [["dra", "##gon", "a"], ["dra", "##gon", "sleeps", "a", "cat"]]
 
 
 def test_windows_of_long_passages():
@@ -351,7 +592,7 @@ def test_rows_without_a_positive_are_left_out(tokenizer):
     found = (pairs.queries, *pairs.positives, *pairs.negatives)
     texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in found]
     assert texts == ["garden", "candle", "dragon"]   # what follows the row is still aligned
-    with pytest.raises(ValueError, match="not a single row has a positive"):
+    with pytest.raises(ValueError, match="not a single row has a query and a positive"):
         data.tokenize_pairs(rows[:1], tokenizer, 8, 8)
 
 

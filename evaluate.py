@@ -425,12 +425,12 @@ def number(kind, rule, holds):
     parse.__name__ = kind.__name__   # for argparse's "invalid int value"
     return parse
 
-positive_int, positive = (number(kind, "above 0", lambda value: value > 0) for kind in (int, float))
-count, at_least_zero = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
-share = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
+positive_int, positive_float = (number(kind, "above 0", lambda value: value > 0) for kind in (int, float))
+nonneg_int, nonneg_float = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
+fraction = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
 two_or_more = number(int, "2 or more", lambda value: value >= 2)
 
-def device(text):
+def device_arg(text):
     """ an argparse type: a device that torch can use """
     try:
         torch.empty(0, device=text)
@@ -446,7 +446,7 @@ def training_flags(parser):
     add("--sizes", type=parse_sizes,
         help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion to "
              "the model: 2:32,4:64,6:128,8:256,10:512,12:768 of BERT-base")
-    add("--dropout", type=share, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
+    add("--dropout", type=fraction, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
     add = parser.add_argument_group("model from scratch; a loaded one brings its own").add_argument
     add("--num_layers", type=positive_int, default=6, help="blocks")
     add("--hidden_size", type=number(int, "a multiple of 64, the width of an attention head",
@@ -454,18 +454,18 @@ def training_flags(parser):
     add("--vocab_size", type=number(int, "100 or more, to spell English", lambda value: value >= 100), default=8192,
         help="WordPiece vocabulary, trained on the text")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--learning_rate", type=positive, help="peak, of AdamW")
-    add("--warmup", type=share, help="share of the steps in which the rate rises; then it falls to 0")
-    add("--weight_decay", type=at_least_zero, help="of the matrices; biases and LayerNorms have none")
-    add("--grad_clip", type=at_least_zero, default=1.0, help="largest norm of the gradient; 0 does not clip")
-    add("--epochs", type=positive, help="passes over the data")
-    add("--max_steps", type=count, default=0, help="steps in place of --epochs; 0 goes by --epochs")
+    add("--learning_rate", type=positive_float, help="peak, of AdamW")
+    add("--warmup", type=fraction, help="share of the steps in which the rate rises; then it falls to 0")
+    add("--weight_decay", type=nonneg_float, help="of the matrices; biases and LayerNorms have none")
+    add("--grad_clip", type=nonneg_float, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--epochs", type=positive_float, help="passes over the data")
+    add("--max_steps", type=nonneg_int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
     add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False, help="replace the run that is in --out_dir")
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
         help="of the matrix products; the weights stay float32. By default bfloat16 if this machine is fast at it")
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
@@ -532,7 +532,7 @@ def parse_args(argv=None):
     add("--max_length", type=two_or_more, help="tokens of a text; by default the model's own")
     add("--batch_tokens", type=two_or_more, default=8192, help="tokens of a batch")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="FILE.json",
         help="where the results of one model go; by default MODEL/eval.json for models of ours")

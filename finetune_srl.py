@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from evaluate import (HelpFormatter, at_least_zero, average, count, log, open_run, positive, positive_int,
+from evaluate import (HelpFormatter, average, log, nonneg_float, nonneg_int, open_run, positive_float, positive_int,
                       training_flags)
 from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_sizes, configure_optimizer, keep_freed_memory,
                    named_sizes, pack, save_pretrained, score, size_name)
@@ -227,8 +227,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--train_pairs", default="docs", help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT]")
     add("--batch_size", type=positive_int, default=128, help="queries per step; all their passages are candidates")
-    add("--negatives", type=count, default=1, help="hard negatives a query, at most, where the pairs have any")
-    add("--micro_batch", type=count, default=0,
+    add("--negatives", type=nonneg_int, default=1, help="hard negatives a query, at most, where the pairs have any")
+    add("--micro_batch", type=nonneg_int, default=0,
         help="encode this many queries and their passages at a time: the same gradient in less memory, for one more "
              "forward pass; 0 encodes the whole batch at once")
     add("--query_max_length", type=positive_int, default=32, help="tokens, [CLS] and [SEP] included")
@@ -241,15 +241,15 @@ def parse_args(argv=None):
     add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the loaded model's own, from scratch mean")
     add("--similarity", choices=SIMILARITIES,
         help="of a query and a passage; by default the loaded model's own, from scratch cosine")
-    add("--temperature", type=positive, default=0.1, help="divides the similarities; use 1 with --similarity dot")
-    add("--kl_weight", type=at_least_zero, default=1.0, help="of the KL from the full size; 0 leaves it out")
-    add("--embedding_lr_scale", type=positive,
+    add("--temperature", type=positive_float, default=0.1, help="divides the similarities; use 1 with --similarity dot")
+    add("--kl_weight", type=nonneg_float, default=1.0, help="of the KL from the full size; 0 leaves it out")
+    add("--embedding_lr_scale", type=positive_float,
         help="learning rate of the embeddings over that of the blocks, because a word is seen less often than a block; "
              "by default 8 from scratch, 1 for a loaded model")
     add = parser.add_argument_group("evaluation").add_argument
     add("--retrieval", default="docs",
         help='docs, a folder in BEIR layout or a BEIR set of the hub: dev in training, test at the end; "" for none')
-    add("--eval_interval", type=count, default=300, help="steps between two evaluations on dev; 0 for none")
+    add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")
     training_flags(parser)
     parser.set_defaults(learning_rate=5e-4, warmup=0.1, weight_decay=0.1, epochs=3.6, out_dir="out/srl")
 

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from evaluate import (HelpFormatter, average, count, log, number, open_run, positive, positive_int, run_script, share,
-                      training_flags)
+from evaluate import (HelpFormatter, average, fraction, log, nonneg_int, number, open_run, positive_float,
+                      positive_int, run_script, training_flags)
 from model import (Bert, BertConfig, MLMHead, as_contiguous, check_sizes, configure_optimizer, dropout, from_pretrained,
                    keep_freed_memory, load_head, named_sizes, pack, save_pretrained, size_name)
 
@@ -411,18 +411,18 @@ def parse_args(argv=None):
     add("--max_length", type=number(int, "8 or more, to leave something to mask", lambda value: value >= 8), default=64,
         help="tokens, [CLS] and [SEP] included: one random window a document")
     add("--batch_size", type=positive_int, default=32, help="documents a step, over all ranks")
-    add("--micro_batch", type=count, default=0,
+    add("--micro_batch", type=nonneg_int, default=0,
         help="documents at a time, which decides the memory; the ranks share these pieces; 0: one piece each")
     add = parser.add_argument_group("loss").add_argument
     add("--objective", choices=["smae", "mlm"], default="smae",
         help="mlm leaves the decoder out: MLM alone, at --sizes, by default at the full size")
-    add("--encoder_mask", type=share, default=0.2, help="share of the tokens hidden from the encoder")
-    add("--decoder_mask", type=share, default=0.4, help="share hidden from the decoder")
-    add("--word_lr_scale", type=positive, default=3.0,
+    add("--encoder_mask", type=fraction, default=0.2, help="share of the tokens hidden from the encoder")
+    add("--decoder_mask", type=fraction, default=0.4, help="share hidden from the decoder")
+    add("--word_lr_scale", type=positive_float, default=3.0,
         help="from scratch: learning rate of the word embeddings over that of the rest; a word is seen less often")
     add = parser.add_argument_group("checkpoints and memory").add_argument
     add("--resume", action=flag, default=False, help="go on with the run in --out_dir, exactly")
-    add("--eval_interval", type=count, default=200,
+    add("--eval_interval", type=nonneg_int, default=200,
         help="steps between two checkpoints, each with the loss on held-out text; 0 for the end only")
     add("--gradient_checkpointing", action=flag, default=False,
         help="least memory: compute blocks and decoder again in the backward pass; 1.6 times the time at BERT-base")

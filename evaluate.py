@@ -7,14 +7,17 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
     python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences are real
 
-Prints a table and writes MODEL/eval.json (or --out): "results" has one record a value, {"task", "metric", "layer",
-"dim", "value", "n"} (BM25 has layer and dim null); "per_item" has what --compare needs.
+Prints a table and writes MODEL/eval.json (or --out). "results" has one record a value, {"task", "metric", "layer",
+"dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare: per_item[task][size][metric] has one
+value a query, or one cosine a sentence pair; beside the sizes are the queries' "ids" or the pairs' "gold" scores.
 Metrics are those of trec_eval, and Spearman's rank correlation of the cosine for STS. Search is exact, in shards, so
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
-Letters for shapes: see model.py; here P is the passages of a shard, K the candidates that are kept for a query.
+Reading order: from texts to embeddings; metrics; STS; retrieval, which is search_corpus -> rank -> METRICS -> records;
+cost, table, comparison, figure. Below the double line are flags, log and errors, which the training scripts share.
+Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
-import argparse, functools, json, math, re, statistics, subprocess, sys, time, zlib
+import argparse, itertools, json, math, re, statistics, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,38 +62,36 @@ def load_model(name, device="cpu", max_length=None, **overrides):
     return model, tokenizer
 
 @torch.no_grad()
-def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}; about batch_tokens tokens a batch """
+def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer. """
     device, training = model.word.weight.device, model.training
     model.eval()   # no dropout
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # equal lengths side by side: see model.Pack
+    batches = []   # lists of rows of the result
+    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):   # equal lengths side by side: see model.Pack
+        if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
     embeddings = {layer: torch.empty(len(texts), model.config.hidden_size) for layer in layers}
     # one autocast around all batches, because it casts every weight once and keeps the copy
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     with autocast, tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
-        start = 0
-        while start < len(order):
-            end = start + max(1, batch_tokens // len(texts[order[start]]))      # if all were as short as the first
-            longest = len(texts[order[min(end, len(order)) - 1]])
-            end = start + max(1, batch_tokens // longest)                       # if all were as long as that one
-            rows = order[start:end]
+        for rows in batches:
             batch = pack([texts[i] for i in rows], device, multiple=128)
-            for layer, embedding in model.encode(batch, layers).items():   # (B of the batch, C)
-                embeddings[layer][rows] = embedding.float().cpu()
-                if not embeddings[layer][rows].isfinite().all():
+            for layer, of_batch in model.encode(batch, layers).items():   # (B of the batch, C)
+                if not of_batch.isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
+                embeddings[layer][rows] = of_batch.float().cpu()
             bar.update(len(rows))
-            start = end
     model.train(training)
     return embeddings
 
 def embed_texts(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B strings -> {layer: (B, C) float32 on the CPU} """
     input_ids = data.tokenize(texts, tokenizer, tokenizer.model_max_length)
-    return encode(model, input_ids, layers, dtype, batch_tokens, desc)
+    return embed_ids(model, input_ids, layers, dtype, batch_tokens, desc)
 
 def record(task, metric, size, value, n):
-    """ one value as it stands in eval.json """
+    """ one value as it stands in eval.json: of a task with n queries or pairs """
     return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -125,19 +126,21 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     task, first, second, gold = data.load_sts(name)
     texts = list(dict.fromkeys(first + second))   # each sentence once
     row = {text: i for i, text in enumerate(texts)}
+    first, second = [row[text] for text in first], [row[text] for text in second]
     layers = sorted({layer for layer, _ in sizes})
     embeddings = embed_texts(model, tokenizer, texts, layers, dtype, batch_tokens, task)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
         x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
-        cosine = (x[[row[text] for text in first]] * x[[row[text] for text in second]]).sum(-1).numpy()   # (n,)
+        cosine = (x[first] * x[second]).sum(-1).numpy()       # (n,)
         records.append(record(task, "Spearman", (layer, dim), spearman(cosine, gold), len(gold)))
         per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
     return records, per_item
 
-# ---- retrieval: search, then score, then report ----------------------------------------------------------------------
+# ---- retrieval: search_corpus -> rank -> METRICS -> records ----------------------------------------------------------
+# "docs" are numbers of documents, counted from 0 in the order of the corpus; doc_ids[number] is a document's id.
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
-K = 200               # candidates kept for a query: the metrics look at 100, the others are room for equal scores
+K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
 def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
     """ every size, and BM25 if the corpus is one shard -> records, per-item values; raises as data.Collection does """
@@ -146,87 +149,92 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
     if len(doc_ids) <= data.SHARD:
         found[BM25] = search_bm25(collection)
     records, per_item = [], {"ids": list(collection.queries)}
-    for size, (scores, hits) in found.items():
-        label = size_name(size) if size != BM25 else "BM25"
-        rankings = rank(scores.numpy(), hits.numpy(), doc_ids)
-        judged = list(zip((ranked for ranked, _ in rankings), collection.qrels.values()))
-        per_item[label] = {metric: [function(*pair) for pair in judged] for metric, function in METRICS.items()}
-        records += [record(collection.task, metric, size, float(np.mean(values)), len(judged))
-                    for metric, values in per_item[label].items()]
+    for size, (scores, docs) in found.items():
+        label = "BM25" if size == BM25 else size_name(size)
+        rankings = rank(scores.numpy(), docs.numpy(), doc_ids)                 # in the order of queries and of qrels
+        per_item[label] = {}
+        for metric, function in METRICS.items():
+            values = [function(ranked, grades) for (ranked, _), grades in zip(rankings, collection.qrels.values())]
+            per_item[label][metric] = values
+            records.append(record(collection.task, metric, size, float(np.mean(values)), len(values)))
         if save_run:
             write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
     return records, per_item
 
 def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
     """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
-    -> {size: (scores (Q, K), numbers of the documents (Q, K))}, document ids in the order of their numbers """
-    Q, doc_ids = len(collection.queries), []
-    max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # dims to keep a layer
+    -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
+    widest = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # {layer: dim}
     def embed(texts):   # -> {layer: (texts, C)}
-        return embed_texts(model, tokenizer, texts, list(max_dim), dtype, batch_tokens)
-    queries = embed(list(collection.queries.values()))
-    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}
+        return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
+    queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
+    best, doc_ids = {size: no_docs(len(collection.queries)) for size in sizes}, []
     if embeddings_dir:   # whatever decides the embeddings, but the texts
         weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
         made_by = zlib.crc32(repr([weights, model.config.pooling, tokenizer.model_max_length, dtype]).encode())
     for shard, (ids, texts) in enumerate(collection.shards()):
         file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{made_by:08x}-"
                                                        f"{zlib.crc32(repr(texts).encode()):08x}")
-        passages = load_or_embed(file, max_dim, texts, embed)                    # {layer: (P, dims)}
-        itself = same_ids(collection.queries, ids)
+        passages = load_or_embed(file, widest, texts, embed)                           # {layer: (P, widest dim)}
+        own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
-            for start in range(0, Q, 1024):
+            for start in range(0, len(collection.queries), 1024):
                 rows = slice(start, start + 1024)
-                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (1024, P)
-                keep_best(best[layer, dim], rows, scores, len(doc_ids), itself)
+                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (rows, P)
+                keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
 
-def load_or_embed(file, max_dim, texts, embed):
+def load_or_embed(file, widest, texts, embed):
     """ texts -> {layer: (P, dims)}. With a file name: from .npy files, a layer each, which are made when missing. """
     if not file:
         return embed(texts)
-    files = {layer: Path(f"{file}-layer{layer}-dims{dims}.npy") for layer, dims in max_dim.items()}
+    files = {layer: Path(f"{file}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}
     if not all(path.exists() for path in files.values()):
-        for layer, tap in embed(texts).items():                                  # (P, C)
-            write_array(files[layer], tap[:, :max_dim[layer]].numpy())
+        for layer, embeddings in embed(texts).items():                                 # (P, C)
+            write_array(files[layer], embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
 
-def same_ids(queries, ids):
+def own_documents(queries, ids):
     """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
     column = {key: column for column, key in enumerate(ids)}
     return {row: column[key] for row, key in enumerate(queries) if key in column}
 
-def keep_best(best, rows, scores, offset, itself):
-    """ Merge the scores (rows, P) of P new documents, whose numbers begin at offset, into the given rows of best:
-    (scores (Q, K), document numbers (Q, K)). itself: what same_ids returns """
-    for row, column in itself.items():
+def no_docs(Q, dtype=torch.float32):
+    """ scores (Q, K), docs (Q, K) before the first document; a score of -inf says that the place is empty """
+    return torch.full((Q, K), -np.inf, dtype=dtype), torch.zeros(Q, K, dtype=torch.long)
+
+def keep_best(best, rows, scores, first_doc, own_column):
+    """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
+    (rows, P): of these queries and the documents first_doc, first_doc + 1, ... own_column: see own_documents """
+    best_scores, best_docs = best
+    for row, column in own_column.items():
         if rows.start <= row < rows.stop:
             scores[row - rows.start, column] = -np.inf
-    top, hits = scores.topk(min(K, scores.shape[1]))         # (rows, K) each, or (rows, P) of fewer documents than K
-    top = torch.cat([best[0][rows], top], dim=1)             # (rows, K + K)
-    hits = torch.cat([best[1][rows], hits + offset], dim=1)  # (rows, K + K)
-    best[0][rows], kept = top.topk(K)                        # (rows, K)
-    best[1][rows] = hits.gather(1, kept)
+    new_scores, columns = scores.topk(min(K, scores.shape[1]))                 # (rows, K), or (rows, P) if P < K
+    both_scores = torch.cat([best_scores[rows], new_scores], dim=1)            # (rows, K + K)
+    both_docs = torch.cat([best_docs[rows], first_doc + columns], dim=1)       # (rows, K + K)
+    best_scores[rows], kept = both_scores.topk(K)                              # (rows, K)
+    best_docs[rows] = both_docs.gather(1, kept)
 
 def search_bm25(collection):
-    """ a corpus of one shard -> scores (Q, K), numbers of the documents (Q, K), as search_corpus gives them """
+    """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
     (ids, texts), = collection.shards()
-    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())       # (Q, P)
-    scores[scores == 0] = -np.inf                                             # without a common word there is no hit
-    best = torch.full((len(scores), K), -np.inf, dtype=scores.dtype), torch.zeros(len(scores), K, dtype=torch.long)
-    keep_best(best, slice(0, len(scores)), scores, 0, same_ids(collection.queries, ids))
+    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())    # (Q, P)
+    scores[scores == 0] = -np.inf                                              # not a word in common: not found
+    best = no_docs(len(scores), scores.dtype)
+    keep_best(best, slice(0, len(scores)), scores, 0, own_documents(collection.queries, ids))
     return best
 
-def rank(scores, hits, doc_ids):
-    """ (Q, K) scores and document numbers -> [([document id], [score]) of each query]: the 100 best, best first, equal
-    scores by descending id, as in trec_eval. A score of -inf is no hit. """
+def rank(scores, docs, doc_ids):
+    """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
+    by descending id, as in trec_eval """
     id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
-    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K), sorted by score, then by id
+    order = np.lexsort((-id_rank[docs], -scores), axis=-1)   # (Q, K) columns, sorted by score, then by id
     rankings = []
     for row in range(len(scores)):
-        kept = [k for k in order[row] if scores[row, k] > -np.inf][:100]
-        rankings.append(([doc_ids[i] for i in hits[row, kept]], scores[row, kept].tolist()))
+        columns = [column for column in order[row] if scores[row, column] > -np.inf][:100]
+        rankings.append(([doc_ids[i] for i in docs[row, columns]], scores[row, columns].tolist()))
     return rankings
 
 def write_run(folder, label, queries, rankings):
@@ -242,24 +250,26 @@ def write_array(path, array):
     with data.whole(path) as part, open(part, "wb") as file:
         np.save(file, array)
 
-def bm25(docs, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
+def bm25(texts, queries, k1=1.2, b=0.75):
+    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores, with Lucene's k1 and b. The score is the sum over
+    the words of the query of idf * tf * (k1 + 1) / (tf + norm). Words are letters or digits, in lower case. """
     def split(text):
         return re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
-    words = [split(text) for text in docs]
-    vocabulary = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}
-    def count_words(texts):   # (texts, V)
+    texts, queries = [split(text) for text in texts], [split(query) for query in queries]
+    vocabulary = {word: i for i, word in enumerate(sorted({word for text in texts for word in text}))}
+    def count_words(texts):   # -> sparse (texts, V)
         pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
         rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
         shape = (len(texts), len(vocabulary))
         return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)   # sums repeats
-    tf = count_words(words)
+    tf = count_words(texts)                                                            # term frequency
+    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,) texts with the word
+    idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))                             # (V,)
     length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
-    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,)
-    idf = np.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
-    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's document
+    norm = k1 * (1 - b + b * length / length.mean())                                   # (P,)
+    norm = np.repeat(norm, np.diff(tf.indptr))                                         # of the text of each entry of tf
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
-    return count_words([split(text) for text in queries]) @ tf.T                       # (Q, P)
+    return count_words(queries) @ tf.T                                                 # (Q, P)
 
 def search(model, tokenizer, question, size, dtype, model_folder):
     """ Print the 5 docstrings that answer a question best. The embeddings are made once and kept with the model. """
@@ -277,11 +287,13 @@ def search(model, tokenizer, question, size, dtype, model_folder):
 
 # ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
 def cost(model, sizes):
-    """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks """
+    """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks (2 FLOP an entry of a matrix) """
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
-    return [record("cost", metric, size, value, 1) for size in sizes for metric, value in
-            (("parameters", model.num_params(size[0])), ("bytes", 4 * size[1]),
-             ("MFLOP/token", 2 * matrices * size[0] / 1e6))]
+    records = []
+    for layer, dim in sizes:
+        costs = {"parameters": model.num_params(layer), "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
+        records += [record("cost", metric, (layer, dim), value, 1) for metric, value in costs.items()]
+    return records
 
 def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
     """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
@@ -306,8 +318,10 @@ def print_table(results, title, names):
     for r in results:
         rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
     width = max([10] + [len(task) for task, _ in columns]) + 2
-    def cell(v):
-        return "" if v is None else f"{v:.4f}" if v < 2 else f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
+    def cell(value):
+        if value is None:
+            return ""
+        return f"{value:.4f}" if value < 2 else f"{value:,.1f}" if value % 1 else f"{value:,.0f}"
     print(f"\n{title}")
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
@@ -335,26 +349,29 @@ def compare(specs, metrics=()):
     Bonferroni's correction for the whole table: a paired t-test over queries, for Spearman a bootstrap over sentence
     pairs. Sizes are paired in order, smallest with smallest. Raises ValueError when sizes or data do not match. """
     labels, _, per_items = zip(*map(load_results, specs))
-    sizes = [sorted({key for items in per_item.values() for key in items if ":" in key}, key=parse_sizes)
-             for per_item in per_items]   # size names
+    sizes = []   # of each file: ["2:32", ...] from small to large
+    for per_item in per_items:
+        names = {key for items in per_item.values() for key in items if ":" in key}   # without BM25
+        sizes.append(sorted(names, key=parse_sizes))
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
-    rows = [(task, metric, i) for task, items in per_items[0].items() for metric in items[sizes[0][0]]
-            for i in range(len(sizes[0])) if not metrics or metric in metrics
-            if all(metric in per_item.get(task, {}).get(own[i], {}) for own, per_item in zip(sizes, per_items))]
+    def values(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
+        return per_items[file].get(task, {}).get(sizes[file][i], {}).get(metric)
+    rows = itertools.product(per_items[0], metrics or ["Spearman", *METRICS], range(len(sizes[0])))
+    rows = [row for row in rows if all(values(file, *row) for file in range(len(specs)))]
     tests = max(1, len(rows) * (len(specs) - 1))
     print("".join(f"{text:>22}" for text in ["", *labels]))
     for task, metric, i in rows:
-        line, baseline = f"{task + ' ' + metric:>22}", per_items[0][task]
-        for own, per_item in zip(sizes, per_items):
-            items = per_item[task]
+        cells = [f"{task} {metric}"]
+        for file, per_item in enumerate(per_items):
+            items, baseline = per_item[task], per_items[0][task]
             if any(items.get(key) != baseline.get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
-            x, y = baseline[sizes[0][i]][metric], items[own[i]][metric]
+            x, y = values(0, task, metric, i), values(file, task, metric, i)
             value = spearman(y, items["gold"]) if metric == "Spearman" else np.mean(y)
             star = "*" if p_value(metric, x, y, items) * tests < 0.05 else " "
-            line += f"{f'{own[i]} {value:.4f}{star}':>22}"
-        print(line)
+            cells.append(f"{sizes[file][i]} {value:.4f}{star}")
+        print("".join(f"{cell:>22}" for cell in cells))
     print(f"* differs from the first file at p < 0.05 / {tests} comparisons")
 
 def p_value(metric, x, y, items):

@@ -12,7 +12,7 @@ import data
 import evaluate
 from conftest import needs, refused_process
 from data import Collection
-from evaluate import bm25, encode, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
+from evaluate import bm25, embed_ids, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
 from model import save_pretrained
 
 
@@ -79,11 +79,11 @@ def test_bm25_by_hand():
     assert scores[1].tolist() == [0, 0, 0]
 
 
-def test_encode_ignores_batches_and_order(model, texts):
+def test_embed_ids_ignores_batches_and_order(model, texts):
     """ Neither the size nor the order of the batches changes an embedding, in float64. """
     model.double()
-    one, all_of_them = encode(model, texts, [2, 4], batch_tokens=1), encode(model, texts, [2, 4])
-    turned = encode(model, texts[::-1], [2, 4], batch_tokens=40)
+    one, all_of_them = embed_ids(model, texts, [2, 4], batch_tokens=1), embed_ids(model, texts, [2, 4])
+    turned = embed_ids(model, texts[::-1], [2, 4], batch_tokens=40)
     for layer in (2, 4):
         torch.testing.assert_close(one[layer], all_of_them[layer], rtol=0, atol=1e-12)
         torch.testing.assert_close(turned[layer].flip(0), one[layer], rtol=0, atol=1e-12)

@@ -17,7 +17,7 @@ Reading order: from texts to embeddings; metrics; STS; retrieval, which is searc
 cost, table, comparison, figure. Below the double line are flags, log and errors, which the training scripts share.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
-import argparse, itertools, json, math, re, statistics, subprocess, sys, time, zlib
+import argparse, itertools, json, math, os, re, statistics, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,53 +28,64 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (POOLINGS, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory, named_sizes,
-                   pack, parse_sizes, score, size_name)
+from model import (POOLINGS, SIMILARITIES, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory,
+                   named_sizes, pack, parse_sizes, read_json, score, size_name)
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
-    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for modules such as Dense. """
+    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
+    or of another model, and for what is not supported: a module such as Dense, a pooling such as max. """
     folder = find_folder(name)
-    def settings(path):
-        return json.loads(path.read_text()) if path.exists() else {}
-    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in settings(folder / "modules.json")}
+    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in read_json(folder / "modules.json", list)}
     unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ValueError(f"{name}: modules.json asks for {', '.join(unknown)}, which is not supported")
-    bert_folder = folder / modules.get("Transformer", "")
-    model, tokenizer = from_pretrained(bert_folder, **overrides).to(device), data.load_tokenizer(bert_folder)
+    bert_folder, theirs = folder / modules.get("Transformer", ""), {}
     if "Pooling" in modules:
-        pooling = settings(folder / modules["Pooling"] / "config.json")
+        said = read_json(folder / modules["Pooling"] / "config.json")
         # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
-        modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
-        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else modes
-        if len(modes) != 1 or modes[0] not in POOLINGS:
-            raise ValueError(f"{name}: pooling {modes} is not supported; known are {', '.join(POOLINGS)}")
-        model.config.pooling = modes[0]
-    theirs = settings(bert_folder / "sentence_bert_config.json")
-    if theirs.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
+        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
+        theirs["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
+    if "similarity" not in read_json(bert_folder / "config.json"):
+        said = read_json(folder / "config_sentence_transformers.json")
+        # after Normalize the dot product is the cosine
+        theirs["similarity"] = "Normalize" not in modules and said.get("similarity_fn_name") or "cosine"
+    model = from_pretrained(bert_folder, **theirs | overrides).to(device)
+    for file in ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        content = read_json(bert_folder / file)   # names the file that is broken
+    tokenizer = data.load_tokenizer(bert_folder)
+    # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
+    words = len(tokenizer) if content or (bert_folder / "vocab.txt").exists() else 0
+    message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
+    if not 0 < words <= model.config.vocab_size:
+        raise ValueError(message)
+    if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
+        print("warning:", message, file=sys.stderr)
+    said = read_json(bert_folder / "sentence_bert_config.json")
+    if said.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
         from tokenizers.normalizers import Lowercase, Sequence
         backend = tokenizer.backend_tokenizer
         backend.normalizer = Sequence([Lowercase(), backend.normalizer])
-    length = max_length or theirs.get("max_seq_length") or tokenizer.model_max_length
+    length = max_length or said.get("max_seq_length") or tokenizer.model_max_length
     tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
     return model, tokenizer
 
 @torch.no_grad()
 def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer. """
-    device, training = model.word.weight.device, model.training
+    B, device, training = len(texts), model.word.weight.device, model.training
     model.eval()   # no dropout
     batches = []   # lists of rows of the result
-    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):   # equal lengths side by side: see model.Pack
+    for i in sorted(range(B), key=lambda i: len(texts[i])):   # equal lengths side by side: see model.Pack
         if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
             batches.append([])
         batches[-1].append(i)
-    embeddings = {layer: torch.empty(len(texts), model.config.hidden_size) for layer in layers}
+    embeddings = {layer: torch.empty(B, model.config.hidden_size) for layer in layers}
     # one autocast around all batches, because it casts every weight once and keeps the copy
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    with autocast, tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
+    # disable=None: no bar where stderr is no terminal
+    with autocast, tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=B < 1000 or None) as bar:
         for rows in batches:
             batch = pack([texts[i] for i in rows], device, multiple=128)
             for layer, of_batch in model.encode(batch, layers).items():   # (B of the batch, C)
@@ -96,8 +107,8 @@ def record(task, metric, size, value, n):
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 def spearman(x, y):
-    """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank """
-    return float(scipy.stats.spearmanr(x, y).statistic)
+    """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank; 0 where all of x or all of y are equal """
+    return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
 
 def mrr_at_10(ranked, grades):
     """ ranked document ids, {document id: grade} -> 1 / rank of the first relevant one among ten, else 0 """
@@ -116,9 +127,7 @@ def recall_at_100(ranked, grades):
     return len(relevant & set(ranked[:100])) / max(1, len(relevant))
 
 # name -> function of the 100 best document ids of a query, best first, and of {document id: grade}
-METRICS = {"MRR@10": mrr_at_10,
-           "nDCG@10": ndcg_at_10,
-           "Recall@100": recall_at_100}
+METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_100}
 
 # ---- STS -------------------------------------------------------------------------------------------------------------
 def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
@@ -133,12 +142,15 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     for layer, dim in sizes:
         x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
         cosine = (x[first] * x[second]).sum(-1).numpy()       # (n,)
+        if np.ptp(cosine) == 0:
+            print(f"{task} {layer}:{dim}: the cosine of every pair is {cosine[0]:.4f}; Spearman counts as 0")
         records.append(record(task, "Spearman", (layer, dim), spearman(cosine, gold), len(gold)))
         per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
     return records, per_item
 
 # ---- retrieval: search_corpus -> rank -> METRICS -> records ----------------------------------------------------------
-# "docs" are numbers of documents, counted from 0 in the order of the corpus; doc_ids[number] is a document's id.
+# "docs" are numbers of documents, counted from 0 in the order of the corpus; doc_ids[number] is a document's id. A
+# score of -inf says that there is no document.
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
@@ -164,33 +176,41 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
 def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
     """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
     -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
+    Q = len(collection.queries)
     widest = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # {layer: dim}
     def embed(texts):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
     queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
-    best, doc_ids = {size: no_docs(len(collection.queries)) for size in sizes}, []
-    if embeddings_dir:   # whatever decides the embeddings, but the texts
-        weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
-        made_by = zlib.crc32(repr([weights, model.config.pooling, tokenizer.model_max_length, dtype]).encode())
+    best, doc_ids = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}, []
+    about = embeddings_dir and made_by(model, tokenizer, dtype)
     for shard, (ids, texts) in enumerate(collection.shards()):
-        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{made_by:08x}-"
+        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{about}-"
                                                        f"{zlib.crc32(repr(texts).encode()):08x}")
         passages = load_or_embed(file, widest, texts, embed)                           # {layer: (P, widest dim)}
         own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
-            for start in range(0, len(collection.queries), 1024):
+            for start in range(0, Q, 1024):
                 rows = slice(start, start + 1024)
                 scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (rows, P)
                 keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
 
+def made_by(model, tokenizer, dtype):
+    """ checksum of whatever decides the embedding of a text, for the names of files """
+    weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    content = repr([weights, model.config.pooling, vocabulary, tokenizer.model_max_length, dtype])
+    return f"{zlib.crc32(content.encode()):08x}"
+
 def load_or_embed(file, widest, texts, embed):
-    """ texts -> {layer: (P, dims)}. With a file name: from .npy files, a layer each, which are made when missing. """
+    """ texts -> {layer: (P, dim)}. With a file name: from .npy files, a layer each, which are made when missing, and
+    made again when their shape is not (P, dim). """
     if not file:
         return embed(texts)
     files = {layer: Path(f"{file}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}
-    if not all(path.exists() for path in files.values()):
+    if not all(path.exists() and np.load(path, mmap_mode="r").shape == (len(texts), widest[layer])
+               for layer, path in files.items()):
         for layer, embeddings in embed(texts).items():                                 # (P, C)
             write_array(files[layer], embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
@@ -199,10 +219,6 @@ def own_documents(queries, ids):
     """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
     column = {key: column for column, key in enumerate(ids)}
     return {row: column[key] for row, key in enumerate(queries) if key in column}
-
-def no_docs(Q, dtype=torch.float32):
-    """ scores (Q, K), docs (Q, K) before the first document; a score of -inf says that the place is empty """
-    return torch.full((Q, K), -np.inf, dtype=dtype), torch.zeros(Q, K, dtype=torch.long)
 
 def keep_best(best, rows, scores, first_doc, own_column):
     """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
@@ -222,7 +238,7 @@ def search_bm25(collection):
     (ids, texts), = collection.shards()
     scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())    # (Q, P)
     scores[scores == 0] = -np.inf                                              # not a word in common: not found
-    best = no_docs(len(scores), scores.dtype)
+    best = torch.full((len(scores), K), -np.inf, dtype=scores.dtype), torch.zeros(len(scores), K, dtype=torch.long)
     keep_best(best, slice(0, len(scores)), scores, 0, own_documents(collection.queries, ids))
     return best
 
@@ -251,8 +267,7 @@ def write_array(path, array):
         np.save(file, array)
 
 def bm25(texts, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores, with Lucene's k1 and b. The score is the sum over
-    the words of the query of idf * tf * (k1 + 1) / (tf + norm). Words are letters or digits, in lower case. """
+    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
     def split(text):
         return re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
     texts, queries = [split(text) for text in texts], [split(query) for query in queries]
@@ -266,22 +281,20 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,) texts with the word
     idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))                             # (V,)
     length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
-    norm = k1 * (1 - b + b * length / length.mean())                                   # (P,)
-    norm = np.repeat(norm, np.diff(tf.indptr))                                         # of the text of each entry of tf
+    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's text
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
     return count_words(queries) @ tf.T                                                 # (Q, P)
 
 def search(model, tokenizer, question, size, dtype, model_folder):
-    """ Print the 5 docstrings that answer a question best. The embeddings are made once and kept with the model. """
+    """ Print the 5 docstrings that answer a question best. Their embeddings are kept in the model's folder. """
     (layer, dim), folder = size, data.docs_folder()
     rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
-    index = model_folder / f"search-{folder.name}-{layer}-{dim}-{tokenizer.model_max_length}-{dtype}.npy"
-    if not index.exists() or index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
-        texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
-        write_array(index, embed_texts(model, tokenizer, texts, [layer], dtype)[layer][:, :dim].numpy())
-    passages = torch.from_numpy(np.load(index))                                               # (P, D)
-    query = embed_texts(model, tokenizer, [question], [layer], dtype)[layer]                  # (1, C)
-    scores = score(query, passages, dim, model.config.similarity)[0]                          # (P,)
+    texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
+    def embed(texts):   # -> {layer: (texts, C)}
+        return embed_texts(model, tokenizer, texts, [layer], dtype)
+    index = model_folder / f"search-{folder.name}-{made_by(model, tokenizer, dtype)}"
+    passages = load_or_embed(index, {layer: dim}, texts, embed)[layer]                        # (P, D)
+    scores = score(embed([question])[layer], passages, dim, model.config.similarity)[0]       # (P,)
     for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
@@ -318,10 +331,8 @@ def print_table(results, title, names):
     for r in results:
         rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
     width = max([10] + [len(task) for task, _ in columns]) + 2
-    def cell(value):
-        if value is None:
-            return ""
-        return f"{value:.4f}" if value < 2 else f"{value:,.1f}" if value % 1 else f"{value:,.0f}"
+    def cell(v):
+        return "" if v is None else f"{v:.4f}" if v < 2 else f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
     print(f"\n{title}")
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
@@ -335,9 +346,9 @@ def load_results(spec):
     label, _, files = spec.rpartition("=")
     results, per_item = [], {}
     for file in files.split(","):
-        run = json.loads(Path(file).read_text())
+        run = read_json(Path(file))
         if not run.get("per_item"):
-            raise ValueError(f"--compare {file}: not a file that evaluate.py wrote")
+            raise ValueError(f"--compare {file}: no such file, or not one that evaluate.py wrote")
         results += run["results"]
         for task, items in run["per_item"].items():
             per_item[task] = per_item.get(task, {}) | items
@@ -349,10 +360,9 @@ def compare(specs, metrics=()):
     Bonferroni's correction for the whole table: a paired t-test over queries, for Spearman a bootstrap over sentence
     pairs. Sizes are paired in order, smallest with smallest. Raises ValueError when sizes or data do not match. """
     labels, _, per_items = zip(*map(load_results, specs))
-    sizes = []   # of each file: ["2:32", ...] from small to large
-    for per_item in per_items:
-        names = {key for items in per_item.values() for key in items if ":" in key}   # without BM25
-        sizes.append(sorted(names, key=parse_sizes))
+    def size_names(per_item):   # -> ["2:32", ...] from small to large, without BM25
+        return sorted({key for items in per_item.values() for key in items if ":" in key}, key=parse_sizes)
+    sizes = list(map(size_names, per_items))
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
     def values(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
@@ -386,7 +396,7 @@ def paired_bootstrap(x, y, gold, resamples=1000):
     def correlations(values):   # (n,) -> (resamples,)
         a, b = (scipy.stats.rankdata(np.array(v)[rows], axis=1) for v in (values, gold))   # (resamples, n)
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+        return (a * b).sum(1) / np.maximum(np.sqrt((a**2).sum(1) * (b**2).sum(1)), 1e-9)   # 0, as in spearman
     spread = np.std(correlations(x) - correlations(y))
     difference = abs(spearman(x, gold) - spearman(y, gold))
     return float(2 * scipy.stats.norm.sf(difference / spread)) if spread > 0 else float(difference == 0)
@@ -533,13 +543,11 @@ def run_script(main, parse_args):
 def parse_args(argv=None):
     """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("models", nargs="*", metavar="MODEL",
-                        help="folders that finetune_srl.py wrote, or any BERT: folder or hub name")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a folder of finetune_srl.py, or any BERT")
     add = parser.add_argument_group("tasks; with none: --retrieval docs").add_argument
     add("--sts", nargs="+", default=[], metavar="NAME_OR_FILE",
         help=f"{', '.join(data.STS)}, or a file with sentence1, sentence2, score")
-    add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]",
-        help="docs, a folder in BEIR layout, or a BEIR set of the hub")
+    add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]", help="docs, a BEIR folder, or a hub BEIR set")
     add("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
     add("--speed", action="store_true", help="time every size")
     add = parser.add_argument_group("sizes").add_argument
@@ -548,13 +556,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("encoding").add_argument
     add("--max_length", type=two_or_more, help="tokens of a text; by default the model's own")
     add("--batch_tokens", type=two_or_more, default=8192, help="tokens of a batch")
+    add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the model's own, else mean")
+    add("--similarity", choices=SIMILARITIES, help="of query and document; by default the model's own, else cosine")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
     add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
     add = parser.add_argument_group("results").add_argument
-    add("--out", metavar="FILE.json",
-        help="where the results of one model go; by default MODEL/eval.json for models of ours")
-    add("--embeddings_dir", metavar="DIR",
-        help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what is there")
+    add("--out", metavar="FILE.json", help="for the results of one model; by default MODEL/eval.json if it is ours")
+    add("--embeddings_dir", metavar="DIR", help="keep document embeddings there as float32 .npy, and use what is there")
     add("--save_run", metavar="DIR", help="write TREC runs there")
     add("--compare", nargs="+", metavar="[LABEL=]FILE.json[,FILE.json...]",
         help="results to compare; the first is the baseline; files joined by commas count as one, say one file a size")
@@ -562,16 +570,16 @@ def parse_args(argv=None):
         help="of --compare, by default all, and of --plot, by default Spearman and nDCG@10")
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
-    if not args.models and not args.compare:
+    tasks = args.sts + args.retrieval
+    if not args.models and (not args.compare or tasks or args.search):
         parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
+    if args.search and (tasks or args.speed or args.grid or args.compare or args.out or args.plot):
+        parser.error("--search answers a question and evaluates nothing; use it without the flags of an evaluation")
     if args.out and len(args.models) > 1:
         parser.error(f"--out {args.out} takes the results of one model, not of {len(args.models)}; go one by one")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         parser.error(f"--plot {args.plot}: must end in .svg or .png")
-    for name in ("out", "plot"):
-        if getattr(args, name) and not Path(getattr(args, name)).absolute().parent.is_dir():
-            parser.error(f"--{name} {getattr(args, name)}: its folder does not exist; make it first")
-    names = [data.task_name(task) for task in args.sts + args.retrieval]
+    names = [data.task_name(task) for task in tasks]
     if len(set(names)) < len(names):
         parser.error(f"two tasks of {', '.join(names)} have the same name; evaluate them one by one")
     return args
@@ -580,9 +588,14 @@ def main(args):
     """ evaluate every model, then compare and plot. Raises ValueError for what cannot be read or compared. """
     keep_freed_memory()
     files = list(args.compare or [])
+    ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
+    for task in args.sts:         # a mistake in the last file should show before the first is evaluated
+        data.load_sts(task)
+    for task in args.retrieval:
+        next(data.Collection(task).shards())
     for name in args.models:
         start = time.time()
-        model, tokenizer = load_model(name, args.device, args.max_length)
+        model, tokenizer = load_model(name, args.device, args.max_length, **ways)
         names = named_sizes(model.config)
         sizes = check_sizes(args.sizes or names, model.config, name)
         if args.grid:
@@ -591,6 +604,10 @@ def main(args):
         if args.search:
             search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(name))
             continue
+        out = args.out or (Path(name) / "eval.json" if model.config.sizes and Path(name).exists() else None)
+        for path in map(Path, filter(None, (out, args.plot))):   # before the minutes that an evaluation takes
+            if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+                raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
         results, per_item = [], {}
         for task in args.sts:
             records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
@@ -606,9 +623,8 @@ def main(args):
         results += cost(model, sizes)
         if args.speed:
             results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
-        out = args.out or (Path(name) / "eval.json" if model.config.sizes and Path(name).exists() else None)
         if out:
-            Path(out).write_text(json.dumps({
+            Path(out).write_text(json.dumps(allow_nan=False, obj={
                 "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
                 "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
                 "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,

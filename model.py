@@ -409,15 +409,28 @@ def find_folder(name):
         raise ValueError(f"{name}: neither a folder nor a model of the hub that could be had "
                          f"({str(error).splitlines()[0]})") from error
 
+def read_json(path, kind=dict):
+    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
+        assert isinstance(content, kind)
+    except (ValueError, AssertionError):   # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path}: not a JSON {kind.__name__}; the file is broken, copy or download it again") from None
+    return content
+
 def load_state(folder):
-    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError when there are none """
-    if (folder / "model.safetensors").exists():
-        from safetensors.torch import load_file
-        state = load_file(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").exists():
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    else:
+    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
+    from safetensors.torch import load_file
+    path = folder / "model.safetensors"
+    if not path.exists():
+        path = folder / "pytorch_model.bin"
+    if not path.exists():
         raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
+    try:
+        state = (load_file(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:   # both libraries have several errors for a file that is cut off or no such file
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); copy or download it again") from None
     # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
     return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
             for name, tensor in state.items()}
@@ -428,7 +441,7 @@ def from_pretrained(name, **overrides):
     folder = find_folder(name)
     if not (folder / "config.json").exists():
         raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
-    read = json.loads((folder / "config.json").read_text())
+    read = read_json(folder / "config.json")
     positions = read.get("position_embedding_type", "absolute")
     if read.get("model_type") != "bert" or positions != "absolute":
         raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions is not supported; "
@@ -437,7 +450,7 @@ def from_pretrained(name, **overrides):
     config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
     for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):
         if getattr(config, key) not in choices:
-            raise ValueError(f"{name}: {key} {getattr(config, key)!r} in config.json; known are {', '.join(choices)}")
+            raise ValueError(f"{name}: {key} {getattr(config, key)!r} is not supported; known are {', '.join(choices)}")
     config.sizes, config.size_names = tuple(map(tuple, config.sizes)), tuple(config.size_names)
     state = load_state(folder)
     model = Bert(config)

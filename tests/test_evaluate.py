@@ -122,12 +122,18 @@ def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
     evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
     assert "pkg.f" in capsys.readouterr().out.splitlines()[0]
     index, = (tmp_path / "m").glob("search-*.npy")
-    for age, remade in ((10, False), (-10, True)):   # seconds by which the model is older than the index
-        config = (tmp_path / "m" / "config.json").stat()
-        os.utime(index, ns=(config.st_atime_ns, config.st_mtime_ns + age * 10**9))
-        stamp = index.stat().st_mtime_ns
-        evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
-        assert (index.stat().st_mtime_ns != stamp) == remade   # the index of an earlier model is made again
+    stamp = index.stat().st_mtime_ns
+    evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
+    assert index.stat().st_mtime_ns == stamp and len(list((tmp_path / "m").glob("search-*.npy"))) == 1   # used again
+    model, tokenizer = evaluate.load_model(tmp_path / "m")
+    with torch.no_grad():
+        model.blocks[0].up.weight += 0.1
+    save_pretrained(model, tokenizer, tmp_path / "m")
+    os.utime(tmp_path / "m" / "model.safetensors", (0, 0))   # even if the file is old, as one that was copied
+    for flags in ([], ["--pooling", "cls"]):
+        before = set((tmp_path / "m").glob("search-*.npy"))
+        evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu", *flags]))
+        assert len(set((tmp_path / "m").glob("search-*.npy")) - before) == 1   # another model, another pooling
 
 
 def test_bad_input_is_one_line(tmp_path):

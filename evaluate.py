@@ -14,7 +14,7 @@ Metrics are those of trec_eval, and Spearman's rank correlation of the cosine fo
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
 Reading order: from texts to embeddings; metrics; STS; retrieval, which is search_corpus -> rank -> METRICS -> records;
-cost, table, comparison, figure. Below the double line are flags, log and errors, which the training scripts share.
+cost, table, comparison, figure. Below the double line is what the training scripts share: flags, log and errors.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
 import argparse, itertools, json, math, os, re, statistics, subprocess, sys, time, zlib
@@ -29,40 +29,26 @@ from tqdm import tqdm
 
 import data
 from model import (POOLINGS, SIMILARITIES, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory,
-                   named_sizes, pack, parse_sizes, read_json, score, size_name)
+                   named_sizes, pack, parse_sizes, read_json, read_modules, score, size_name)
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
     sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
     or of another model, and for what is not supported: a module such as Dense, a pooling such as max. """
-    folder = find_folder(name)
-    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in read_json(folder / "modules.json", list)}
-    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ValueError(f"{name}: modules.json asks for {', '.join(unknown)}, which is not supported")
-    bert_folder, theirs = folder / modules.get("Transformer", ""), {}
-    if "Pooling" in modules:
-        said = read_json(folder / modules["Pooling"] / "config.json")
-        # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
-        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
-        theirs["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
-    if "similarity" not in read_json(bert_folder / "config.json"):
-        said = read_json(folder / "config_sentence_transformers.json")
-        # after Normalize the dot product is the cosine
-        theirs["similarity"] = "Normalize" not in modules and said.get("similarity_fn_name") or "cosine"
-    model = from_pretrained(bert_folder, **theirs | overrides).to(device)
-    for file in ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        content = read_json(bert_folder / file)   # names the file that is broken
-    tokenizer = data.load_tokenizer(bert_folder)
+    folder, settings = read_modules(find_folder(name))
+    model = from_pretrained(folder, **settings | overrides).to(device)
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
+    tokenizer = data.load_tokenizer(folder)
     # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
-    words = len(tokenizer) if content or (bert_folder / "vocab.txt").exists() else 0
+    words = len(tokenizer) if content[0] or (folder / "vocab.txt").exists() else 0
     message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
     if not 0 < words <= model.config.vocab_size:
         raise ValueError(message)
     if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
         print("warning:", message, file=sys.stderr)
-    said = read_json(bert_folder / "sentence_bert_config.json")
+    said = read_json(folder / "sentence_bert_config.json")
     if said.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
         from tokenizers.normalizers import Lowercase, Sequence
         backend = tokenizer.backend_tokenizer
@@ -136,8 +122,7 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     texts = list(dict.fromkeys(first + second))   # each sentence once
     row = {text: i for i, text in enumerate(texts)}
     first, second = [row[text] for text in first], [row[text] for text in second]
-    layers = sorted({layer for layer, _ in sizes})
-    embeddings = embed_texts(model, tokenizer, texts, layers, dtype, batch_tokens, task)
+    embeddings = embed_texts(model, tokenizer, texts, {layer for layer, _ in sizes}, dtype, batch_tokens, task)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
         x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
@@ -149,8 +134,7 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     return records, per_item
 
 # ---- retrieval: search_corpus -> rank -> METRICS -> records ----------------------------------------------------------
-# "docs" are numbers of documents, counted from 0 in the order of the corpus; doc_ids[number] is a document's id. A
-# score of -inf says that there is no document.
+# "docs" are numbers of documents in the order of the corpus, doc_ids[number] is the id; a score of -inf: no document.
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
@@ -199,13 +183,11 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
 def made_by(model, tokenizer, dtype):
     """ checksum of whatever decides the embedding of a text, for the names of files """
     weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    content = repr([weights, model.config.pooling, vocabulary, tokenizer.model_max_length, dtype])
-    return f"{zlib.crc32(content.encode()):08x}"
+    about = [weights, model.config.pooling, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, dtype]
+    return f"{zlib.crc32(repr(about).encode()):08x}"
 
 def load_or_embed(file, widest, texts, embed):
-    """ texts -> {layer: (P, dim)}. With a file name: from .npy files, a layer each, which are made when missing, and
-    made again when their shape is not (P, dim). """
+    """ texts -> {layer: (P, dim)}; with a file name from .npy files, made when one is missing or of another shape """
     if not file:
         return embed(texts)
     files = {layer: Path(f"{file}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}
@@ -275,8 +257,8 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     def count_words(texts):   # -> sparse (texts, V)
         pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
         rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
-        shape = (len(texts), len(vocabulary))
-        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)   # sums repeats
+        # repeats are summed
+        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(texts), len(vocabulary)))
     tf = count_words(texts)                                                            # term frequency
     df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,) texts with the word
     idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))                             # (V,)
@@ -302,11 +284,9 @@ def search(model, tokenizer, question, size, dtype, model_folder):
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks (2 FLOP an entry of a matrix) """
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
-    records = []
-    for layer, dim in sizes:
-        costs = {"parameters": model.num_params(layer), "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
-        records += [record("cost", metric, (layer, dim), value, 1) for metric, value in costs.items()]
-    return records
+    def costs(layer, dim):
+        return {"parameters": model.num_params(layer), "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
+    return [record("cost", metric, size, value, 1) for size in sizes for metric, value in costs(*size).items()]
 
 def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
     """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
@@ -360,9 +340,8 @@ def compare(specs, metrics=()):
     Bonferroni's correction for the whole table: a paired t-test over queries, for Spearman a bootstrap over sentence
     pairs. Sizes are paired in order, smallest with smallest. Raises ValueError when sizes or data do not match. """
     labels, _, per_items = zip(*map(load_results, specs))
-    def size_names(per_item):   # -> ["2:32", ...] from small to large, without BM25
-        return sorted({key for items in per_item.values() for key in items if ":" in key}, key=parse_sizes)
-    sizes = list(map(size_names, per_items))
+    sizes = [sorted({key for items in per_item.values() for key in items if ":" in key}, key=parse_sizes)
+             for per_item in per_items]   # of each file: ["2:32", ...] from small to large, without BM25
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
     def values(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
@@ -605,7 +584,7 @@ def main(args):
             search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(name))
             continue
         out = args.out or (Path(name) / "eval.json" if model.config.sizes and Path(name).exists() else None)
-        for path in map(Path, filter(None, (out, args.plot))):   # before the minutes that an evaluation takes
+        for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
             if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
                 raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
         results, per_item = [], {}

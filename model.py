@@ -11,7 +11,7 @@ Letters for shapes, the same in all files:
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
   V words of the vocabulary. In code p is always dropout.
 """
-import argparse, ctypes, functools, json, sys
+import argparse, ctypes, functools, json, re, sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -434,6 +434,26 @@ def load_state(folder):
     # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
     return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
             for name, tensor in state.items()}
+
+def read_modules(folder):
+    """ A folder of sentence-transformers -> the folder of its BERT, and {"pooling", "similarity"}, those that its files
+    decide. Any other folder is its own BERT's. Raises ValueError for modules such as Dense. """
+    modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"]
+               for module in read_json(folder / "modules.json", list)}
+    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
+    bert_folder, settings = modules.get("Transformer", folder), {}
+    if "Pooling" in modules:
+        said = read_json(modules["Pooling"] / "config.json")
+        # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
+        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
+        settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
+    if "similarity" not in read_json(bert_folder / "config.json"):   # ours says it, others' do not
+        said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+        # the dot product of what Normalize gives is the cosine
+        settings["similarity"] = "cosine" if "Normalize" in modules or not said else said
+    return bert_folder, settings
 
 def from_pretrained(name, **overrides):
     """ Any BERT checkpoint, a local folder or a name on the Hugging Face hub -> Bert in eval mode, float32.

@@ -485,6 +485,8 @@ def load_sts(name):
     if len(pairs) < 2:
         raise ValueError(f"{name}: {len(pairs)} pairs; a correlation needs two or more")
     first, second, gold = zip(*pairs)
+    if len(set(gold)) < 2:
+        raise ValueError(f"{name}: every score is {gold[0]}; a correlation needs two different ones")
     return task_name(name), first, second, np.array(gold)
 
 class Collection:

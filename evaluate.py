@@ -7,14 +7,17 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
     python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences are real
 
-Prints a table and writes MODEL/eval.json (or --out): "results" has one record a value, {"task", "metric", "layer",
-"dim", "value", "n"} (BM25 has layer and dim null); "per_item" has what --compare needs.
+Prints a table and writes MODEL/eval.json (or --out). "results" has one record a value, {"task", "metric", "layer",
+"dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare: per_item[task][size][metric] has one
+value a query, or one cosine a sentence pair; beside the sizes are the queries' "ids" or the pairs' "gold" scores.
 Metrics are those of trec_eval, and Spearman's rank correlation of the cosine for STS. Search is exact, in shards, so
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
-Letters for shapes: see model.py; here P is the passages of a shard, K the candidates that are kept for a query.
+Reading order: from texts to embeddings; metrics; STS; retrieval, which is search_corpus -> rank -> METRICS -> records;
+cost, table, comparison, figure. Below the double line is what the training scripts share: flags, log and errors.
+Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
-import argparse, functools, json, math, os, re, shutil, signal, statistics, subprocess, sys, time, zlib
+import argparse, itertools, json, math, os, re, shutil, signal, statistics, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,78 +28,73 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (POOLINGS, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory, named_sizes,
-                   pack, parse_sizes, save_pretrained, score, size_name)
+from model import (POOLINGS, SIMILARITIES, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory,
+                   named_sizes, pack, parse_sizes, read_json, read_modules, save_pretrained, score, size_name)
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
-    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for modules such as Dense. """
-    folder = find_folder(name)
-    def settings(path):
-        return json.loads(path.read_text()) if path.exists() else {}
-    modules = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in settings(folder / "modules.json")}
-    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ValueError(f"{name}: modules.json asks for {', '.join(unknown)}, which is not supported")
-    bert_folder = folder / modules.get("Transformer", "")
-    model, tokenizer = from_pretrained(bert_folder, **overrides).to(device), data.load_tokenizer(bert_folder)
-    if "Pooling" in modules:
-        pooling = settings(folder / modules["Pooling"] / "config.json")
-        # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
-        modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
-        modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else modes
-        if len(modes) != 1 or modes[0] not in POOLINGS:
-            raise ValueError(f"{name}: pooling {modes} is not supported; known are {', '.join(POOLINGS)}")
-        model.config.pooling = modes[0]
-    theirs = settings(bert_folder / "sentence_bert_config.json")
-    if theirs.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
+    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
+    or of another model, and for what is not supported: a module such as Dense, a pooling such as max. """
+    folder, settings = read_modules(find_folder(name))
+    model = from_pretrained(folder, **settings | overrides).to(device)
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
+    tokenizer = data.load_tokenizer(folder)
+    # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
+    words = len(tokenizer) if content[0] or (folder / "vocab.txt").exists() else 0
+    message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
+    if not 0 < words <= model.config.vocab_size:
+        raise ValueError(message)
+    if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
+        print("warning:", message, file=sys.stderr)
+    said = read_json(folder / "sentence_bert_config.json")
+    if said.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
         from tokenizers.normalizers import Lowercase, Sequence
         backend = tokenizer.backend_tokenizer
         backend.normalizer = Sequence([Lowercase(), backend.normalizer])
-    length = max_length or theirs.get("max_seq_length") or tokenizer.model_max_length
+    length = max_length or said.get("max_seq_length") or tokenizer.model_max_length
     tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
     return model, tokenizer
 
 @torch.no_grad()
-def encode(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}; about batch_tokens tokens a batch """
-    device, training = model.word.weight.device, model.training
+def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer. """
+    B, device, training = len(texts), model.word.weight.device, model.training
     model.eval()   # no dropout
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))   # equal lengths side by side: see model.Pack
-    embeddings = {layer: torch.empty(len(texts), model.config.hidden_size) for layer in layers}
+    batches = []   # lists of rows of the result
+    for i in sorted(range(B), key=lambda i: len(texts[i])):   # equal lengths side by side: see model.Pack
+        if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    embeddings = {layer: torch.empty(B, model.config.hidden_size) for layer in layers}
     # one autocast around all batches, because it casts every weight once and keeps the copy
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    with autocast, tqdm(total=len(texts), desc=desc, unit=" texts", leave=False, disable=len(texts) < 1000) as bar:
-        start = 0
-        while start < len(order):
-            end = start + max(1, batch_tokens // len(texts[order[start]]))      # if all were as short as the first
-            longest = len(texts[order[min(end, len(order)) - 1]])
-            end = start + max(1, batch_tokens // longest)                       # if all were as long as that one
-            rows = order[start:end]
+    # disable=None: no bar where stderr is no terminal
+    with autocast, tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=B < 1000 or None) as bar:
+        for rows in batches:
             batch = pack([texts[i] for i in rows], device, multiple=128)
-            for layer, embedding in model.encode(batch, layers).items():   # (B of the batch, C)
-                embeddings[layer][rows] = embedding.float().cpu()
-                if not embeddings[layer][rows].isfinite().all():
+            for layer, of_batch in model.encode(batch, layers).items():   # (B of the batch, C)
+                if not of_batch.isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
+                embeddings[layer][rows] = of_batch.float().cpu()
             bar.update(len(rows))
-            start = end
     model.train(training)
     return embeddings
 
 def embed_texts(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B strings -> {layer: (B, C) float32 on the CPU} """
     input_ids = data.tokenize(texts, tokenizer, tokenizer.model_max_length)
-    return encode(model, input_ids, layers, dtype, batch_tokens, desc)
+    return embed_ids(model, input_ids, layers, dtype, batch_tokens, desc)
 
 def record(task, metric, size, value, n):
-    """ one value as it stands in eval.json """
+    """ one value as it stands in eval.json: of a task with n queries or pairs """
     return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 def spearman(x, y):
-    """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank """
-    return float(scipy.stats.spearmanr(x, y).statistic)
+    """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank; 0 where all of x or all of y are equal """
+    return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
 
 def mrr_at_10(ranked, grades):
     """ ranked document ids, {document id: grade} -> 1 / rank of the first relevant one among ten, else 0 """
@@ -115,9 +113,7 @@ def recall_at_100(ranked, grades):
     return len(relevant & set(ranked[:100])) / max(1, len(relevant))
 
 # name -> function of the 100 best document ids of a query, best first, and of {document id: grade}
-METRICS = {"MRR@10": mrr_at_10,
-           "nDCG@10": ndcg_at_10,
-           "Recall@100": recall_at_100}
+METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_100}
 
 # ---- STS -------------------------------------------------------------------------------------------------------------
 def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
@@ -125,19 +121,22 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     task, first, second, gold = data.load_sts(name)
     texts = list(dict.fromkeys(first + second))   # each sentence once
     row = {text: i for i, text in enumerate(texts)}
-    layers = sorted({layer for layer, _ in sizes})
-    embeddings = embed_texts(model, tokenizer, texts, layers, dtype, batch_tokens, task)
+    first, second = [row[text] for text in first], [row[text] for text in second]
+    embeddings = embed_texts(model, tokenizer, texts, {layer for layer, _ in sizes}, dtype, batch_tokens, task)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
         x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
-        cosine = (x[[row[text] for text in first]] * x[[row[text] for text in second]]).sum(-1).numpy()   # (n,)
+        cosine = (x[first] * x[second]).sum(-1).numpy()       # (n,)
+        if np.ptp(cosine) == 0:
+            print(f"{task} {layer}:{dim}: the cosine of every pair is {cosine[0]:.4f}; Spearman counts as 0")
         records.append(record(task, "Spearman", (layer, dim), spearman(cosine, gold), len(gold)))
         per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
     return records, per_item
 
-# ---- retrieval: search, then score, then report ----------------------------------------------------------------------
+# ---- retrieval: search_corpus -> rank -> METRICS -> records ----------------------------------------------------------
+# "docs" are numbers of documents in the order of the corpus, doc_ids[number] is the id; a score of -inf: no document.
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
-K = 200               # candidates kept for a query: the metrics look at 100, the others are room for equal scores
+K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
 def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
     """ every size, and BM25 if the corpus is one shard -> records, per-item values; raises as data.Collection does """
@@ -146,87 +145,94 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
     if len(doc_ids) <= data.SHARD:
         found[BM25] = search_bm25(collection)
     records, per_item = [], {"ids": list(collection.queries)}
-    for size, (scores, hits) in found.items():
-        label = size_name(size) if size != BM25 else "BM25"
-        rankings = rank(scores.numpy(), hits.numpy(), doc_ids)
-        judged = list(zip((ranked for ranked, _ in rankings), collection.qrels.values()))
-        per_item[label] = {metric: [function(*pair) for pair in judged] for metric, function in METRICS.items()}
-        records += [record(collection.task, metric, size, float(np.mean(values)), len(judged))
-                    for metric, values in per_item[label].items()]
+    for size, (scores, docs) in found.items():
+        label = "BM25" if size == BM25 else size_name(size)
+        rankings = rank(scores.numpy(), docs.numpy(), doc_ids)                 # in the order of queries and of qrels
+        per_item[label] = {}
+        for metric, function in METRICS.items():
+            values = [function(ranked, grades) for (ranked, _), grades in zip(rankings, collection.qrels.values())]
+            per_item[label][metric] = values
+            records.append(record(collection.task, metric, size, float(np.mean(values)), len(values)))
         if save_run:
             write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
     return records, per_item
 
 def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
     """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
-    -> {size: (scores (Q, K), numbers of the documents (Q, K))}, document ids in the order of their numbers """
-    Q, doc_ids = len(collection.queries), []
-    max_dim = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # dims to keep a layer
+    -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
+    Q = len(collection.queries)
+    widest = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # {layer: dim}
     def embed(texts):   # -> {layer: (texts, C)}
-        return embed_texts(model, tokenizer, texts, list(max_dim), dtype, batch_tokens)
-    queries = embed(list(collection.queries.values()))
-    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}
-    if embeddings_dir:   # whatever decides the embeddings, but the texts
-        weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
-        made_by = zlib.crc32(repr([weights, model.config.pooling, tokenizer.model_max_length, dtype]).encode())
+        return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
+    queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
+    best, doc_ids = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}, []
+    about = embeddings_dir and made_by(model, tokenizer, dtype)
     for shard, (ids, texts) in enumerate(collection.shards()):
-        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{made_by:08x}-"
+        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{about}-"
                                                        f"{zlib.crc32(repr(texts).encode()):08x}")
-        passages = load_or_embed(file, max_dim, texts, embed)                    # {layer: (P, dims)}
-        itself = same_ids(collection.queries, ids)
+        passages = load_or_embed(file, widest, texts, embed)                           # {layer: (P, widest dim)}
+        own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
             for start in range(0, Q, 1024):
                 rows = slice(start, start + 1024)
-                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (1024, P)
-                keep_best(best[layer, dim], rows, scores, len(doc_ids), itself)
+                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (rows, P)
+                keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
 
-def load_or_embed(file, max_dim, texts, embed):
-    """ texts -> {layer: (P, dims)}. With a file name: from .npy files, a layer each, which are made when missing. """
+def made_by(model, tokenizer, dtype):
+    """ checksum of whatever decides the embedding of a text, for the names of files """
+    weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
+    about = [weights, model.config.pooling, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, dtype]
+    return f"{zlib.crc32(repr(about).encode()):08x}"
+
+def load_or_embed(file, widest, texts, embed):
+    """ texts -> {layer: (P, dim)}; with a file name from .npy files, made when one is missing or of another shape """
     if not file:
         return embed(texts)
-    files = {layer: Path(f"{file}-layer{layer}-dims{dims}.npy") for layer, dims in max_dim.items()}
-    if not all(path.exists() for path in files.values()):
-        for layer, tap in embed(texts).items():                                  # (P, C)
-            write_array(files[layer], tap[:, :max_dim[layer]].numpy())
+    files = {layer: Path(f"{file}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}
+    if not all(path.exists() and np.load(path, mmap_mode="r").shape == (len(texts), widest[layer])
+               for layer, path in files.items()):
+        for layer, embeddings in embed(texts).items():                                 # (P, C)
+            write_array(files[layer], embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
 
-def same_ids(queries, ids):
+def own_documents(queries, ids):
     """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
     column = {key: column for column, key in enumerate(ids)}
     return {row: column[key] for row, key in enumerate(queries) if key in column}
 
-def keep_best(best, rows, scores, offset, itself):
-    """ Merge the scores (rows, P) of P new documents, whose numbers begin at offset, into the given rows of best:
-    (scores (Q, K), document numbers (Q, K)). itself: what same_ids returns """
-    for row, column in itself.items():
+def keep_best(best, rows, scores, first_doc, own_column):
+    """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
+    (rows, P): of these queries and the documents first_doc, first_doc + 1, ... own_column: see own_documents """
+    best_scores, best_docs = best
+    for row, column in own_column.items():
         if rows.start <= row < rows.stop:
             scores[row - rows.start, column] = -np.inf
-    top, hits = scores.topk(min(K, scores.shape[1]))         # (rows, K) each, or (rows, P) of fewer documents than K
-    top = torch.cat([best[0][rows], top], dim=1)             # (rows, K + K)
-    hits = torch.cat([best[1][rows], hits + offset], dim=1)  # (rows, K + K)
-    best[0][rows], kept = top.topk(K)                        # (rows, K)
-    best[1][rows] = hits.gather(1, kept)
+    new_scores, columns = scores.topk(min(K, scores.shape[1]))                 # (rows, K), or (rows, P) if P < K
+    both_scores = torch.cat([best_scores[rows], new_scores], dim=1)            # (rows, K + K)
+    both_docs = torch.cat([best_docs[rows], first_doc + columns], dim=1)       # (rows, K + K)
+    best_scores[rows], kept = both_scores.topk(K)                              # (rows, K)
+    best_docs[rows] = both_docs.gather(1, kept)
 
 def search_bm25(collection):
-    """ a corpus of one shard -> scores (Q, K), numbers of the documents (Q, K), as search_corpus gives them """
+    """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
     (ids, texts), = collection.shards()
-    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())       # (Q, P)
-    scores[scores == 0] = -np.inf                                             # without a common word there is no hit
+    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())    # (Q, P)
+    scores[scores == 0] = -np.inf                                              # not a word in common: not found
     best = torch.full((len(scores), K), -np.inf, dtype=scores.dtype), torch.zeros(len(scores), K, dtype=torch.long)
-    keep_best(best, slice(0, len(scores)), scores, 0, same_ids(collection.queries, ids))
+    keep_best(best, slice(0, len(scores)), scores, 0, own_documents(collection.queries, ids))
     return best
 
-def rank(scores, hits, doc_ids):
-    """ (Q, K) scores and document numbers -> [([document id], [score]) of each query]: the 100 best, best first, equal
-    scores by descending id, as in trec_eval. A score of -inf is no hit. """
+def rank(scores, docs, doc_ids):
+    """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
+    by descending id, as in trec_eval """
     id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
-    order = np.lexsort((-id_rank[hits], -scores), axis=-1)   # (Q, K), sorted by score, then by id
+    order = np.lexsort((-id_rank[docs], -scores), axis=-1)   # (Q, K) columns, sorted by score, then by id
     rankings = []
     for row in range(len(scores)):
-        kept = [k for k in order[row] if scores[row, k] > -np.inf][:100]
-        rankings.append(([doc_ids[i] for i in hits[row, kept]], scores[row, kept].tolist()))
+        columns = [column for column in order[row] if scores[row, column] > -np.inf][:100]
+        rankings.append(([doc_ids[i] for i in docs[row, columns]], scores[row, columns].tolist()))
     return rankings
 
 def write_run(folder, label, queries, rankings):
@@ -242,46 +248,45 @@ def write_array(path, array):
     with data.atomic_write(path) as part, open(part, "wb") as file:
         np.save(file, array)
 
-def bm25(docs, queries, k1=1.2, b=0.75):
+def bm25(texts, queries, k1=1.2, b=0.75):
     """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
     def split(text):
         return re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
-    words = [split(text) for text in docs]
-    vocabulary = {word: i for i, word in enumerate(sorted({word for text in words for word in text}))}
-    def count_words(texts):   # (texts, V)
+    texts, queries = [split(text) for text in texts], [split(query) for query in queries]
+    vocabulary = {word: i for i, word in enumerate(sorted({word for text in texts for word in text}))}
+    def count_words(texts):   # -> sparse (texts, V)
         pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
         rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
-        shape = (len(texts), len(vocabulary))
-        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)   # sums repeats
-    tf = count_words(words)
+        # repeats are summed
+        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(texts), len(vocabulary)))
+    tf = count_words(texts)                                                            # term frequency
+    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,) texts with the word
+    idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))                             # (V,)
     length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
-    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,)
-    idf = np.log(1 + (len(docs) - df + 0.5) / (df + 0.5))
-    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's document
+    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's text
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
-    return count_words([split(text) for text in queries]) @ tf.T                       # (Q, P)
+    return count_words(queries) @ tf.T                                                 # (Q, P)
 
 def search(model, tokenizer, question, size, dtype, model_folder):
-    """ Print the 5 docstrings that answer a question best. The embeddings are made once and kept with the model. """
+    """ Print the 5 docstrings that answer a question best. Their embeddings are kept in the model's folder. """
     (layer, dim), folder = size, data.docs_folder()
     rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
-    index = model_folder / f"search-{folder.name}-{layer}-{dim}-{tokenizer.model_max_length}-{dtype}.npy"
-    if not index.exists() or index.stat().st_mtime < (model_folder / "config.json").stat().st_mtime:
-        texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
-        write_array(index, embed_texts(model, tokenizer, texts, [layer], dtype)[layer][:, :dim].numpy())
-    passages = torch.from_numpy(np.load(index))                                               # (P, D)
-    query = embed_texts(model, tokenizer, [question], [layer], dtype)[layer]                  # (1, C)
-    scores = score(query, passages, dim, model.config.similarity)[0]                          # (P,)
+    texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
+    def embed(texts):   # -> {layer: (texts, C)}
+        return embed_texts(model, tokenizer, texts, [layer], dtype)
+    index = model_folder / f"search-{folder.name}-{made_by(model, tokenizer, dtype)}"
+    passages = load_or_embed(index, {layer: dim}, texts, embed)[layer]                        # (P, D)
+    scores = score(embed([question])[layer], passages, dim, model.config.similarity)[0]       # (P,)
     for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
 # ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
 def cost(model, sizes):
-    """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks """
+    """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks (2 FLOP an entry of a matrix) """
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
-    return [record("cost", metric, size, value, 1) for size in sizes for metric, value in
-            (("parameters", model.num_params(size[0])), ("bytes", 4 * size[1]),
-             ("MFLOP/token", 2 * matrices * size[0] / 1e6))]
+    def costs(layer, dim):
+        return {"parameters": model.num_params(layer), "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
+    return [record("cost", metric, size, value, 1) for size in sizes for metric, value in costs(*size).items()]
 
 def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
     """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
@@ -321,9 +326,9 @@ def load_results(spec):
     label, _, files = spec.rpartition("=")
     results, per_item = [], {}
     for file in files.split(","):
-        run = json.loads(Path(file).read_text())
+        run = read_json(Path(file))
         if not run.get("per_item"):
-            raise ValueError(f"--compare {file}: not a file that evaluate.py wrote")
+            raise ValueError(f"--compare {file}: no such file, or not one that evaluate.py wrote")
         results += run["results"]
         for task, items in run["per_item"].items():
             per_item[task] = per_item.get(task, {}) | items
@@ -336,25 +341,26 @@ def compare(specs, metrics=()):
     pairs. Sizes are paired in order, smallest with smallest. Raises ValueError when sizes or data do not match. """
     labels, _, per_items = zip(*map(load_results, specs))
     sizes = [sorted({key for items in per_item.values() for key in items if ":" in key}, key=parse_sizes)
-             for per_item in per_items]   # size names
+             for per_item in per_items]   # of each file: ["2:32", ...] from small to large, without BM25
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
-    rows = [(task, metric, i) for task, items in per_items[0].items() for metric in items[sizes[0][0]]
-            for i in range(len(sizes[0])) if not metrics or metric in metrics
-            if all(metric in per_item.get(task, {}).get(own[i], {}) for own, per_item in zip(sizes, per_items))]
+    def values(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
+        return per_items[file].get(task, {}).get(sizes[file][i], {}).get(metric)
+    rows = itertools.product(per_items[0], metrics or ["Spearman", *METRICS], range(len(sizes[0])))
+    rows = [row for row in rows if all(values(file, *row) for file in range(len(specs)))]
     tests = max(1, len(rows) * (len(specs) - 1))
     print("".join(f"{text:>22}" for text in ["", *labels]))
     for task, metric, i in rows:
-        line, baseline = f"{task + ' ' + metric:>22}", per_items[0][task]
-        for own, per_item in zip(sizes, per_items):
-            items = per_item[task]
+        cells = [f"{task} {metric}"]
+        for file, per_item in enumerate(per_items):
+            items, baseline = per_item[task], per_items[0][task]
             if any(items.get(key) != baseline.get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
-            x, y = baseline[sizes[0][i]][metric], items[own[i]][metric]
+            x, y = values(0, task, metric, i), values(file, task, metric, i)
             value = spearman(y, items["gold"]) if metric == "Spearman" else np.mean(y)
             star = "*" if p_value(metric, x, y, items) * tests < 0.05 else " "
-            line += f"{f'{own[i]} {value:.4f}{star}':>22}"
-        print(line)
+            cells.append(f"{sizes[file][i]} {value:.4f}{star}")
+        print("".join(f"{cell:>22}" for cell in cells))
     print(f"* differs from the first file at p < 0.05 / {tests} comparisons")
 
 def p_value(metric, x, y, items):
@@ -369,7 +375,7 @@ def paired_bootstrap(x, y, gold, resamples=1000):
     def correlations(values):   # (n,) -> (resamples,)
         a, b = (scipy.stats.rankdata(np.array(v)[rows], axis=1) for v in (values, gold))   # (resamples, n)
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+        return (a * b).sum(1) / np.maximum(np.sqrt((a**2).sum(1) * (b**2).sum(1)), 1e-9)   # 0, as in spearman
     spread = np.std(correlations(x) - correlations(y))
     difference = abs(spearman(x, gold) - spearman(y, gold))
     return float(2 * scipy.stats.norm.sf(difference / spread)) if spread > 0 else float(difference == 0)
@@ -425,12 +431,12 @@ def number(kind, rule, holds):
     parse.__name__ = kind.__name__   # for argparse's "invalid int value"
     return parse
 
-positive_int, positive = (number(kind, "above 0", lambda value: value > 0) for kind in (int, float))
-count, at_least_zero = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
-share = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
+positive_int, positive_float = (number(kind, "above 0", lambda value: value > 0) for kind in (int, float))
+nonneg_int, nonneg_float = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
+fraction = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
 two_or_more = number(int, "2 or more", lambda value: value >= 2)
 
-def device(text):
+def device_arg(text):
     """ an argparse type: a device that torch can use """
     try:
         torch.empty(0, device=text)
@@ -450,7 +456,7 @@ def training_flags(parser):
     add("--sizes", type=parse_sizes,
         help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion to "
              "the model: 2:32,4:64,6:128,8:256,10:512,12:768 of BERT-base")
-    add("--dropout", type=share, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
+    add("--dropout", type=fraction, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
     add = parser.add_argument_group("model from scratch; a loaded one brings its own").add_argument
     add("--num_layers", type=positive_int, default=6, help="blocks")
     add("--hidden_size", type=number(int, "a multiple of 64, the width of an attention head",
@@ -458,20 +464,20 @@ def training_flags(parser):
     add("--vocab_size", type=number(int, "100 or more, to spell English", lambda value: value >= 100), default=8192,
         help="WordPiece vocabulary, trained on the text")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--learning_rate", type=positive, help="peak, of AdamW")
-    add("--warmup", type=share, help="share of the steps in which the rate rises; then it falls to 0")
-    add("--weight_decay", type=at_least_zero, help="of the matrices; biases and LayerNorms have none")
-    add("--grad_clip", type=at_least_zero, default=1.0, help="largest norm of the gradient; 0 does not clip")
-    add("--epochs", type=positive, help="passes over the data")
-    add("--max_steps", type=count, default=0, help="steps in place of --epochs; 0 goes by --epochs")
+    add("--learning_rate", type=positive_float, help="peak, of AdamW")
+    add("--warmup", type=fraction, help="share of the steps in which the rate rises; then it falls to 0")
+    add("--weight_decay", type=nonneg_float, help="of the matrices; biases and LayerNorms have none")
+    add("--grad_clip", type=nonneg_float, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--epochs", type=positive_float, help="passes over the data")
+    add("--max_steps", type=nonneg_int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
     add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False, help="replace the run that is in --out_dir")
     add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
-    add("--save_interval", type=count, default=200, help="steps between two checkpoints; 0 saves at the end only")
+    add("--save_interval", type=nonneg_int, default=200, help="steps between two checkpoints; 0 saves at the end only")
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
         help="of the matrix products; the weights stay float32. By default bfloat16 if this machine is fast at it")
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
@@ -652,13 +658,11 @@ def run_script(main, parse_args):
 def parse_args(argv=None):
     """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("models", nargs="*", metavar="MODEL",
-                        help="folders that finetune_srl.py wrote, or any BERT: folder or hub name")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a folder of finetune_srl.py, or any BERT")
     add = parser.add_argument_group("tasks; with none: --retrieval docs").add_argument
     add("--sts", nargs="+", default=[], metavar="NAME_OR_FILE",
         help=f"{', '.join(data.STS)}, or a file with sentence1, sentence2, score")
-    add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]",
-        help="docs, a folder in BEIR layout, or a BEIR set of the hub")
+    add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]", help="docs, a BEIR folder, or a hub BEIR set")
     add("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
     add("--speed", action="store_true", help="time every size")
     add = parser.add_argument_group("sizes").add_argument
@@ -667,13 +671,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("encoding").add_argument
     add("--max_length", type=two_or_more, help="tokens of a text; by default the model's own")
     add("--batch_tokens", type=two_or_more, default=8192, help="tokens of a batch")
+    add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the model's own, else mean")
+    add("--similarity", choices=SIMILARITIES, help="of query and document; by default the model's own, else cosine")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
     add = parser.add_argument_group("results").add_argument
-    add("--out", metavar="FILE.json",
-        help="where the results of one model go; by default MODEL/eval.json for models of ours")
-    add("--embeddings_dir", metavar="DIR",
-        help="keep the document embeddings there as float32 .npy, a file a shard and layer, and use what is there")
+    add("--out", metavar="FILE.json", help="for the results of one model; by default MODEL/eval.json if it is ours")
+    add("--embeddings_dir", metavar="DIR", help="keep document embeddings there as float32 .npy, and use what is there")
     add("--save_run", metavar="DIR", help="write TREC runs there")
     add("--compare", nargs="+", metavar="[LABEL=]FILE.json[,FILE.json...]",
         help="results to compare; the first is the baseline; files joined by commas count as one, say one file a size")
@@ -681,16 +685,16 @@ def parse_args(argv=None):
         help="of --compare, by default all, and of --plot, by default Spearman and nDCG@10")
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
-    if not args.models and not args.compare:
+    tasks = args.sts + args.retrieval
+    if not args.models and (not args.compare or tasks or args.search):
         parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
+    if args.search and (tasks or args.speed or args.grid or args.compare or args.out or args.plot):
+        parser.error("--search answers a question and evaluates nothing; use it without the flags of an evaluation")
     if args.out and len(args.models) > 1:
         parser.error(f"--out {args.out} takes the results of one model, not of {len(args.models)}; go one by one")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
         parser.error(f"--plot {args.plot}: must end in .svg or .png")
-    for name in ("out", "plot"):
-        if getattr(args, name) and not Path(getattr(args, name)).absolute().parent.is_dir():
-            parser.error(f"--{name} {getattr(args, name)}: its folder does not exist; make it first")
-    names = [data.task_name(task) for task in args.sts + args.retrieval]
+    names = [data.task_name(task) for task in tasks]
     if len(set(names)) < len(names):
         parser.error(f"two tasks of {', '.join(names)} have the same name; evaluate them one by one")
     return args
@@ -699,9 +703,14 @@ def main(args):
     """ evaluate every model, then compare and plot. Raises ValueError for what cannot be read or compared. """
     keep_freed_memory()
     files = list(args.compare or [])
+    ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
+    for task in args.sts:         # a mistake in the last file should show before the first is evaluated
+        data.load_sts(task)
+    for task in args.retrieval:
+        next(data.Collection(task).shards())
     for name in args.models:
         start = time.time()
-        model, tokenizer = load_model(name, args.device, args.max_length)
+        model, tokenizer = load_model(name, args.device, args.max_length, **ways)
         names = named_sizes(model.config)
         sizes = check_sizes(args.sizes or names, model.config, name)
         if args.grid:
@@ -710,6 +719,10 @@ def main(args):
         if args.search:
             search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(name))
             continue
+        out = args.out or (Path(name) / "eval.json" if model.config.sizes and Path(name).exists() else None)
+        for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
+            if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+                raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
         results, per_item = [], {}
         for task in args.sts:
             records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
@@ -725,9 +738,8 @@ def main(args):
         results += cost(model, sizes)
         if args.speed:
             results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
-        out = args.out or (Path(name) / "eval.json" if model.config.sizes and Path(name).exists() else None)
         if out:
-            Path(out).write_text(json.dumps({
+            Path(out).write_text(json.dumps(allow_nan=False, obj={
                 "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
                 "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
                 "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,

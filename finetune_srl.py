@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from evaluate import (HelpFormatter, at_least_zero, average, catch_signals, check_about, check_finite, check_out_dir,
-                      count, interrupted, load_state, log, open_run, positive, positive_int, save_run, start_ranks,
-                      sum_over_ranks, training_flags)
+from evaluate import (HelpFormatter, average, catch_signals, check_about, check_finite, check_out_dir, interrupted,
+                      load_state, log, nonneg_float, nonneg_int, open_run, positive_float, positive_int, save_run,
+                      start_ranks, sum_over_ranks, training_flags)
 from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_sizes, configure_optimizer, keep_freed_memory,
                    named_sizes, pack, permute_channels, score, size_name)
 
@@ -119,7 +119,7 @@ def train_step(model, teacher, batch, sizes, args, seed, scaler, rank, world_siz
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        rows = evaluate.encode(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
+        rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
     if gold is not None:
         gold = torch.from_numpy(gold).to(args.device)
@@ -186,7 +186,7 @@ def order_channels(model, texts, sizes):
     """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose
     embeddings vary most over the texts at the smallest size's layer, as many as it has dims, then those of the next
     size. The full size stays the same function. texts: list of (T,) ids """
-    embeddings = evaluate.encode(model, texts, sorted({layer for layer, _ in sizes}))
+    embeddings = evaluate.embed_ids(model, texts, sorted({layer for layer, _ in sizes}))
     order = []
     for layer, dim in sizes:
         variance = embeddings[layer].var(dim=0)                                         # (C,)
@@ -317,8 +317,8 @@ def parse_args(argv=None):
         help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with the columns query, positive, "
              "maybe negative, or sentence1, sentence2, score; several: each batch is of one, in proportion to its size")
     add("--batch_size", type=positive_int, default=128, help="queries per step; all their passages are candidates")
-    add("--negatives", type=count, default=1, help="hard negatives a query, at most, where the pairs have any")
-    add("--micro_batch", type=count, default=0,
+    add("--negatives", type=nonneg_int, default=1, help="hard negatives a query, at most, where the pairs have any")
+    add("--micro_batch", type=nonneg_int, default=0,
         help="encode this many queries and their passages at a time: the same gradient in less memory, for one more "
              "forward pass; 0 encodes the whole batch at once")
     add("--query_max_length", type=positive_int, default=32, help="tokens, [CLS] and [SEP] included")
@@ -331,19 +331,19 @@ def parse_args(argv=None):
     add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the loaded model's own, from scratch mean")
     add("--similarity", choices=SIMILARITIES,
         help="of a query and a passage; by default the loaded model's own, from scratch cosine")
-    add("--temperature", type=positive, default=0.1, help="divides the similarities; use 1 with --similarity dot")
+    add("--temperature", type=positive_float, default=0.1, help="divides the similarities; use 1 with --similarity dot")
     add("--method", choices=["srl", "2dmse"], default="srl", help="which sizes a step trains: see step_sizes")
     add("--teacher", help="a frozen model whose full size every size follows; by default the trained model's own")
     add("--order_channels", action=argparse.BooleanOptionalAction, default=False,
         help="for a loaded model: before training, sort the channels so that the first dims matter most")
-    add("--kl_weight", type=at_least_zero, default=1.0, help="of the KL from the full size; 0 leaves it out")
-    add("--embedding_lr_scale", type=positive,
+    add("--kl_weight", type=nonneg_float, default=1.0, help="of the KL from the full size; 0 leaves it out")
+    add("--embedding_lr_scale", type=positive_float,
         help="learning rate of the embeddings over that of the blocks, because a word is seen less often than a block; "
              "by default 8 from scratch, 1 for a loaded model")
     add = parser.add_argument_group("evaluation").add_argument
     add("--retrieval", default="docs",
         help='docs, a folder in BEIR layout or a BEIR set of the hub: dev in training, test at the end; "" for none')
-    add("--eval_interval", type=count, default=300, help="steps between two evaluations on dev; 0 for none")
+    add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")
     training_flags(parser)
     parser.set_defaults(learning_rate=5e-4, warmup=0.1, weight_decay=0.1, epochs=3.6, out_dir="out/srl")
 

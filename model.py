@@ -11,7 +11,7 @@ Letters for shapes, the same in all files:
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
   V words of the vocabulary. In code p is always dropout.
 """
-import argparse, ctypes, functools, json, os, shutil, sys, tempfile
+import argparse, ctypes, functools, json, os, re, shutil, sys, tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -419,18 +419,51 @@ def find_folder(name):
         raise ValueError(f"{name}: neither a folder nor a model of the hub that could be had "
                          f"({str(error).splitlines()[0]})") from error
 
+def read_json(path, kind=dict):
+    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
+        assert isinstance(content, kind)
+    except (ValueError, AssertionError):   # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path}: not a JSON {kind.__name__}; the file is broken, copy or download it again") from None
+    return content
+
 def load_state(folder):
-    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError when there are none """
-    if (folder / "model.safetensors").exists():
-        from safetensors.torch import load_file
-        state = load_file(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").exists():
-        state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    else:
+    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
+    from safetensors.torch import load_file
+    path = folder / "model.safetensors"
+    if not path.exists():
+        path = folder / "pytorch_model.bin"
+    if not path.exists():
         raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
+    try:
+        state = (load_file(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:   # both libraries have several errors for a file that is cut off or no such file
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); copy or download it again") from None
     # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
     return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
             for name, tensor in state.items()}
+
+def read_modules(folder):
+    """ A folder of sentence-transformers -> the folder of its BERT, and {"pooling", "similarity"}, those that its files
+    decide. Any other folder is its own BERT's. Raises ValueError for modules such as Dense. """
+    modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"]
+               for module in read_json(folder / "modules.json", list)}
+    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
+    bert_folder, settings = modules.get("Transformer", folder), {}
+    if "Pooling" in modules:
+        said = read_json(modules["Pooling"] / "config.json")
+        # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
+        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
+        settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
+    if "similarity" not in read_json(bert_folder / "config.json"):   # ours says it, others' do not
+        said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+        # the dot product of what Normalize gives is the cosine
+        settings["similarity"] = "cosine" if "Normalize" in modules or not said else said
+    return bert_folder, settings
 
 def from_pretrained(name, **overrides):
     """ Any BERT checkpoint, a local folder or a name on the Hugging Face hub -> Bert in eval mode, float32.
@@ -438,7 +471,7 @@ def from_pretrained(name, **overrides):
     folder = find_folder(name)
     if not (folder / "config.json").exists():
         raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
-    read = json.loads((folder / "config.json").read_text())
+    read = read_json(folder / "config.json")
     positions = read.get("position_embedding_type", "absolute")
     if read.get("model_type") != "bert" or positions != "absolute":
         raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions is not supported; "
@@ -447,7 +480,7 @@ def from_pretrained(name, **overrides):
     config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
     for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):
         if getattr(config, key) not in choices:
-            raise ValueError(f"{name}: {key} {getattr(config, key)!r} in config.json; known are {', '.join(choices)}")
+            raise ValueError(f"{name}: {key} {getattr(config, key)!r} is not supported; known are {', '.join(choices)}")
     config.sizes, config.size_names = tuple(map(tuple, config.sizes)), tuple(config.size_names)
     state = load_state(folder)
     model = Bert(config)

@@ -20,9 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from evaluate import (STATE, HelpFormatter, average, catch_signals, check_about, check_finite, check_out_dir, count,
-                      interrupted, load_state, log, number, open_run, positive, positive_int, run_script, save_run,
-                      share, start_ranks, sum_over_ranks, training_flags)
+from evaluate import (STATE, HelpFormatter, average, catch_signals, check_about, check_finite, check_out_dir, fraction,
+                      interrupted, load_state, log, nonneg_int, number, open_run, positive_float, positive_int,
+                      run_script, save_run, start_ranks, sum_over_ranks, training_flags)
 from model import (Bert, BertConfig, MLMHead, as_contiguous, check_sizes, configure_optimizer, dropout, from_pretrained,
                    keep_freed_memory, load_head, named_sizes, pack, size_name)
 
@@ -394,17 +394,17 @@ def parse_args(argv=None):
     add("--max_length", type=number(int, "8 or more, to leave something to mask", lambda value: value >= 8), default=64,
         help="tokens, [CLS] and [SEP] included: one random window a document")
     add("--batch_size", type=positive_int, default=32, help="documents a step, over all ranks")
-    add("--micro_batch", type=count, default=0,
+    add("--micro_batch", type=nonneg_int, default=0,
         help="documents at a time, which decides the memory; the ranks share these pieces; 0: one piece each")
     add = parser.add_argument_group("loss").add_argument
     add("--objective", choices=["smae", "mlm"], default="smae",
         help="mlm leaves the decoder out: MLM alone, at --sizes, by default at the full size")
-    add("--encoder_mask", type=share, default=0.2, help="share of the tokens hidden from the encoder")
-    add("--decoder_mask", type=share, default=0.4, help="share hidden from the decoder")
-    add("--word_lr_scale", type=positive, default=3.0,
+    add("--encoder_mask", type=fraction, default=0.2, help="share of the tokens hidden from the encoder")
+    add("--decoder_mask", type=fraction, default=0.4, help="share hidden from the decoder")
+    add("--word_lr_scale", type=positive_float, default=3.0,
         help="from scratch: learning rate of the word embeddings over that of the rest; a word is seen less often")
     add = parser.add_argument_group("validation and memory").add_argument
-    add("--eval_interval", type=count, default=200,
+    add("--eval_interval", type=nonneg_int, default=200,
         help="steps between two measurements of the loss on held-out text; 0 for the end only")
     add("--gradient_checkpointing", action=flag, default=False,
         help="least memory: compute blocks and decoder again in the backward pass; 1.6 times the time at BERT-base")

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import data
 import evaluate
 from conftest import needs, refused_process
 from data import Collection
-from evaluate import bm25, encode, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
+from evaluate import bm25, embed_ids, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
 from model import save_pretrained
 
 
@@ -79,11 +80,11 @@ def test_bm25_by_hand():
     assert scores[1].tolist() == [0, 0, 0]
 
 
-def test_encode_ignores_batches_and_order(model, texts):
+def test_embed_ids_ignores_batches_and_order(model, texts):
     """ Neither the size nor the order of the batches changes an embedding, in float64. """
     model.double()
-    one, all_of_them = encode(model, texts, [2, 4], batch_tokens=1), encode(model, texts, [2, 4])
-    turned = encode(model, texts[::-1], [2, 4], batch_tokens=40)
+    one, all_of_them = embed_ids(model, texts, [2, 4], batch_tokens=1), embed_ids(model, texts, [2, 4])
+    turned = embed_ids(model, texts[::-1], [2, 4], batch_tokens=40)
     for layer in (2, 4):
         torch.testing.assert_close(one[layer], all_of_them[layer], rtol=0, atol=1e-12)
         torch.testing.assert_close(turned[layer].flip(0), one[layer], rtol=0, atol=1e-12)
@@ -122,12 +123,18 @@ def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
     evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
     assert "pkg.f" in capsys.readouterr().out.splitlines()[0]
     index, = (tmp_path / "m").glob("search-*.npy")
-    for age, remade in ((10, False), (-10, True)):   # seconds by which the model is older than the index
-        config = (tmp_path / "m" / "config.json").stat()
-        os.utime(index, ns=(config.st_atime_ns, config.st_mtime_ns + age * 10**9))
-        stamp = index.stat().st_mtime_ns
-        evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
-        assert (index.stat().st_mtime_ns != stamp) == remade   # the index of an earlier model is made again
+    stamp = index.stat().st_mtime_ns
+    evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu"]))
+    assert index.stat().st_mtime_ns == stamp and len(list((tmp_path / "m").glob("search-*.npy"))) == 1   # used again
+    model, tokenizer = evaluate.load_model(tmp_path / "m")
+    with torch.no_grad():
+        model.blocks[0].up.weight += 0.1
+    save_pretrained(model, tokenizer, tmp_path / "m")
+    os.utime(tmp_path / "m" / "model.safetensors", (0, 0))   # even if the file is old, as one that was copied
+    for flags in ([], ["--pooling", "cls"]):
+        before = set((tmp_path / "m").glob("search-*.npy"))
+        evaluate.main(evaluate.parse_args([str(tmp_path / "m"), "--search", question, "--device", "cpu", *flags]))
+        assert len(set((tmp_path / "m").glob("search-*.npy")) - before) == 1   # another model, another pooling
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -308,6 +315,210 @@ def test_sentence_transformers_folder(saved, pooling):
     (saved / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="modules.json asks for Dense"):
         evaluate.load_model(saved)
+
+
+@pytest.fixture
+def plain(saved):
+    """ the folder as other programs write it: config.json says nothing of sizes, pooling and similarity """
+    config = json.loads((saved / "config.json").read_text())
+    for key in ("sizes", "size_names", "pooling", "similarity"):
+        del config[key]
+    (saved / "config.json").write_text(json.dumps(config))
+    return saved
+
+
+def write_files(folder, files):
+    """ {name: text or JSON content, None to delete the file} """
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+POOLING = [{"type": "s.Transformer", "path": ""}, {"type": "s.Pooling", "path": "1_Pooling"}]
+NORMALIZE = [{"type": "s.Transformer", "path": ""}, {"type": "s.Normalize", "path": "2_Normalize"}]
+SIMILARITY, MODES = "config_sentence_transformers.json", "1_Pooling/config.json"
+MEAN, CLS, MAX, SQRT = (f"pooling_mode_{mode}" for mode in ("mean_tokens", "cls_token", "max_tokens",
+                                                            "mean_sqrt_len_tokens"))
+WAYS = [   # files, overrides, (pooling, similarity) or what is said
+    ({}, {}, ("mean", "cosine")),
+    ({}, {"pooling": "cls", "similarity": "dot"}, ("cls", "dot")),
+    ({SIMILARITY: {"similarity_fn_name": "dot"}}, {}, ("mean", "dot")),
+    ({SIMILARITY: {"similarity_fn_name": None}}, {}, ("mean", "cosine")),
+    ({SIMILARITY: {"similarity_fn_name": "dot"}, "modules.json": NORMALIZE}, {}, ("mean", "cosine")),
+    ({SIMILARITY: {"similarity_fn_name": "dot"}}, {"similarity": "cosine"}, ("mean", "cosine")),
+    ({SIMILARITY: {"similarity_fn_name": "euclidean"}}, {}, "'euclidean' is not supported; known are cosine, dot"),
+    ({SIMILARITY: {"similarity_fn_name": "euclidean"}}, {"similarity": "dot"}, ("mean", "dot")),
+    ({"modules.json": POOLING, MODES: {CLS: True, MEAN: False}}, {}, ("cls", "cosine")),
+    ({"modules.json": POOLING, MODES: {SQRT: True, MEAN: False}}, {}, "pooling 'mean_sqrt_len' is not supported"),
+    ({"modules.json": POOLING, MODES: {MAX: True}}, {}, "pooling 'max' is not supported; known are mean, cls"),
+    ({"modules.json": POOLING, MODES: {CLS: True, MEAN: True}}, {}, "pooling 'cls and mean' is not supported"),
+    ({"modules.json": POOLING, MODES: {"pooling_mode": "lasttoken"}}, {}, "pooling 'lasttoken' is not supported"),
+    ({"modules.json": POOLING, MODES: {"pooling_mode": ["cls", "max"]}}, {}, "is not supported; known are mean, cls"),
+    ({"modules.json": POOLING, MODES: {MAX: True}}, {"pooling": "mean"}, ("mean", "cosine"))]
+
+
+@pytest.mark.parametrize("files, overrides, want", WAYS)
+def test_pooling_and_similarity_of_foreign_folders(plain, files, overrides, want):
+    """ They are those of sentence-transformers' files; overrides replace them, and what is not known is refused. """
+    write_files(plain, files)
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=re.escape(want)):
+            evaluate.load_model(plain, **overrides)
+    else:
+        config = evaluate.load_model(plain, **overrides)[0].config
+        assert (config.pooling, config.similarity) == want
+
+
+def test_our_own_similarity_counts(saved):
+    """ What our config.json says of the similarity is not replaced by sentence-transformers' file. """
+    write_files(saved, {SIMILARITY: {"similarity_fn_name": "dot"}})
+    assert evaluate.load_model(saved)[0].config.similarity == "cosine"
+
+
+def test_flags_of_pooling_and_similarity(saved, beir, tmp_path):
+    """ --pooling and --similarity change what is evaluated, as the arguments of load_model do. """
+    out = tmp_path / "o.json"
+    evaluate.main(evaluate.parse_args([str(saved), "--retrieval", str(beir), "--out", str(out), "--pooling", "cls",
+                                       "--similarity", "dot", "--save_run", str(tmp_path / "flags")]))
+    model, tokenizer = evaluate.load_model(saved, pooling="cls", similarity="dot")
+    evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32", save_run=tmp_path / "same")
+    model, tokenizer = evaluate.load_model(saved)
+    evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32", save_run=tmp_path / "own")
+    flags, same, own = ((tmp_path / name / "beir-4-48.run").read_text() for name in ("flags", "same", "own"))
+    assert flags == same != own
+
+
+BROKEN = [   # files, what is said
+    ({"tokenizer.json": None}, "0 words in the tokenizer"),
+    ({"tokenizer.json": None, "tokenizer_config.json": None}, "0 words in the tokenizer"),
+    *(({file: text}, f"{file}: not a JSON {kind}") for file, kind in (
+        ("config.json", "dict"), ("modules.json", "list"), ("sentence_bert_config.json", "dict"), (SIMILARITY, "dict"),
+        ("tokenizer.json", "dict"), ("tokenizer_config.json", "dict"), ("special_tokens_map.json", "dict"))
+      for text in ('{"half": ', '"a string"')),
+    ({"model.safetensors": "no weights"}, "model.safetensors: cannot be read"),
+    ({"model.safetensors": None, "pytorch_model.bin": "no weights"}, "pytorch_model.bin: cannot be read")]
+
+
+@pytest.mark.parametrize("files, message", BROKEN)
+def test_a_broken_folder_is_refused_with_the_file(plain, files, message):
+    """ A file that is missing or broken is refused with its name, in one line. """
+    write_files(plain, files)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        evaluate.load_model(plain)
+    assert str(plain) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_half_of_the_weights_are_refused(saved):
+    """ model.safetensors that was cut off in a copy ends the program with one line that names the file. """
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert f"{file}: cannot be read" in refused_process("evaluate.py", str(saved))
+
+
+@pytest.mark.parametrize("more, outcome", [(-1, "refused"), (0, ""), (127, ""), (128, "warning")])
+def test_the_tokenizer_fits_the_model(model, tokenizer, tmp_path, capsys, more, outcome):
+    """ Ids beyond the embeddings are refused, a much smaller vocabulary gives a warning, and padding gives none. """
+    model.config.vocab_size = len(tokenizer) + more
+    model.word = torch.nn.Embedding(model.config.vocab_size, 48)
+    save_pretrained(model, tokenizer, tmp_path)
+    message = f"{len(tokenizer)} words in the tokenizer, {len(tokenizer) + more} in the model"
+    if outcome == "refused":
+        with pytest.raises(ValueError, match=message):
+            evaluate.load_model(tmp_path)
+    else:
+        evaluate.load_model(tmp_path)
+        assert (f"warning: {tmp_path}: {message}" in capsys.readouterr().err) == (outcome == "warning")
+
+
+def test_embeddings_of_another_vocabulary_or_shape_are_made_again(saved, beir, tmp_path, monkeypatch):
+    """ Stored embeddings are not used for a tokenizer with other words, nor if their shape is not that of the texts. """
+    model, tokenizer = evaluate.load_model(saved)
+    calls, embed = [], evaluate.embed_texts
+    monkeypatch.setattr(evaluate, "embed_texts", lambda *args: calls.append(args[2]) or embed(*args))
+    def run(tokenizer):
+        calls.clear()
+        found, _ = evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32", embeddings_dir=tmp_path / "e")
+        return found, len(calls)
+    first, passes = run(tokenizer)
+    assert passes == 2 and run(tokenizer) == (first, 1)   # queries and a shard, then the queries alone
+    file, = (tmp_path / "e").glob("*.npy")
+    np.save(file, np.load(file)[:3])
+    assert run(tokenizer) == (first, 2) and np.load(file).shape == (4, 48)
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    other = type(tokenizer)(vocab={word: i for i, word in enumerate(words[:5] + words[:4:-1])})
+    other.model_max_length = tokenizer.model_max_length
+    assert run(other)[1] == 2
+
+
+def test_constant_cosines_count_as_0(saved, sts_file, tmp_path, capsys):
+    """ A size whose cosines are all equal, as those of a single positive dim, has the value 0 and a note, not NaN. """
+    model, tokenizer = evaluate.load_model(saved)
+    model.blocks[-1].norm2.weight.data[0] = 0
+    model.blocks[-1].norm2.bias.data[0] = 1
+    save_pretrained(model, tokenizer, saved)
+    out = tmp_path / "o.json"
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--sizes", "4:1", "--out", str(out)]))
+    assert json.loads(out.read_text())["results"][0]["value"] == 0 and "NaN" not in out.read_text()
+    assert "mine 4:1: the cosine of every pair is 1.0000; Spearman counts as 0" in capsys.readouterr().out
+    evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--sizes", "4:48"]))
+    evaluate.compare([str(out), str(saved / "eval.json")])
+    assert "0.0000" in capsys.readouterr().out
+
+
+def test_bootstrap_of_very_few_pairs():
+    """ Resamples in which all gold scores are equal do not make a difference of three pairs significant. """
+    assert evaluate.paired_bootstrap([0.1, 0.2, 0.3], [0.1, 0.3, 0.2], [1, 2, 3]) > 0.05
+
+
+def test_no_nan_in_the_results(saved, sts_file, tmp_path, monkeypatch):
+    """ A value that is not a number is an error, and the file of an earlier evaluation stays. """
+    out = tmp_path / "o.json"
+    out.write_text("earlier")
+    monkeypatch.setattr(evaluate, "spearman", lambda x, y: math.nan)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--out", str(out)]))
+    assert out.read_text() == "earlier"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--sts", "STS", "BROKEN"], "bad.jsonl, line 1: has the columns"),
+    (["--sts", "STS", "CONSTANT"], "same.jsonl: every score is 2.0; a correlation needs two different ones"),
+    (["--retrieval", "BEIR", "NOTHING"], "has no qrels/test.tsv"),
+    (["--retrieval", "BEIR", "NO_CORPUS"], "has no corpus.jsonl"),
+    (["--sts", "STS", "--out", "FOLDER"], "no file can be written there; choose another --out or --plot"),
+    (["--sts", "STS", "--out", "FOLDER/missing/o.json"], "no file can be written there"),
+    (["--sts", "STS", "--plot", "FOLDER/missing/f.svg"], "no file can be written there")])
+def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_path, monkeypatch, flags, message):
+    """ A second task that is broken, and a file that cannot be written, are refused before a text is embedded. """
+    (tmp_path / "bad.jsonl").write_text('{"sentence1": "a"}\n')
+    row = '{"sentence1": "a", "sentence2": "b", "score": 2}\n'
+    (tmp_path / "same.jsonl").write_text(row * 3)
+    (tmp_path / "nothing").mkdir()
+    shutil.copytree(beir, tmp_path / "no_corpus")
+    (tmp_path / "no_corpus" / "corpus.jsonl.gz").unlink()
+    paths = {"STS": sts_file, "BROKEN": tmp_path / "bad.jsonl", "CONSTANT": tmp_path / "same.jsonl", "BEIR": beir,
+             "NOTHING": tmp_path / "nothing", "NO_CORPUS": tmp_path / "no_corpus", "FOLDER": tmp_path}
+    monkeypatch.setattr(evaluate, "embed_texts", lambda *args: pytest.fail("an evaluation began"))
+    for name, path in paths.items():
+        flags = [re.sub(rf"^{name}\b", str(path), flag) for flag in flags]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate.main(evaluate.parse_args([str(saved), *flags]))
+
+
+@pytest.mark.parametrize("flags", [["--sts", "stsb"], ["--retrieval", "docs"], ["--speed"], ["--grid"],
+                                   ["--out", "o.json"], ["--plot", "f.svg"], ["--compare", "a.json"]])
+def test_search_evaluates_nothing(refused, flags):
+    """ --search beside a flag of an evaluation, which it would pass over, is refused. """
+    assert "--search answers a question and evaluates nothing" in refused(evaluate, ["m", "--search", "why", *flags])
+
+
+def test_progress_is_for_terminals(model, capsys):
+    """ Embedding many texts prints nothing where stderr is no terminal. """
+    embed_ids(model, [np.array([5, 6])] * 2000, [1])
+    assert capsys.readouterr().err == ""
 
 
 @needs("sentence_transformers")

@@ -560,9 +560,9 @@ def model_with_every_weight(config):
 def test_ordered_channels_are_those_that_vary_most(model_with_every_weight, texts):
     """ --order_channels puts the channels first that vary most at the smallest size's layer, then those of the next. """
     bert, sizes = model_with_every_weight.float(), ((1, 6), (3, 16), (4, 48))
-    before = evaluate.encode(bert, texts, [1, 3])
+    before = evaluate.embed_ids(bert, texts, [1, 3])
     order_channels(bert, texts, sizes)
-    after = evaluate.encode(bert, texts, [1, 3])
+    after = evaluate.embed_ids(bert, texts, [1, 3])
     first = before[1].var(0).argsort(descending=True)[:6]
     torch.testing.assert_close(after[1][:, :6], before[1][:, first], rtol=0, atol=1e-5)
     rest = [i for i in before[3].var(0).argsort(descending=True).tolist() if i not in first.tolist()][:10]

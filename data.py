@@ -217,22 +217,23 @@ class TokenFile:
             self.ends = np.load(folder / "ends.npy")   # (documents,)
             self.tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
             assert len(self.tokens) == self.ends[-1]
-        except (OSError, EOFError, ValueError, AssertionError):
-            raise ValueError(f"{folder}: tokens.bin and ends.npy are not those of one text; delete the folder, it will "
-                             "be made again") from None
+        except (FileNotFoundError, EOFError, ValueError, AssertionError):
+            raise ValueError(f"{folder}: holds no whole tokens.bin and ends.npy; delete the folder, it will be made "
+                             "again") from None
     def __len__(self):
         return len(self.ends)
     def __getitem__(self, i):
         return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
 
 def token_file(source, tokenizer, columns=()):
-    """ --train_text -> TokenFile. Tokenises once; found again by source, --columns, vocabulary, and path, size and date
-    of each local file. The text of a hub set is taken to stay as it is. """
-    path = Path(source) if Path(source).is_file() else Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
+    """ --train_text -> TokenFile. Tokenises once; found again by source, columns, vocabulary, and the path, size and
+    date of each of its local files. A set of the hub is found by its name: it is taken to stay as it is. """
+    path = docs_folder() if source == "docs" else Path(source)
+    if not path.exists():
+        path = Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
     files = [file for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
-    about = [source, list(columns), docs_folder().name if source == "docs" else os.path.abspath(path),
-             [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-             sorted(tokenizer.get_vocab().items())]
+    about = [source, *columns, sorted(tokenizer.get_vocab().items()),
+             [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
     folder = CACHE / f"text-{zlib.crc32(json.dumps(about).encode()):08x}"
     if not folder.exists():
         with atomic_write(folder) as part:
@@ -280,17 +281,16 @@ LOCAL = re.compile(r"\.(txt|jsonl|csv|tsv)(\.gz)?$")
 
 def read_lines(path):
     """ yields the lines of a text file, gzipped or not. Raises ValueError for what is neither UTF-8 nor gzip. """
-    number, opened = 0, gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
         # surrogateescape lets bytes through that are not UTF-8, so that the line that holds them can be named
         with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for number, line in enumerate(file, start=1):
                 if "\0" in line or not line.isascii() and re.search("[\udc80-\udcff]", line):
-                    raise ValueError(f"{path}, line {number}: holds bytes that are no UTF-8 text; save it as UTF-8")
+                    raise ValueError(f"{path}, line {number}: is not plain UTF-8 text; save the file as UTF-8")
                 yield line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: is no whole gzip file ({error}); make it again, or drop .gz from its name if it "
-                         "is not compressed") from None
+        raise ValueError(f"{path}: is no whole gzip file ({error}); make it again, or rename it") from None
 
 def read_cells(path, delimiter):
     """ .csv or .tsv with a header -> yields (line number, dict); the line is the row's first, as cells may hold line
@@ -371,7 +371,7 @@ def as_text(cell, where):
     return cell
 
 def as_texts(cell, where):
-    """ None, a string, a passage {"title": ..., "text": ...}, or a list of these -> list of strings, blank ones out """
+    """ None, a string, a passage {"title": ..., "text": ...}, or a list of these -> list of strings, none blank """
     if isinstance(cell, list):
         return [text for item in cell for text in as_texts(item, where)]
     if isinstance(cell, dict):
@@ -406,27 +406,28 @@ def load_pairs(source, columns=()):
     path = str(docs_folder() / "train.jsonl") if source == "docs" else source
     if LOCAL.search(path):
         numbered = list(read_rows(path))
-        numbers, rows = [number for number, _ in numbered], [row for _, row in numbered]
+        numbers, rows, unit = [number for number, _ in numbered], [row for _, row in numbered], "line"
         present = list(dict.fromkeys(column for row in rows for column in row))   # a row of a .jsonl may lack some
     else:
         rows = load_table(source, f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file")
-        numbers, present = range(1, len(rows) + 1), rows.column_names
+        numbers, present, unit = range(1, len(rows) + 1), rows.column_names, "row"
     if not len(rows):
         raise ValueError(f"--train_pairs {source} holds no pairs; give a file with at least one row")
     found = find_columns(source, present, [kind for kind in COLUMNS if kind != "text"], columns)
     if not found["query"] or not found["positive"]:
         raise ValueError(f"--train_pairs {source} has the columns {', '.join(present)}; it needs query and positive, "
                          "maybe negative; say which of yours these are: --columns query=COLUMN positive=COLUMN")
-    scored = found["score"] and (found["sentence1"] and found["sentence2"]
-                                 or any(item.startswith(("sentence", "score=")) for item in columns))
+    sentences = found["sentence1"] and found["sentence2"] or any(c.startswith(("sentence", "score=")) for c in columns)
+    scored = sentences and found["score"]   # a score beside query and positive is none of how similar they are
+    query = found["query"][0]
     def make():
         for number, row in zip(numbers, rows):
-            where = f"{source}, {'line' if LOCAL.search(path) else 'row'} {number}:"
+            where = f"{source}, {unit} {number}:"
             positives, negatives = ([text for column in found[kind]
                                      for text in as_texts(row.get(column), f"{where} {column}")]
                                     for kind in ("positive", "negative"))
             gold = as_score(row.get(found["score"][0]), f"{where} the score") if scored else None
-            yield as_text(row.get(found["query"][0]), f"{where} {found['query'][0]}"), positives, negatives, gold
+            yield as_text(row.get(query), f"{where} {query}"), positives, negatives, gold
     return Rows(len(rows), make)
 
 def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):

@@ -132,12 +132,13 @@ REFUSED = [   # file, its content, what is said
     ("p.csv", Q + "q,p\n" * 2 + 'q,"p\n' + "q,p\n" * 38, "p.csv, line 4: a quote is not closed"),
     ("p.csv", Q + '"q" r,p\n', "p.csv, line 2: a quote is not closed or text follows it"),
     ("p.csv", Q + '"q\nr",p\nq,p,n\n', "p.csv, line 4: has 3 cells and the header 2"),
+    ("p.csv", Q + '"q\nr",p,n\n', "p.csv, line 2: has 3 cells and the header 2"),
     ("p.tsv.gz", gzip.compress(b"query\tpositive\nq\n"), "p.tsv.gz, line 2: has 1 cells and the header 2"),
     ("p.csv", "query,positive,positive \nq,p,r\n", "p.csv, line 1: has the column positive twice"),
-    ("p.csv", Q + "q,p\nq,p\0\n", "p.csv, line 3: holds bytes that are no UTF-8 text"),
-    ("p.csv", (Q + "q,p\nq,caf\u00e9\n").encode("latin-1"), "p.csv, line 3: holds bytes that are no UTF-8 text"),
-    ("p.csv", (Q + "q,p\n").encode("utf-16"), "p.csv, line 1: holds bytes that are no UTF-8 text"),
-    ("p.csv", (Q + "q,p\n").encode("utf-16-le"), "p.csv, line 1: holds bytes that are no UTF-8 text"),
+    ("p.csv", Q + "q,p\nq,p\0\n", "p.csv, line 3: is not plain UTF-8 text"),
+    ("p.csv", (Q + "q,p\nq,caf\u00e9\n").encode("latin-1"), "p.csv, line 3: is not plain UTF-8 text"),
+    ("p.csv", (Q + "q,p\n").encode("utf-16"), "p.csv, line 1: is not plain UTF-8 text"),
+    ("p.csv", (Q + "q,p\n").encode("utf-16-le"), "p.csv, line 1: is not plain UTF-8 text"),
     ("p.jsonl.gz", pair(), "p.jsonl.gz: is no whole gzip file .*; make it again"),
     ("p.jsonl.gz", GZ[:-20], "p.jsonl.gz: is no whole gzip file"),
     ("p.jsonl.gz", GZ[:10] + b"\xff" + GZ[11:], "p.jsonl.gz: is no whole gzip file"),
@@ -160,7 +161,7 @@ REFUSED = [   # file, its content, what is said
     ("text.jsonl", '{"text": "a"}\n{"text": ["a"]}\n', r"text.jsonl, line 2: text is \['a'\]; it must be a text"),
     ("text.jsonl", '{"text": "a"}\n{"body": "a"}\n', "text.jsonl, line 2: has the columns body; it needs text"),
     ("text.parquet", [{"text": "a"}, {"text": None}], "text.parquet, row 2: text is None; it must be a text"),
-    ("text.txt", b"a\n\xe9\n", "text.txt, line 2: holds bytes that are no UTF-8 text"),
+    ("text.txt", b"a\n\xe9\n", "text.txt, line 2: is not plain UTF-8 text"),
     ("sts.jsonl", '{"sentence1": "a", "sentence2": null, "score": 1}\n', "sts.jsonl, line 1: sentence2 is None"),
     ("sts.csv", STS + "a,b,inf\n", "sts.csv, line 2: the score 'inf' is not a finite number"),
     ("sts.csv", STS + 'a,"b,1\nc,d,2\n', "sts.csv, line 2: a quote is not closed"),
@@ -236,13 +237,16 @@ def test_tokenised_text_is_that_of_the_source(tmp_path, tokenizer, monkeypatch):
     import datasets
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     def fill(folder, text, body):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_dict({"text": [text, text], "body": [body, body]}).to_parquet(
-            tmp_path / folder / "train-00000-of-00001.parquet")
-    fill("a/set", "apple", "bridge")
-    fill("b/set", "candle", "dragon")
+        path = tmp_path / folder / "train-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"text": [text, text], "body": [body, body]}).to_parquet(path)
+        return path
+    files = fill("a/set", "bridge", "dragon"), fill("b/set", "candle", "forest")
+    for path in files:
+        os.utime(path, ns=(0, 10**18))
+    assert len({path.stat().st_size for path in files}) == 1   # of one size and date, and in two folders
     monkeypatch.chdir(tmp_path / "a")
-    assert [first_text("set", tokenizer), first_text("set", tokenizer, ["text=body"])] == ["apple", "bridge"]
+    assert [first_text("set", tokenizer), first_text("set", tokenizer, ["text=body"])] == ["bridge", "dragon"]
     monkeypatch.chdir(tmp_path / "b")
     assert first_text("set", tokenizer) == first_text("set::train", tokenizer) == "candle"
     fill("b/set", "garden engine", "forest")
@@ -298,11 +302,11 @@ def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path):
     """ Held-out rows with the same query, or the same positive, become one query with both, or one document. """
     pairs = [("Query", ["a"]), ("query?", ["b", "A"]), ("r", ["b"]), ("s", ["c"]), ("t", ["d"])]
     drawn = np.random.default_rng(0).permutation(5).tolist()   # hold_out draws the first three
-    rows = [pairs[drawn.index(i)] + ([], None) for i in range(5)]
+    rows = [pairs[drawn.index(i)] + ([], None) for i in range(5)] + [("", ["x"], [], None), ("u", [], [], None)] * 9
     train, folder = data.hold_out(rows, 3, tmp_path / "held")
     collection = data.Collection(str(folder))
     (_, texts), = collection.shards()
-    assert len(train) == 2 and sorted(map(str.lower, texts)) == ["a", "b"]
+    assert len(train) == 2 + 18 and sorted(map(str.lower, texts)) == ["a", "b"]
     assert sorted(len(grades) for grades in collection.qrels.values()) == [1, 2]
 
 
@@ -585,10 +589,11 @@ def test_sts_of_the_hub(monkeypatch):
     assert asked == ["mteb/sts12-sts::test", "sentence-transformers/stsb::test"]
 
 
-def test_rows_without_a_positive_are_left_out(tokenizer):
-    """ Rows without a positive are left out, and when no row is left, that is said. """
-    rows = [("apple", [], ["bridge"], None), ("garden", ["candle"], ["dragon"], None)]
+def test_rows_without_a_query_or_a_positive_are_left_out(tokenizer, capsys):
+    """ Rows without a query or a positive are left out, which is said, and when no row is left, that is said. """
+    rows = [("apple", [], ["bridge"], None), (" ", ["apple"], [], None), ("garden", ["candle"], ["dragon"], None)]
     pairs = data.tokenize_pairs(rows, tokenizer, 8, 8)
+    assert capsys.readouterr().out == "2 of 3 pairs are left out, because they have no query or no positive\n"
     found = (pairs.queries, *pairs.positives, *pairs.negatives)
     texts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in found]
     assert texts == ["garden", "candle", "dragon"]   # what follows the row is still aligned

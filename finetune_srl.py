@@ -111,11 +111,10 @@ def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
-def train_step(model, teacher, batch, sizes, args, seed, scaler, rank, world_size):
+def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
     """ one batch, as srl_batch gives it: losses and gradients -> as srl_loss """
     queries, passages, gold = batch
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
-    pieces = max(world_size, math.ceil(Q / args.micro_batch)) if args.micro_batch else world_size
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
@@ -205,13 +204,14 @@ def load_teacher(args, tokenizer):
     return teacher
 
 def plan(args, sources, world_size):
-    """ list of Pairs -> rows of a batch, number of steps. Raises ValueError where a batch would have no negatives. """
+    """ list of Pairs -> rows, pieces and number of batches. Raises ValueError where they would have no negatives. """
     rows = [len(pairs.queries) for pairs in sources]
     batch_size = min([args.batch_size, *rows])
     if batch_size < 2 * world_size:
         raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(rows)} rows: the other rows of a "
                          f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
-    return batch_size, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
+    pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
+    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
 
 def main(args):
     """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
@@ -219,6 +219,7 @@ def main(args):
     rank, world_size = start_ranks(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
+    saved = load_state(args) if args.resume else None
 
     # data and model: read all input before anything is written
     for name in [args.retrieval, f"{args.retrieval}:dev"][:2 if args.eval_interval else 1] if args.retrieval else []:
@@ -228,7 +229,7 @@ def main(args):
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
                for rows in sources]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
     sizes, ends = model.config.sizes, [size_name(model.config.sizes[i]) for i in (0, -1)]   # ends are printed
-    batch_size, max_steps = plan(args, sources, world_size)
+    batch_size, pieces, max_steps = plan(args, sources, world_size)
     if args.order_channels and not args.resume:
         order_channels(model, sources[0].queries[:1000], sizes)
     teacher = load_teacher(args, tokenizer)
@@ -238,14 +239,12 @@ def main(args):
                                     ("word.weight", "position.weight", "token_type.weight"), args.embedding_lr_scale)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "float16")
     trained, first_step = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
-    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources],
-             "ranks without --micro_batch": 0 if args.micro_batch else world_size}
-    if args.resume:
-        state = load_state(args)
-        check_about(args, state, about)
+    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources], "pieces of a batch": pieces}
+    if saved:
+        check_about(args, saved, about)
         for name, part in trained.items():
-            part.load_state_dict(state[name])
-        first_step = state["step"]
+            part.load_state_dict(saved[name])
+        first_step = saved["step"]
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -256,7 +255,7 @@ def main(args):
           f"{model.num_params(sizes[-1][0]) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
+    clock, tokens, losses, skipped, caught = time.time(), 0, [], 0, catch_signals()
     for step in range(first_step, max_steps):
         lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
@@ -265,11 +264,12 @@ def main(args):
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
         loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
-                                   (args.seed, step), scaler, rank, world_size)
+                                   pieces, (args.seed, step), scaler, rank, world_size)
         sum_over_ranks(model.parameters(), world_size)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        check_finite(step, loss, norm, nce | {f"KL of {name}": value for name, value in kl.items()}, args)
+        terms = nce | {f"KL of {name}": value for name, value in kl.items()}
+        skipped += check_finite(step, loss, norm, terms, scaler, args)
         scaler.step(optimizer)
         scaler.update()
 
@@ -282,12 +282,12 @@ def main(args):
             rate = tokens / len(losses) / seconds
             shown = " | ".join(f"{name} {nce[name]:.3f}" for name in ends if name in nce)
             log(log_file, {"step": step + 1, "loss": mean["loss"], "nce": nce, "kl": kl, "learning_rate": lr,
-                           "norm": norm.item(), "ms": 1000 * seconds, "tokens_per_second": rate,
+                           "norm": norm.item(), "skipped": skipped, "ms": 1000 * seconds, "tokens_per_second": rate,
                            "seconds": time.time() - start},
                 f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {shown} | lr {lr:.1e} | norm {norm:.2f} | "
-                f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
+                f"{f'skipped {skipped} | ' if skipped else ''}{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
                 f"eta {(max_steps - step - 1) * seconds / 60:.1f}m")
-            clock, tokens, losses = time.time(), 0, []
+            clock, tokens, losses, skipped = time.time(), 0, [], 0
         dev = args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step
         if dev and rank == 0:
             pause = time.time()
@@ -299,7 +299,7 @@ def main(args):
         if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
             save_run(args, step + 1, model, tokenizer, trained, about, last_step)
         if last_step and step + 1 < max_steps:
-            return print(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
+            raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
     print(f"saved {args.out_dir}")
     if args.retrieval and rank == 0:
         evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--speed",

@@ -578,10 +578,10 @@ def write_beir(folder, corpus, queries, qrels):
         lines = ["query-id\tcorpus-id\tscore\n"] + [f"{query}\t{document}\t1\n" for query, document in judged]
         (folder / "qrels" / f"{split}.tsv").write_text("".join(lines))
 
-def hold_out(rows, n, folder):
-    """ rows as of load_pairs -> Rows to train on, folder: a test set of n of the pairs, drawn at random; its corpus is
-    their positives. A row with a query or a positive that is in the test set, whatever its case and punctuation, is not
-    trained on. Replaces the folder. Raises ValueError if fewer than two pairs are left on one side. """
+def hold_out(rows, n):
+    """ rows as of load_pairs -> Rows to train on, the folder of a test set: n of the pairs, drawn at random; its corpus
+    is their positives. A row with a query or a positive that is in the test set, whatever its case and punctuation, is
+    not trained on. Raises ValueError if fewer than two pairs are left on one side. """
     usable = {i for i, (query, positives, *_) in enumerate(rows) if query.strip() and positives}
     drawn = set(np.random.default_rng(0).permutation(sorted(usable))[:n].tolist())
     pairs = [(query, text, gold) for i, (query, positives, _, gold) in enumerate(rows) if i in drawn
@@ -595,7 +595,7 @@ def hold_out(rows, n, folder):
         raise ValueError(f"--hold_out {n}: leaves {len(kept & usable)} of {len(usable)} pairs to train on; both sides "
                          "need two or more")
     ids = {key: i for i, key in enumerate(queries | corpus)}
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = CACHE / f"held-out-{zlib.crc32(repr([queries, corpus]).encode()):08x}"
     with atomic_write(folder) as part:
         write_beir(part, [{"_id": f"d{ids[key]}", "text": text} for key, text in corpus.items()],
                    [{"_id": f"q{ids[key]}", "text": text} for key, text in queries.items()],

@@ -17,7 +17,7 @@ Reading order: from texts to embeddings; metrics; STS; retrieval, which is searc
 cost, table, comparison, figure. Below the double line is what the training scripts share: flags, log and errors.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
-import argparse, itertools, json, math, os, re, shutil, signal, statistics, subprocess, sys, time, zlib
+import argparse, itertools, json, math, os, re, shutil, signal, statistics, subprocess, sys, tempfile, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -415,7 +415,7 @@ def plot(specs, path, metrics=()):
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
-# ==== Below is not evaluation: what both training scripts need for flags, ranks, log and checkpoints; then own flags ===
+# ==== Below is not evaluation: what both training scripts need for flags, ranks, log and checkpoints; then own flags ==
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """
     def _get_help_string(self, action):
@@ -473,7 +473,8 @@ def training_flags(parser):
     add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
-    add("--overwrite", action=flag, default=False, help="replace the run that is in --out_dir")
+    add("--overwrite", action=flag, default=False,
+        help="replace the run that is in --out_dir; it waits in OUT_DIR/replaced for the new run's first checkpoint")
     add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
     add("--save_interval", type=nonneg_int, default=200, help="steps between two checkpoints; 0 saves at the end only")
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
@@ -527,21 +528,21 @@ def interrupted(caught, args, world_size):
         dist.all_reduce(found)
     return found.item() > 0
 
-def check_finite(step, loss, norm, terms, args):
-    """ Raises FloatingPointError when the loss or the norm of the gradient is not finite. float16 may overflow: then
-    GradScaler leaves the step out and lowers its scale. terms {name: scalar}: what the loss consists of """
+def check_finite(step, loss, norm, terms, scaler, args):
+    """ -> True if the scaled gradient is too large for float16: GradScaler then leaves the step out and halves its
+    scale. Raises FloatingPointError if the loss is not finite, or if the gradient is not finite without a scale either.
+    terms {name: scalar}: what the loss consists of """
     loss, norm = loss.item(), norm.item()
-    if math.isfinite(loss) and (math.isfinite(norm) or args.dtype == "float16"):
-        return
+    if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):   # 1 without float16
+        return not math.isfinite(norm)
     bad = [name for name, value in terms.items() if not value.isfinite()]
-    saved = args.out_dir if Path(args.out_dir, STATE).exists() else "there is none"
     raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
                              f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
-                             f"float32. The last checkpoint: {saved}")
+                             f"float32. {last_checkpoint(args)}")
 
 STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
-RUN_FILES = ("model.safetensors", STATE, "args.json", "log.jsonl", "eval.json", "config.json", "vocab.txt",
-             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "args.json", "eval.json", "log.jsonl")
 
 def check_out_dir(parser, args):
     """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
@@ -560,48 +561,75 @@ def check_out_dir(parser, args):
 
 def open_run(args, first_step=0):
     """ Write args.json -> log.jsonl, open and locked. A resumed run keeps its lines up to first_step. With --overwrite
-    the earlier run moves to OUT_DIR/replaced until this one has saved something. """
+    the earlier run moves to OUT_DIR/replaced until this one has saved something. Raises ValueError if it is locked. """
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    log_file = open(out_dir / "log.jsonl", "a+")
-    try:
-        import fcntl   # not on Windows, where two runs into one folder are not noticed
-        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError:
-        raise ValueError(f"--out_dir {args.out_dir}: another run is writing there; choose another folder") from None
+    log_file, replaced = open_locked(out_dir / "log.jsonl"), out_dir / "replaced"
+    for leftover in out_dir.glob("save.*.part"):          # of a killed run
+        shutil.rmtree(leftover)
+    if args.resume:
+        shutil.rmtree(replaced, ignore_errors=True)       # this run has a checkpoint
+    if args.overwrite:
+        replaced.mkdir(exist_ok=True)
+        moved = (replaced / "log.jsonl").exists()         # then a run without a checkpoint is what lies in out_dir
+        for path in (out_dir / name for name in RUN_FILES):
+            if path.exists():
+                path.unlink() if moved else os.replace(path, replaced / path.name)
+        log_file = open_locked(out_dir / "log.jsonl")
     log_file.seek(0)
-    lines = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    if args.overwrite and (out_dir / "model.safetensors").exists():
-        (out_dir / "replaced").mkdir(exist_ok=True)
-        for name in RUN_FILES:
-            if (out_dir / name).exists():
-                shutil.copy2(out_dir / name, out_dir / "replaced") if name == "log.jsonl" else (
-                    os.replace(out_dir / name, out_dir / "replaced" / name))
-    log_file.truncate(0)
-    log_file.writelines(lines)
-    log_file.flush()
+    kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    log_file.truncate(len("".join(kept).encode()))
     about = vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     return log_file
 
+def open_locked(path):
+    """ -> the file, open to read and append, which no other process can lock. Raises ValueError if one has. """
+    file = open(path, "a+")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out_dir {path.parent}: another run is writing there; choose another folder") from None
+    except (ImportError, OSError):   # Windows and some network drives cannot: two runs into one folder go unnoticed
+        pass
+    return file
+
 def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
     """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
-    state {name: model, optimizer or scaler}; about: what else must be the same when the run is resumed. """
+    state {name: model, optimizer or scaler}; about: what else must be the same when the run is resumed.
+    Raises FloatingPointError rather than save numbers that are not finite, and OSError if the last step is lost. """
+    from safetensors import SafetensorError
+    broken = [name for name, tensor in state["model"].state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise FloatingPointError(f"step {step}: not saved, because {broken[0]} is not finite; lower --learning_rate. "
+                                 f"{last_checkpoint(args)}")
+    out_dir = Path(args.out_dir)
     try:
-        save_pretrained(bert, tokenizer, args.out_dir, head)
-        state = {name: part.state_dict() for name, part in state.items()}
-        with data.atomic_write(Path(args.out_dir, STATE)) as part, open(part, "wb") as file:
-            torch.save(state | {"step": step, "args": vars(args), "about": about}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(Path(args.out_dir, "replaced"), ignore_errors=True)
-    except (OSError, RuntimeError) as error:   # torch.save and safetensors wrap a full disk in errors of their own
+        with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=out_dir) as part:
+            save_pretrained(bert, tokenizer, part, head)
+            state = {name: trained.state_dict() for name, trained in state.items()}
+            torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(part, STATE))
+            for file in sorted(Path(part).iterdir(), key=lambda file: file.name == STATE):   # STATE last
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+                os.replace(file, out_dir / file.name)
+            if (out_dir / "replaced").exists():
+                os.replace(out_dir / "replaced", Path(part, "replaced"))                     # goes with part
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap a full disk in their own
+        lost = f"step {step}: nothing could be saved in {out_dir} ({error})"
         if last_step:
-            raise OSError(f"step {step}: nothing could be saved in {args.out_dir} ({error}); make room, then go on from "
-                          "the last checkpoint with --resume") from error
-        print(f"step {step}: nothing could be saved in {args.out_dir} ({error}); the training goes on", file=sys.stderr)
+            raise OSError(f"{lost}; make room, then go on with --resume. {last_checkpoint(args)}") from error
+        print(f"{lost}; the training goes on", file=sys.stderr)
+    if last_step:
+        losses = [record["loss"] for record in map(json.loads, open(out_dir / "log.jsonl")) if "loss" in record]
+        if losses[-1] > losses[0]:
+            print(f"warning: the loss began at {losses[0]:.3f} and is {losses[-1]:.3f} now; try a lower "
+                  "--learning_rate", file=sys.stderr)
+
+def last_checkpoint(args):
+    """ the end of a message: what a run that fails leaves behind """
+    return f"The last checkpoint: {args.out_dir if Path(args.out_dir, STATE).exists() else 'there is none'}"
 
 def load_state(args):
     """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
@@ -610,8 +638,8 @@ def load_state(args):
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["args"]
     except Exception as error:   # zip, pickle and torch have a dozen errors for a damaged file
-        raise ValueError(f"--resume: {path} cannot be read ({str(error).splitlines()[0]}); begin the run again with "
-                         "--overwrite") from None
+        raise ValueError(f"--resume: {path} cannot be read ({str(error).partition(chr(10))[0]}); begin the run again "
+                         "with --overwrite") from None
     free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
     if (saved.keys() ^ vars(args).keys()) - free:
         raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
@@ -645,6 +673,9 @@ def run_script(main, parse_args):
     """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
     try:
         main(parse_args())
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped")
+        sys.exit(130)                                            # not 0: what needs the finished model must not go on
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if type(error) is RuntimeError and not dist.is_initialized():
             raise                                                # a mistake of the program's: show where

@@ -111,11 +111,10 @@ def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
-def train_step(model, teacher, batch, sizes, args, seed, scaler, rank, world_size):
+def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
     """ one batch, as srl_batch gives it: losses and gradients -> as srl_loss """
     queries, passages, gold = batch
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
-    pieces = max(world_size, math.ceil(Q / args.micro_batch)) if args.micro_batch else world_size
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
@@ -205,13 +204,14 @@ def load_teacher(args, tokenizer):
     return teacher
 
 def plan(args, sources, world_size):
-    """ list of Pairs -> rows of a batch, number of steps. Raises ValueError where a batch would have no negatives. """
+    """ list of Pairs -> rows, pieces and number of batches. Raises ValueError where they would have no negatives. """
     rows = [len(pairs.queries) for pairs in sources]
     batch_size = min([args.batch_size, *rows])
     if batch_size < 2 * world_size:
         raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(rows)} rows: the other rows of a "
                          f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
-    return batch_size, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
+    pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
+    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
 
 def main(args):
     """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
@@ -219,16 +219,19 @@ def main(args):
     rank, world_size = start_ranks(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
+    saved = load_state(args) if args.resume else None
 
     # data and model: read all input before anything is written
     for name in [args.retrieval, f"{args.retrieval}:dev"][:2 if args.eval_interval else 1] if args.retrieval else []:
         data.Collection(name)   # raises now, not after the training
-    sources = [data.load_pairs(source, args.columns) for source in args.train_pairs]
+    sources, test_set = [data.load_pairs(source, args.columns) for source in args.train_pairs], args.retrieval
+    if args.hold_out:
+        sources[0], test_set = data.hold_out(sources[0], args.hold_out)
     model, tokenizer = build_model(args, sources)
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
                for rows in sources]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
     sizes, ends = model.config.sizes, [size_name(model.config.sizes[i]) for i in (0, -1)]   # ends are printed
-    batch_size, max_steps = plan(args, sources, world_size)
+    batch_size, pieces, max_steps = plan(args, sources, world_size)
     if args.order_channels and not args.resume:
         order_channels(model, sources[0].queries[:1000], sizes)
     teacher = load_teacher(args, tokenizer)
@@ -238,14 +241,12 @@ def main(args):
                                     ("word.weight", "position.weight", "token_type.weight"), args.embedding_lr_scale)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "float16")
     trained, first_step = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
-    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources],
-             "ranks without --micro_batch": 0 if args.micro_batch else world_size}
-    if args.resume:
-        state = load_state(args)
-        check_about(args, state, about)
+    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources], "pieces of a batch": pieces}
+    if saved:
+        check_about(args, saved, about)
         for name, part in trained.items():
-            part.load_state_dict(state[name])
-        first_step = state["step"]
+            part.load_state_dict(saved[name])
+        first_step = saved["step"]
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -256,7 +257,7 @@ def main(args):
           f"{model.num_params(sizes[-1][0]) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
+    clock, tokens, losses, skipped, caught = time.time(), 0, [], 0, catch_signals()
     for step in range(first_step, max_steps):
         lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
@@ -265,11 +266,12 @@ def main(args):
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
         loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
-                                   (args.seed, step), scaler, rank, world_size)
+                                   pieces, (args.seed, step), scaler, rank, world_size)
         sum_over_ranks(model.parameters(), world_size)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        check_finite(step, loss, norm, nce | {f"KL of {name}": value for name, value in kl.items()}, args)
+        terms = nce | {f"KL of {name}": value for name, value in kl.items()}
+        skipped += check_finite(step, loss, norm, terms, scaler, args)
         scaler.step(optimizer)
         scaler.update()
 
@@ -282,12 +284,12 @@ def main(args):
             rate = tokens / len(losses) / seconds
             shown = " | ".join(f"{name} {nce[name]:.3f}" for name in ends if name in nce)
             log(log_file, {"step": step + 1, "loss": mean["loss"], "nce": nce, "kl": kl, "learning_rate": lr,
-                           "norm": norm.item(), "ms": 1000 * seconds, "tokens_per_second": rate,
+                           "norm": norm.item(), "skipped": skipped, "ms": 1000 * seconds, "tokens_per_second": rate,
                            "seconds": time.time() - start},
                 f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {shown} | lr {lr:.1e} | norm {norm:.2f} | "
-                f"{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
+                f"{f'skipped {skipped} | ' if skipped else ''}{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
                 f"eta {(max_steps - step - 1) * seconds / 60:.1f}m")
-            clock, tokens, losses = time.time(), 0, []
+            clock, tokens, losses, skipped = time.time(), 0, [], 0
         dev = args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step
         if dev and rank == 0:
             pause = time.time()
@@ -299,10 +301,10 @@ def main(args):
         if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
             save_run(args, step + 1, model, tokenizer, trained, about, last_step)
         if last_step and step + 1 < max_steps:
-            return print(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
+            raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
     print(f"saved {args.out_dir}")
-    if args.retrieval and rank == 0:
-        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--speed",
+    if test_set and rank == 0:
+        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), "--speed",
                                            "--device", args.device, "--dtype", args.dtype]))
     if rank == 0:
         Path(args.out_dir, evaluate.STATE).unlink(missing_ok=True)   # three times the model, and the run is finished
@@ -341,13 +343,20 @@ def parse_args(argv=None):
         help="learning rate of the embeddings over that of the blocks, because a word is seen less often than a block; "
              "by default 8 from scratch, 1 for a loaded model")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--retrieval", default="docs",
-        help='docs, a folder in BEIR layout or a BEIR set of the hub: dev in training, test at the end; "" for none')
+    add("--retrieval",
+        help="docs, a folder in BEIR layout or a BEIR set of the hub: dev in training, test at the end; by default docs "
+             "if the pairs are docs, else none")
+    add("--hold_out", type=nonneg_int, default=0, help="measure on so many of the pairs, which are not trained on")
     add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")
     training_flags(parser)
     parser.set_defaults(learning_rate=5e-4, warmup=0.1, weight_decay=0.1, epochs=3.6, out_dir="out/srl")
 
     args = parser.parse_args(argv)
+    if args.hold_out and (args.retrieval or len(args.train_pairs) > 1):
+        parser.error(f"--hold_out {args.hold_out} makes the test set, of one source; leave --retrieval and the other "
+                     "sources out")
+    if args.retrieval is None:
+        args.retrieval = "docs" if args.train_pairs == ["docs"] and not args.hold_out else ""
     if args.embedding_lr_scale is None:
         args.embedding_lr_scale = 8.0 if args.init_from == "scratch" else 1.0
     args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)

@@ -11,7 +11,7 @@ Letters for shapes, the same in all files:
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
   V words of the vocabulary. In code p is always dropout.
 """
-import argparse, ctypes, functools, json, os, re, shutil, sys, tempfile
+import argparse, ctypes, functools, json, re, sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -510,17 +510,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
     if head is not None:
         state, kind = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
         state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if broken:
-        raise FloatingPointError(f"{folder}: not saved, because {broken[0]} is not finite; lower --learning_rate")
     config = {"architectures": [kind], "model_type": "bert", **asdict(model.config)}
-    for leftover in folder.glob("save.*.part"):   # of a killed run
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=folder) as part:
-        (Path(part) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer.save_pretrained(part)
-        save_file(state, Path(part) / "model.safetensors", metadata={"format": "pt"})
-        for file in Path(part).iterdir():         # each file is whole at any moment
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(file, folder / file.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

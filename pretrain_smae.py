@@ -307,8 +307,7 @@ def main(args):
     model, tokenizer, sizes = build_model(args, saved)
     held_out, max_steps, steps, text = open_text(args, tokenizer, micro_batch, first_step, rank, world_size)
     about = {"--train_text": text.about if text else args.train_text,
-             "ranks, which only --micro_batch without --streaming makes equal,":
-                 0 if args.micro_batch and not args.streaming else world_size}
+             "pieces of a batch, or ranks with --streaming,": [pieces, world_size * args.streaming]}
     if saved:
         check_about(args, saved, about)
     if args.init_from == "scratch" and not saved and text:
@@ -334,7 +333,7 @@ def main(args):
           f"{args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
+    clock, tokens, losses, skipped, caught = time.time(), 0, [], 0, catch_signals()
     for step, documents_of_pieces in enumerate(steps, start=first_step):
         lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
@@ -349,7 +348,7 @@ def main(args):
         sum_over_ranks(trained.values(), world_size)           # the sum over all pieces of the batch
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(list(trained.values()), args.grad_clip or math.inf)
-        check_finite(step, loss, norm, ce, args)
+        skipped += check_finite(step, loss, norm, ce, scaler, args)
         scaler.step(optimizer)
         scaler.update()
 
@@ -360,12 +359,12 @@ def main(args):
             ms = 1000 * seconds / (len(losses) * world_size / pieces)
             shown = [f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in (list(ce)[0], list(ce)[-1])]
             log(log_file, {"step": step + 1, "loss": mean["loss"], "ce": ce, "accuracy": accuracy, "learning_rate": lr,
-                           "norm": norm.item(), "ms": ms, "tokens_per_second": tokens / seconds,
+                           "norm": norm.item(), "skipped": skipped, "ms": ms, "tokens_per_second": tokens / seconds,
                            "seconds": time.time() - start},
                 f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {' | '.join(shown)} | lr {lr:.1e} | "
-                f"norm {norm:.2f} | {ms:.0f} ms | {tokens / seconds / 1000:.1f}k tok/s | "
-                f"eta {(max_steps - step - 1) * ms / 60_000:.1f}m")
-            clock, tokens, losses = time.time(), 0, []
+                f"norm {norm:.2f} | {f'skipped {skipped} | ' if skipped else ''}{ms:.0f} ms | "
+                f"{tokens / seconds / 1000:.1f}k tok/s | eta {(max_steps - step - 1) * ms / 60_000:.1f}m")
+            clock, tokens, losses, skipped = time.time(), 0, [], 0
         if args.eval_interval and (step + 1) % args.eval_interval == 0 or step + 1 == max_steps:
             pause = time.time()
             ce, accuracy = validate(model, held_out, tokenizer, sizes, args)
@@ -377,7 +376,7 @@ def main(args):
         if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
             save_run(args, step + 1, model.bert, tokenizer, state, about, last_step, model.head)
         if last_step and step + 1 < max_steps:
-            return print(f"stopped by a signal after step {step + 1}; go on with the same command and --resume")
+            raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
     print(f"saved {args.out_dir}; {(time.time() - start) / 60:.1f} minutes in all")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

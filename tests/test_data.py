@@ -270,13 +270,14 @@ def test_half_a_token_file(tmp_path, tokenizer, monkeypatch, file, spoil):
         data.token_file(str(tmp_path / "t.txt"), tokenizer)
 
 
-def test_hold_out(tmp_path):
+def test_hold_out(tmp_path, monkeypatch):
     """ A test set of n pairs: its rows, and those that share a query or a positive with them, are not trained on. """
+    monkeypatch.setattr(data, "CACHE", tmp_path)
     rows = [(f"query {i}", [f"text {i}"], ["n"], None) for i in range(20)]
     rows += [(f"Query, {i}!", [f"other {i}"], [], None) for i in range(20)]   # each query again
     rows += [(f"third {i}", [f"TEXT {i}."], [], None) for i in range(20)]     # each passage again
     rows += [("", ["no query"], [], None), ("no positive", [], ["n"], None)]
-    train, folder = data.hold_out(rows, 6, tmp_path / "held")
+    train, folder = data.hold_out(rows, 6)
     collection = data.Collection(str(folder))
     (ids, texts), = collection.shards()
     corpus = dict(zip(ids, texts))
@@ -292,18 +293,18 @@ def test_hold_out(tmp_path):
     assert len(train) == len(list(train)) < 56 and ("no positive", [], ["n"], None) in list(train)
     before = {path.name: path.read_bytes() for path in folder.rglob("*.*")}
     assert set(before) == {"corpus.jsonl", "queries.jsonl", "test.tsv"}
-    again, _ = data.hold_out(rows, 6, tmp_path / "held")
+    again, _ = data.hold_out(rows, 6)
     assert list(again) == list(train) and before == {path.name: path.read_bytes() for path in folder.rglob("*.*")}
-    data.hold_out(rows, 7, folder)   # replaces the test set
-    assert len(data.Collection(str(folder)).qrels) == 7
+    assert len(data.Collection(str(data.hold_out(rows, 7)[1])).qrels) == 7
 
 
-def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path):
+def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path, monkeypatch):
     """ Held-out rows with the same query, or the same positive, become one query with both, or one document. """
+    monkeypatch.setattr(data, "CACHE", tmp_path)
     pairs = [("Query", ["a"]), ("query?", ["b", "A"]), ("r", ["b"]), ("s", ["c"]), ("t", ["d"])]
     drawn = np.random.default_rng(0).permutation(5).tolist()   # hold_out draws the first three
     rows = [pairs[drawn.index(i)] + ([], None) for i in range(5)] + [("", ["x"], [], None), ("u", [], [], None)] * 9
-    train, folder = data.hold_out(rows, 3, tmp_path / "held")
+    train, folder = data.hold_out(rows, 3)
     collection = data.Collection(str(folder))
     (_, texts), = collection.shards()
     assert len(train) == 2 + 18 and sorted(map(str.lower, texts)) == ["a", "b"]
@@ -312,13 +313,14 @@ def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path):
 
 @pytest.mark.parametrize("rows, n, message", [(10, 1, "--hold_out 1: "), (10, 9, "--hold_out 9: leaves 1 of 10 pairs"),
                                               (10, 50, "--hold_out 50: leaves 0 of 10"), (0, 2, "leaves 0 of 0")])
-def test_hold_out_leaves_two_on_each_side(tmp_path, rows, n, message):
+def test_hold_out_leaves_two_on_each_side(tmp_path, monkeypatch, rows, n, message):
     """ Fewer than two pairs to test or to train on are refused, and so are scored pairs; nothing is written. """
+    monkeypatch.setattr(data, "CACHE", tmp_path)
     pairs = [(f"q{i}", [f"p{i}"], [], None) for i in range(rows)]
     with pytest.raises(ValueError, match=message):
-        data.hold_out(pairs, n, tmp_path / "held")
+        data.hold_out(pairs, n)
     with pytest.raises(ValueError, match="--hold_out: is for queries and passages"):
-        data.hold_out([(f"q{i}", [f"p{i}"], [], 0.5) for i in range(9)], 3, tmp_path / "held")
+        data.hold_out([(f"q{i}", [f"p{i}"], [], 0.5) for i in range(9)], 3)
     assert not os.listdir(tmp_path)
 
 

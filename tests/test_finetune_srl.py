@@ -283,6 +283,22 @@ def test_steps_of_different_sizes_are_averaged_by_name():
     assert mean["2:8"] == pytest.approx((a["2:8"].item() + b["2:8"].item() + c["2:8"].item()) / 3, rel=1e-6)
 
 
+def test_own_columns_and_held_out_pairs(tmp_path, monkeypatch, capsys, refused):
+    """ A CSV of questions and answers trains with --columns and ends with a table on the pairs that were held out; own
+    pairs are never measured on the Python documentation. """
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    rows = [f"where is the {a} {b},the {a} stands beside the {b}\n" for a in NOUNS[:8] for b in NOUNS[8:]]
+    (path := tmp_path / "faq.csv").write_text("question,answer\n" + "".join(rows))
+    flags = ["--columns", "query=question", "positive=answer", "--hold_out", "10"]
+    small = [flag for flag in SMALL if flag != "--retrieval="]
+    main(parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "a"), *small, *flags]))
+    results = json.loads((tmp_path / "a" / "eval.json").read_text())["results"]
+    assert {r["n"] for r in results if r["metric"] == "MRR@10"} == {10} and "54 pairs" in capsys.readouterr().out
+    assert parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "b")]).retrieval == ""
+    assert parse_args(["--out_dir", str(tmp_path / "b")]).retrieval == "docs"
+    assert "--hold_out 10" in refused(finetune_srl, [*flags, "--retrieval", "docs", "--out_dir", str(tmp_path / "b")])
+
+
 def test_the_same_seed_gives_the_same_weights(trained, pairs_file, tmp_path):
     """ A second run, without evaluation in between, ends with the same bits, and its log has means of two steps. """
     run(pairs_file, tmp_path / "b", "--dropout", "0.1", "--log_interval", "2")

@@ -90,6 +90,15 @@ def test_embed_ids_ignores_batches_and_order(model, texts):
         torch.testing.assert_close(turned[layer].flip(0), one[layer], rtol=0, atol=1e-12)
 
 
+def test_batches_are_full_and_no_fuller(model, texts, monkeypatch):
+    """ As many texts as fit batch_tokens if all were as long as the longest; a longer text goes alone. """
+    batches, pack = [], evaluate.pack
+    monkeypatch.setattr(evaluate, "pack", lambda texts, *rest, **named: batches.append([len(text) for text in texts])
+                        or pack(texts, *rest, **named))
+    embed_ids(model, texts, [1], batch_tokens=18)   # of 3 3 5 5 7 7 7 9 11 12 20 20 tokens
+    assert batches == [[3, 3, 5], [5, 7], [7, 7], [9], [11], [12], [20], [20]]
+
+
 def test_score_slices_first():
     """ A score looks at the first dims alone, and the cosine divides by their norm. """
     q, p = torch.tensor([[3.0, 4.0, 100.0]]), torch.tensor([[4.0, 3.0, -100.0]])

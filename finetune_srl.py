@@ -344,7 +344,7 @@ def parse_args(argv=None):
              "by default 8 from scratch, 1 for a loaded model")
     add = parser.add_argument_group("evaluation").add_argument
     add("--retrieval",
-        help="docs, a folder in BEIR layout or a BEIR set of the hub: dev in training, test at the end; by default docs "
+        help="docs, a BEIR folder or a BEIR set of the hub: dev in training, test at the end; by default docs "
              "if the pairs are docs, else none")
     add("--hold_out", type=nonneg_int, default=0, help="measure on so many of the pairs, which are not trained on")
     add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")

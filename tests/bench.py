@@ -32,7 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import evaluate
-from finetune_srl import cached_backward, srl_loss
+from finetune_srl import backward, srl_loss
 from model import (Bert, BertConfig, MLMHead, configure_optimizer, from_pretrained, keep_freed_memory, pack,
                    paper_sizes)
 from pretrain_smae import SMAE, fast_decode, fast_vocabulary_loss, smae_loss
@@ -69,10 +69,8 @@ def packed(args, sizes=None, micro_batch=0):
         Q = len(texts) // 3
         loss_of = lambda taps: srl_loss({n: t[:Q] for n, t in taps.items()}, {n: t[Q:] for n, t in taps.items()},
                                         sizes, "cosine", 0.05, 1.0)
-        if micro_batch:
-            cached_backward(embed, texts, -(-Q // micro_batch), loss_of, lambda loss: loss)
-        else:
-            loss_of(embed(texts))[0].backward()
+        pieces = -(-Q // micro_batch) if micro_batch else 1
+        backward(embed, texts, loss_of, pieces, (1,), lambda loss: loss)
         update(model.parameters(), optimizer)
     return prepare, step
 

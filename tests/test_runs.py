@@ -1,0 +1,402 @@
+""" Ranks, resuming, signals, locks, what --overwrite keeps, and numbers that are not finite: both scripts alike. """
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import data
+import evaluate
+import finetune_srl
+import pretrain_smae
+from evaluate import STATE, run_script
+from finetune_srl import backward, srl_loss
+from kill import end, records, same, start
+from model import Bert, from_pretrained, pack
+
+COMMON = ("--batch_size 8 --max_steps 8 --log_interval 1 --save_interval 2 --dropout 0.1 --dtype float32 --device cpu "
+          "--no-compile").split()
+
+
+@pytest.fixture(scope="module")
+def flags(pairs_file, bert_folder, tmp_path_factory):
+    """ {script: the flags of a run of 8 steps on 64 short texts} """
+    folder = tmp_path_factory.mktemp("text")
+    texts = [line.split('"')[7] for line in open(pairs_file)]
+    (folder / "text.txt").write_text("\n".join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CACHE", folder / "cache")
+        yield {finetune_srl: ["--train_pairs", pairs_file, "--retrieval=", "--sizes", "1:8,3:48",
+                              "--init_from", bert_folder, *COMMON],
+               pretrain_smae: ["--train_text", str(folder / "text.txt"), "--init_from", bert_folder, "--max_length", "24",
+                               "--eval_interval", "0", *COMMON]}
+
+
+def run(script, flags, out, *more):
+    script.main(script.parse_args([*flags, "--out_dir", str(out), *more]))
+
+
+def status(script, flags, out, *more):
+    """ the exit status of the run, as a process would have it """
+    try:
+        run_script(script.main, lambda: script.parse_args([*flags, "--out_dir", str(out), *more]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """ {script: the folder of a run that nothing disturbed}; tests read it and do not change it """
+    folder = tmp_path_factory.mktemp("whole")
+    for script in flags:
+        run(script, flags[script], folder / script.__name__)
+    return {script: folder / script.__name__ for script in flags}
+
+
+def after(step, do):
+    """ a log() that also calls do() once the record of this step is written, when the loop has looked for signals """
+    log = evaluate.log
+    def logs(log_file, record, line):
+        log(log_file, record, line)
+        if record["step"] == step:
+            do()
+    return logs
+
+
+@pytest.fixture(scope="module")
+def stopped(flags, tmp_path_factory):
+    """ {script: (the folder of a run that a signal stopped after 4 of 8 steps, exit status, what it printed)} """
+    folder, found = tmp_path_factory.mktemp("stopped"), {}
+    for script, number in ((finetune_srl, signal.SIGINT), (pretrain_smae, signal.SIGTERM)):
+        out = folder / script.__name__
+        def job():
+            script.log = after(3, lambda: os.kill(os.getpid(), number))
+            run_script(script.main, lambda: script.parse_args([*flags[script], "--out_dir", str(out)]))
+        code = end(start(job, f"{out}.txt"))
+        found[script] = out, code, open(f"{out}.txt").read()
+    return found
+
+
+def warnings(capsys):
+    """ the lines of stderr, without progress bars """
+    return [line for line in capsys.readouterr().err.splitlines() if "|" not in line and line]
+
+
+BOTH = pytest.mark.parametrize("script", [finetune_srl, pretrain_smae])
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+def ranks(job, printed):
+    """ run job(rank) in two processes as torchrun would -> their process ids. printed: the folder for what they say """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [start(functools.partial(job, rank), printed / f"rank{rank}.txt", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                  RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+
+
+def test_two_ranks_give_the_gradient_of_one_process(config, texts, tmp_path):
+    """ In float64 to 1e-10, cosine and dot, with hard negatives, dropout, and pieces that the ranks share unequally. """
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
+    torch.manual_seed(0)
+    bert, cases = Bert(config).double().train(), [("cosine", 2), ("dot", 2), ("cosine", 3), ("dot", 5)]
+    def gradients(similarity, pieces, rank=0, world_size=1):
+        bert.zero_grad()
+        def loss_of(taps):   # 4 queries, 4 positives and 4 negatives
+            return srl_loss({n: tap[:4] for n, tap in taps.items()}, {n: tap[4:] for n, tap in taps.items()},
+                            ((1, 8), (3, 32), (4, 48)), similarity, 0.5, 1.0)
+        loss, *_ = backward(lambda texts: bert.encode(pack(texts), [1, 3, 4]), texts, loss_of, pieces, (7, 5),
+                            lambda loss: loss, rank, world_size)
+        evaluate.sum_over_ranks(bert.parameters(), world_size)
+        return [loss.detach()] + [parameter.grad for parameter in bert.parameters()]
+    def job(rank):
+        dist.init_process_group("gloo")
+        torch.save([gradients(*case, rank, 2) for case in cases], tmp_path / f"{rank}.pt")
+    assert [end(pid) for pid in ranks(job, tmp_path)] == [0, 0]
+    for case, *both in zip(cases, torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt"), strict=True):
+        want = gradients(*case)
+        for found in both:
+            for a, b in zip(found, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=str(case))
+
+
+def test_a_run_on_two_ranks(flags, tmp_path):
+    """ Two ranks end with the weights of one process to 1e-6; the second rank writes nothing and prints nothing. """
+    more = ["--micro_batch", "3", "--dropout", "0.2"]   # 3 pieces for 2 ranks
+    run(finetune_srl, flags[finetune_srl], tmp_path / "one", *more)
+    def job(rank):
+        run(finetune_srl, flags[finetune_srl], tmp_path / f"rank{rank}", *more)
+    assert [end(pid) for pid in ranks(job, tmp_path)] == [0, 0]
+    found, want = (from_pretrained(tmp_path / name).state_dict() for name in ("rank0", "one"))
+    for name in want:
+        if name.endswith("qkv.bias"):   # softmax ignores the bias of the keys: its gradient is rounding error
+            found[name][48:96] = want[name][48:96]
+        torch.testing.assert_close(found[name], want[name], rtol=0, atol=1e-6, msg=name)
+    assert "saved" in (tmp_path / "rank0.txt").read_text()
+    assert not re.sub(r".*it?/s|.*rows/s\]", "", (tmp_path / "rank1.txt").read_text()).strip() and not (tmp_path / "rank1").exists()
+
+
+@BOTH
+def test_a_rank_that_dies_ends_the_others(script, flags, tmp_path):
+    """ When one rank is gone the other ends with status 1 and one line, within seconds. """
+    def job(rank):
+        if rank == 1:
+            finite = script.check_finite
+            script.check_finite = lambda *args: os._exit(9) if args[0] == 2 else finite(*args)
+        signal.alarm(30)
+        run_script(script.main, lambda: script.parse_args([*flags[script], "--out_dir", str(tmp_path / "out")]))
+    assert [end(pid) for pid in ranks(job, tmp_path)] == [1, 9]
+    lines = (tmp_path / "rank0.txt").read_text().splitlines()
+    assert lines[-1].startswith("error: ") and "Traceback" not in "".join(lines)
+
+
+# ---- signals and resuming --------------------------------------------------------------------------------------------
+@BOTH
+def test_a_signal_saves_and_ends(script, stopped):
+    """ Ctrl-C and SIGTERM let the step end, save, say how to go on and end with status 130. """
+    out, code, printed = stopped[script]
+    assert code == 130 and [record["step"] for record in records(out)] == [1, 2, 3, 4]
+    assert printed.splitlines()[-1] == "stopped after step 4; go on with the same command and --resume"
+    assert torch.load(out / STATE)["step"] == 4
+
+
+@BOTH
+def test_a_stopped_run_goes_on_exactly(script, flags, stopped, whole, tmp_path, capsys):
+    """ Resumed, it ends with weights and log of the run that nothing disturbed, bit by bit, with dropout. """
+    shutil.copytree(stopped[script][0], tmp_path / "out")
+    with open(tmp_path / "out" / "log.jsonl", "a") as log:
+        log.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')   # as if it had been killed while it wrote
+    run(script, flags[script], tmp_path / "out", "--resume")
+    assert same(tmp_path / "out", whole[script]) and len(records(tmp_path / "out")) >= 8
+    assert "step 4/8" not in capsys.readouterr().out
+
+
+def test_every_way_of_fine_tuning_goes_on_exactly(flags, pairs_file, bert_folder, tmp_path):
+    """ bfloat16, sizes drawn step by step, a teacher, two sources, micro-batches and sorted channels go on too. """
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text("".join(json.dumps({"sentence1": row["query"], "sentence2": row["positive"], "score": i % 5})
+                              + "\n" for i, row in enumerate(map(json.loads, open(pairs_file)))))
+    more = ["--train_pairs", pairs_file, str(scored), "--dtype", "bfloat16", "--method", "2dmse", "--micro_batch", "3",
+            "--teacher", bert_folder, "--order_channels", "--save_interval", "4"]
+    run(finetune_srl, flags[finetune_srl], tmp_path / "whole", *more)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_srl, "log", after(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        run(finetune_srl, flags[finetune_srl], tmp_path / "out", *more)
+    run(finetune_srl, flags[finetune_srl], tmp_path / "out", *more, "--resume")
+    assert same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_every_step_has_dropout_of_its_own(flags, tmp_path, monkeypatch):
+    """ The seed of dropout holds the step: no two steps draw the same masks. """
+    seeds = []
+    monkeypatch.setattr(finetune_srl.torch, "manual_seed", seeds.append)
+    run(finetune_srl, flags[finetune_srl], tmp_path / "out")
+    assert len(seeds) == len(set(seeds)) == 9   # the run's own, then one a step
+
+
+@pytest.mark.parametrize("damage, more, message", [
+    (None, ["--learning_rate", "0.5"], "--resume: --learning_rate is 0.5, and the run in"),
+    (None, ["--overwrite"], "--resume goes on with a run and --overwrite replaces it; give one of the two"),
+    (None, ["--train_pairs", "OTHER"], "--resume: --train_pairs"),
+    ("rows", [], "--resume: --train_pairs differ from those of the run in"),
+    ("script", [], "is of another script, or of another version of this one"),
+    ("cut", [], "cannot be read"),
+    ("empty", [], "cannot be read"),
+    ("gone", [], "--resume: there is no"),
+])
+def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped, pairs_file, tmp_path, refused):
+    """ Another flag, other data, the other script's checkpoint or a damaged one is refused in one line, untouched. """
+    out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
+    shutil.copytree(stopped[finetune_srl][0], out)
+    shutil.copy(pairs_file, pairs)
+    if damage == "rows":
+        shutil.copy(pairs, tmp_path / "earlier.jsonl")
+        state = torch.load(out / STATE)
+        torch.save(state | {"args": state["args"] | {"train_pairs": [str(pairs)]}}, out / STATE)
+        pairs.write_text(pairs.read_text().replace("dragon", "garden", 1))
+        more = ["--train_pairs", str(pairs)]
+    if damage == "script":
+        shutil.copy(stopped[pretrain_smae][0] / STATE, out)
+    if damage in ("cut", "empty"):
+        (out / STATE).write_bytes((out / STATE).read_bytes()[:5000 if damage == "cut" else 0])
+    if damage == "gone":
+        (out / STATE).unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    said = refused(finetune_srl, [*flags[finetune_srl], "--out_dir", str(out), "--resume",
+                                  *[str(pairs) if flag == "OTHER" else flag for flag in more]])
+    assert message in said and "\n" not in said
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+# ---- what is in the folder already -----------------------------------------------------------------------------------
+@BOTH
+@pytest.mark.parametrize("out", ["", "FILE"])
+def test_a_folder_that_is_none_is_refused(script, out, flags, tmp_path, refused):
+    """ --out_dir "" and a file are refused in one line. """
+    (tmp_path / "file").write_text("")
+    assert "is no folder" in refused(script, [*flags[script], "--out_dir", str(tmp_path / "file") if out else ""])
+
+
+@BOTH
+def test_the_folder_of_the_other_script_is_refused(script, flags, whole, refused):
+    """ A folder with a run of any script is refused without --overwrite. """
+    other, = set(whole) - {script}
+    assert "holds a run" in refused(script, [*flags[script], "--out_dir", str(whole[other])])
+
+
+@BOTH
+def test_a_folder_where_a_run_is_writing_is_refused(script, flags, whole, tmp_path, refused):
+    """ A second run into a folder is refused in one line, and the files of the first stay. """
+    shutil.copytree(whole[script], tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with evaluate.open_locked(tmp_path / "out" / "log.jsonl"):
+        said = refused(script, [*flags[script], "--out_dir", str(tmp_path / "out"), "--overwrite"])
+    assert "another run is writing there; choose another folder" in said
+    assert before == sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+@BOTH
+def test_the_earlier_run_stays_until_the_first_checkpoint(script, flags, whole, tmp_path, monkeypatch, refused):
+    """ With --overwrite the earlier run is in OUT_DIR/replaced, however often the new one dies before it has saved,
+    nothing of it passes for the new one, and the first checkpoint takes its place. """
+    out, save = tmp_path / "out", evaluate.save_pretrained
+    shutil.copytree(whole[script], out)
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    def check(*args):
+        assert {path.name: path.read_bytes() for path in (out / "replaced").iterdir()} == files
+        assert {path.name for path in out.iterdir() if path.is_file()} == {"args.json", "log.jsonl"}
+        if dies:
+            raise MemoryError
+        save(*args)
+    monkeypatch.setattr(evaluate, "save_pretrained", check)
+    for dies in (True, True, False):
+        if dies:
+            with pytest.raises(MemoryError):
+                run(script, flags[script], out, "--overwrite", "--seed", "2", "--save_interval", "0")
+            assert "there is no" in refused(script, [*flags[script], "--out_dir", str(out), "--resume"])
+        else:
+            run(script, flags[script], out, "--overwrite", "--seed", "2", "--save_interval", "0")
+    assert not (out / "replaced").exists() and not list(out.glob("*.part"))
+    assert records(out)[0] != records(whole[script])[0] and len(records(out)) >= 8
+
+
+# ---- what goes wrong in a run ----------------------------------------------------------------------------------------
+def break_loss(script, patch):
+    """ the loss of step 6 """
+    name, calls = "srl_loss" if script == finetune_srl else "smae_loss", []
+    loss_of = getattr(script, name)
+    def broken(*args):
+        calls.append(0)
+        loss, *rest = loss_of(*args)
+        return (loss * float("nan") if len(calls) == 6 else loss, *rest)
+    patch.setattr(script, name, broken)
+
+
+def break_gradient(script, patch):
+    """ the gradient of step 6 """
+    calls = []
+    def broken(parameters, world_size):
+        calls.append(0)
+        for parameter in parameters:
+            if len(calls) == 6 and parameter.grad is not None:
+                parameter.grad[..., 0] = float("inf")
+    patch.setattr(script, "sum_over_ranks", broken)
+
+
+def break_parameter(script, patch):
+    """ a parameter in the last step, whose gradient nobody looks at again: of pre-training, one that only the state has """
+    calls, inner = [], torch.optim.AdamW.step
+    def broken(self, *args, **kwargs):
+        calls.append(0)
+        inner(self, *args, **kwargs)
+        if len(calls) == 8:
+            self.param_groups[-1]["params"][-1].data[0] = float("nan")
+    patch.setattr(torch.optim.AdamW, "step", broken)
+
+
+@BOTH
+@pytest.mark.parametrize("broken, last, words", [
+    (break_loss, 4, "step 6: the loss is nan"), (break_gradient, 4, "not finite: the gradient"),
+    (break_parameter, 6, "step 8: not saved, because")])
+def test_numbers_that_are_not_finite_end_the_run(script, broken, last, words, flags, tmp_path, monkeypatch, capsys):
+    """ A loss, gradient or parameter that is not finite ends the run with status 1 and one line, and the checkpoint
+    before it stays as it was. """
+    broken(script, monkeypatch)
+    assert status(script, flags[script], tmp_path / "out") == 1
+    line, = warnings(capsys)
+    assert words in line and line.endswith(f"The last checkpoint: {tmp_path / 'out'}")
+    state = torch.load(tmp_path / "out" / STATE)
+    assert state["step"] == last and all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert all(p.isfinite().all() for p in from_pretrained(tmp_path / "out").parameters())
+
+
+@BOTH
+def test_float16_leaves_out_what_overflows(script, flags, tmp_path, monkeypatch, capsys):
+    """ With a scale that is too large by 2 ** 3 steps are left out, counted and shown, and the weights stay finite. """
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    run(script, flags[script], tmp_path / "out", "--dtype", "float16", "--max_steps", "3", "--log_interval", "3")
+    (record,) = (record for record in records(tmp_path / "out") if "loss" in record)
+    assert record["skipped"] == 3 and " | skipped 3 | " in capsys.readouterr().out
+    assert all(p.isfinite().all() for p in from_pretrained(tmp_path / "out").parameters())
+
+
+@BOTH
+def test_a_gradient_that_no_scale_mends_ends_the_run(script, flags, tmp_path, monkeypatch, capsys):
+    """ float16 does not skip steps for ever: with a scale of 1 a gradient that is not finite ends the run. """
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=4.0))
+    monkeypatch.setattr(script, "sum_over_ranks", lambda parameters, _: [
+        parameter.grad.fill_(float("nan")) for parameter in parameters if parameter.grad is not None])
+    assert status(script, flags[script], tmp_path / "out", "--dtype", "float16", "--save_interval", "0") == 1
+    line, = warnings(capsys)
+    assert "step 3: the loss is" in line and line.endswith("The last checkpoint: there is none")
+
+
+@BOTH
+def test_float16_trains_on_a_cpu(script, flags, whole, tmp_path):
+    """ With the scale as it is, few steps are left out, and the model learns. """
+    run(script, flags[script], tmp_path / "out", "--dtype", "float16")
+    found, want = ([record["loss"] for record in records(folder) if "loss" in record]
+                   for folder in (tmp_path / "out", whole[script]))
+    assert sum(record.get("skipped", 0) for record in records(tmp_path / "out")) <= 3
+    assert found[0] == pytest.approx(want[0], rel=2e-3) and found[-1] < found[0]
+
+
+@BOTH
+def test_a_full_disk(script, flags, tmp_path, monkeypatch, capsys):
+    """ In the middle a full disk is a warning, and the checkpoint before it stays; at the end it is one line that says
+    how to go on, and --resume then does. """
+    save, full = torch.save, [4, 6, 8]
+    def torch_save(state, file):
+        save(state, file)
+        if state["step"] in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(evaluate.torch, "save", torch_save)
+    assert status(script, flags[script], tmp_path / "out") == 2
+    fourth, sixth, last = warnings(capsys)
+    assert fourth.startswith("step 4: nothing could be saved") and fourth.endswith("; the training goes on")
+    assert last.startswith("error: step 8: nothing could be saved") and "go on with --resume" in last
+    assert torch.load(tmp_path / "out" / STATE)["step"] == 2 and not list((tmp_path / "out").glob("*.part"))
+    full.clear()
+    assert status(script, flags[script], tmp_path / "out", "--resume") == 0
+
+
+@BOTH
+def test_a_loss_that_rises_is_a_warning(script, flags, tmp_path, monkeypatch, capsys):
+    """ A run that ends above where it began says so, and one that does not is silent. """
+    for loss_of, lines in ((lambda step: 9 - step, []), (lambda step: step, [
+            "warning: the loss began at 1.000 and is 2.000 now; try a lower --learning_rate"])):
+        monkeypatch.setattr(script, "log", lambda file, record, line: evaluate.log(
+            file, record | {"loss": loss_of(record["step"])}, line))
+        assert status(script, flags[script], tmp_path / "out", "--max_steps", "2", "--overwrite") == 0
+        assert warnings(capsys) == lines

@@ -27,7 +27,7 @@ TIMES = {"ms", "tokens_per_second", "seconds"}
 
 
 def start(job, printed, **environment):
-    """ run job() in a process of its own, which prints to the file -> its process id. Forked, for torch loads slowly """
+    """ run job() in a process of its own, which prints to the file -> its process id. A fork need not load torch. """
     if pid := os.fork():
         return pid
     status = 1
@@ -100,7 +100,7 @@ def main(moments):
         f'{{"query": "where is the {a} {b}", "positive": "the {a} stands beside the {b} in the morning"}}\n'
         for a in conftest.NOUNS[:8] for b in conftest.NOUNS[8:]))
     (folder / "text.txt").write_text("".join(
-        f"the {a} stands beside the {b} in the morning light\n" for a in conftest.NOUNS[:8] for b in conftest.NOUNS[8:]))
+        f"the {a} stands beside the {b} in the morning\n" for a in conftest.NOUNS[:8] for b in conftest.NOUNS[8:]))
     conftest.data.CACHE = folder / "cache"
     small = ("--vocab_size 200 --num_layers 2 --hidden_size 64 --batch_size 16 --max_steps 3 --log_interval 1 "
              "--save_interval 2 --dropout 0.1 --dtype float32 --device cpu --no-compile").split()

@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -37,8 +35,8 @@ def flags(pairs_file, bert_folder, tmp_path_factory):
         patch.setattr(data, "CACHE", folder / "cache")
         yield {finetune_srl: ["--train_pairs", pairs_file, "--retrieval=", "--sizes", "1:8,3:48",
                               "--init_from", bert_folder, *COMMON],
-               pretrain_smae: ["--train_text", str(folder / "text.txt"), "--init_from", bert_folder, "--max_length", "24",
-                               "--eval_interval", "0", *COMMON]}
+               pretrain_smae: ["--train_text", str(folder / "text.txt"), "--init_from", bert_folder,
+                               "--max_length", "24", "--eval_interval", "0", *COMMON]}
 
 
 def run(script, flags, out, *more):
@@ -95,7 +93,7 @@ def warnings(capsys):
 BOTH = pytest.mark.parametrize("script", [finetune_srl, pretrain_smae])
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- ranks ----------------------------------------------------------------------------------------------------------
 def ranks(job, printed):
     """ run job(rank) in two processes as torchrun would -> their process ids. printed: the folder for what they say """
     with socket.socket() as free:
@@ -131,7 +129,7 @@ def test_two_ranks_give_the_gradient_of_one_process(config, texts, tmp_path):
 
 
 def test_a_run_on_two_ranks(flags, tmp_path):
-    """ Two ranks end with the weights of one process to 1e-6; the second rank writes nothing and prints nothing. """
+    """ Two ranks end with the weights of one process to 1e-6; the second writes nothing and prints no line. """
     more = ["--micro_batch", "3", "--dropout", "0.2"]   # 3 pieces for 2 ranks
     run(finetune_srl, flags[finetune_srl], tmp_path / "one", *more)
     def job(rank):
@@ -314,7 +312,7 @@ def break_gradient(script, patch):
 
 
 def break_parameter(script, patch):
-    """ a parameter in the last step, whose gradient nobody looks at again: of pre-training, one that only the state has """
+    """ a parameter in the last step, after which no loss shows it; of pre-training, one of the decoder """
     calls, inner = [], torch.optim.AdamW.step
     def broken(self, *args, **kwargs):
         calls.append(0)

@@ -46,10 +46,11 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     or None. Passage i < Q is the positive of query i; the hard negatives follow, at most max_negatives a query.
     Passages longer than passage_max_length are cut to a window.
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
-    visits every row of every source once and drops the last, incomplete batch of each. """
-    batches = [len(pairs.queries) // batch_size for pairs in sources]   # that each source has in an epoch
-    epoch, turn = divmod(step, sum(batches))
-    turns = np.random.default_rng([seed, epoch, 2]).permutation(np.repeat(np.arange(len(sources)), batches))
+    visits every row of every source at most once; an incomplete last batch is dropped. """
+    batches_per_source = [len(pairs.queries) // batch_size for pairs in sources]
+    # the last number of a seed says what is drawn: 1 texts and windows, 2 sources, 3 sizes (step_sizes)
+    epoch, turn = divmod(step, sum(batches_per_source))
+    turns = np.random.default_rng([seed, epoch, 2]).permutation(np.repeat(np.arange(len(sources)), batches_per_source))
     pairs = sources[turns[turn]]                    # turns: 0 2 0 1 ..., the source of each batch of the epoch
     i = (turns[:turn] == turns[turn]).sum()         # batches that this source has had in this epoch
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
@@ -75,7 +76,7 @@ def whole_word_mask(begins, special, text_ids, rates, rng):
     """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
     -> one (N,) bool mask for each rate; a smaller rate's mask lies inside a larger rate's.
     The words of each text are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a
-    budget of round(rate * tokens but [CLS] and [SEP]). A word that the budget ends in is masked if its middle lies
+    budget of round(rate * tokens without [CLS] and [SEP]). A word that the budget ends in is masked if its middle lies
     within the budget: the budget is rounded to the nearest word, so long words are masked as often as short ones. The
     middles of [CLS] and [SEP] lie behind every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
       text                   0                                      1
@@ -90,10 +91,10 @@ def whole_word_mask(begins, special, text_ids, rates, rng):
     text = text_ids[first]                                        # (words,) text of each word
     key = np.where(special[first], 2.0, rng.random(len(first)))   # [CLS] and [SEP] sort behind all others
     order = np.lexsort((key, text))                               # (words,) text by text, shuffled within each
-    by_length, by_text = length[order], text[order]               # (words,) of the words in that order
-    text_start = np.searchsorted(text_ids, by_text)               # (words,) where the word's text begins in the row
+    lengths, texts_of_words = length[order], text[order]               # (words,) of the words in that order
+    text_start = np.searchsorted(text_ids, texts_of_words)               # (words,) where each begins in the row
     middle = np.empty(len(first))                                 # (words,) of each word, counted within its text
-    middle[order] = np.cumsum(by_length) - by_length / 2 - text_start
+    middle[order] = np.cumsum(lengths) - lengths / 2 - text_start
     tokens = np.bincount(text_ids, weights=~special).astype(int)  # (B,) without [CLS] and [SEP]
     budgets = [np.round(rate * tokens) for rate in rates]         # (B,) each
     return [(middle <= budget[text])[word] for budget in budgets]
@@ -108,9 +109,9 @@ def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     return ids
 
 def smae_batch(documents, max_length, rates, tokenizer, seed):
-    """ B documents as tokenize_documents gives them -> Masked. Each document gives one random window of at most
-    max_length tokens, [CLS] and [SEP] included. rates: shares that are hidden from (encoder, decoder). seed: a list
-    of integers that decides windows and masks. """
+    """ B documents as tokenize_documents gives them (ids whose top bit marks the beginning of a word) -> Masked. Each
+    gives one random window of at most max_length tokens, [CLS] and [SEP] included. rates: shares that are hidden from
+    (encoder, decoder). seed: a list of integers that decides windows and masks. """
     rng = np.random.default_rng(seed)
     starts = [rng.integers(max(1, len(document) - (max_length - 2) + 1)) for document in documents]
     windows = sorted((document[start:start + max_length - 2] for document, start in zip(documents, starts)), key=len)

@@ -14,10 +14,10 @@ Metrics are those of trec_eval, and Spearman's rank correlation of the cosine fo
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
 Reading order: from texts to embeddings; metrics; STS; retrieval, which is search_corpus -> rank -> METRICS -> records;
-cost, table, comparison, figure. Below the double line is what the training scripts share: flags, log and errors.
+cost, table, comparison, figure. Below the double line: loading models, and what both training scripts need.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
-import argparse, itertools, json, math, os, re, shutil, signal, statistics, subprocess, sys, tempfile, time, zlib
+import argparse, itertools, json, math, os, re, shutil, signal, statistics, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,35 +28,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (POOLINGS, SIMILARITIES, check_sizes, fast_dtype, find_folder, from_pretrained, keep_freed_memory,
-                   named_sizes, pack, parse_sizes, read_json, read_modules, save_pretrained, score, size_name)
+from model import (POOLINGS, SIMILARITIES, STATE, check_sizes, fast_dtype, find_folder, from_pretrained,
+                   keep_freed_memory, last_checkpoint, named_sizes, pack, parse_sizes, read_json, read_modules, score,
+                   size_name)
 
-# ---- models and embeddings -------------------------------------------------------------------------------------------
-def load_model(name, device="cpu", max_length=None, **overrides):
-    """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
-    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
-    or of another model, and for what is not supported: a module such as Dense, a pooling such as max. """
-    folder, settings = read_modules(find_folder(name))
-    model = from_pretrained(folder, **settings | overrides).to(device)
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
-    tokenizer = data.load_tokenizer(folder)
-    # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
-    words = len(tokenizer) if content[0] or (folder / "vocab.txt").exists() else 0
-    message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
-    if not 0 < words <= model.config.vocab_size:
-        raise ValueError(message)
-    if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
-        print("warning:", message, file=sys.stderr)
-    said = read_json(folder / "sentence_bert_config.json")
-    if said.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
-        from tokenizers.normalizers import Lowercase, Sequence
-        backend = tokenizer.backend_tokenizer
-        backend.normalizer = Sequence([Lowercase(), backend.normalizer])
-    length = max_length or said.get("max_seq_length") or tokenizer.model_max_length
-    tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
-    return model, tokenizer
-
+# ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer. """
@@ -74,10 +50,10 @@ def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="en
     with autocast, tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=B < 1000 or None) as bar:
         for rows in batches:
             batch = pack([texts[i] for i in rows], device, multiple=128)
-            for layer, of_batch in model.encode(batch, layers).items():   # (B of the batch, C)
-                if not of_batch.isfinite().all():
+            for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
+                if not pooled.isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
-                embeddings[layer][rows] = of_batch.float().cpu()
+                embeddings[layer][rows] = pooled.float().cpu()
             bar.update(len(rows))
     model.train(training)
     return embeddings
@@ -415,7 +391,32 @@ def plot(specs, path, metrics=()):
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
-# ==== Below is not evaluation: what both training scripts need for flags, ranks, log and checkpoints; then own flags ==
+# ==== Below is not evaluation: loading models, what both training scripts need (flags, ranks, log), then own flags ====
+def load_model(name, device="cpu", max_length=None, **overrides):
+    """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
+    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
+    or of another model, and for what is not supported: a module such as Dense, a pooling such as max. """
+    folder, settings = read_modules(find_folder(name))
+    model = from_pretrained(folder, **settings | overrides).to(device)
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
+    tokenizer = data.load_tokenizer(folder)
+    # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
+    words = len(tokenizer) if content[0] or (folder / "vocab.txt").exists() else 0
+    message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
+    if not 0 < words <= model.config.vocab_size:
+        raise ValueError(message)
+    if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
+        print("warning:", message, file=sys.stderr)
+    st_config = read_json(folder / "sentence_bert_config.json")
+    if st_config.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
+        from tokenizers.normalizers import Lowercase, Sequence
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = Sequence([Lowercase(), backend.normalizer])
+    length = max_length or st_config.get("max_seq_length") or tokenizer.model_max_length
+    tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
+    return model, tokenizer
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """
     def _get_help_string(self, action):
@@ -540,7 +541,6 @@ def check_finite(step, loss, norm, terms, scaler, args):
                              f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
                              f"float32. {last_checkpoint(args)}")
 
-STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "args.json", "eval.json", "log.jsonl")
 
@@ -594,67 +594,6 @@ def open_locked(path):
     except (ImportError, OSError):   # Windows and some network drives cannot: two runs into one folder go unnoticed
         pass
     return file
-
-def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
-    """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
-    state {name: model, optimizer or scaler}; about: what else must be the same when the run is resumed.
-    Raises FloatingPointError rather than save numbers that are not finite, and OSError if the last step is lost. """
-    from safetensors import SafetensorError
-    broken = [name for name, tensor in state["model"].state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise FloatingPointError(f"step {step}: not saved, because {broken[0]} is not finite; lower --learning_rate. "
-                                 f"{last_checkpoint(args)}")
-    out_dir = Path(args.out_dir)
-    try:
-        with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=out_dir) as part:
-            save_pretrained(bert, tokenizer, part, head)
-            state = {name: trained.state_dict() for name, trained in state.items()}
-            torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(part, STATE))
-            for file in sorted(Path(part).iterdir(), key=lambda file: file.name == STATE):   # STATE last
-                with open(file, "rb+") as written:
-                    os.fsync(written.fileno())
-                os.replace(file, out_dir / file.name)
-            if (out_dir / "replaced").exists():
-                os.replace(out_dir / "replaced", Path(part, "replaced"))                     # goes with part
-    except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap a full disk in their own
-        lost = f"step {step}: nothing could be saved in {out_dir} ({error})"
-        if last_step:
-            raise OSError(f"{lost}; make room, then go on with --resume. {last_checkpoint(args)}") from error
-        print(f"{lost}; the training goes on", file=sys.stderr)
-    if last_step:
-        losses = [record["loss"] for record in map(json.loads, open(out_dir / "log.jsonl")) if "loss" in record]
-        if losses[-1] > losses[0]:
-            print(f"warning: the loss began at {losses[0]:.3f} and is {losses[-1]:.3f} now; try a lower "
-                  "--learning_rate", file=sys.stderr)
-
-def last_checkpoint(args):
-    """ the end of a message: what a run that fails leaves behind """
-    return f"The last checkpoint: {args.out_dir if Path(args.out_dir, STATE).exists() else 'there is none'}"
-
-def load_state(args):
-    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
-    path = Path(args.out_dir, STATE)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["args"]
-    except Exception as error:   # zip, pickle and torch have a dozen errors for a damaged file
-        raise ValueError(f"--resume: {path} cannot be read ({str(error).partition(chr(10))[0]}); begin the run again "
-                         "with --overwrite") from None
-    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
-    if (saved.keys() ^ vars(args).keys()) - free:
-        raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
-    for name, value in vars(args).items():
-        if name not in free and saved[name] != value:
-            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
-                             "the flags it was begun with")
-    return state
-
-def check_about(args, state, about):
-    """ Raises ValueError when data or ranks are not those of the run to resume. """
-    for name, value in about.items():
-        if state["about"][name] != value:
-            raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
-                             f"({value} for {state['about'][name]}); resume with the same, or begin another run")
 
 def log(log_file, record, line):
     """ a record to log.jsonl, a line to the screen; log_file is None on all ranks but the first """

@@ -1,10 +1,10 @@
-"""
+r"""
 Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
 
     python finetune_srl.py                                       # six sizes from scratch; 5 to 8 minutes on 2 cores
     python finetune_srl.py --sizes 6:192 --out_dir out/full      # one size alone, here the ordinary full-size model
     python finetune_srl.py --train_pairs my_pairs.csv --out_dir out/mine      # columns query, positive, negative...
-    python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \\
+    python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
 
 Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, at the end, the evaluation in eval.json.
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from evaluate import (HelpFormatter, average, catch_signals, check_about, check_finite, check_out_dir, interrupted,
-                      load_state, log, nonneg_float, nonneg_int, open_run, positive_float, positive_int, save_run,
-                      start_ranks, sum_over_ranks, training_flags)
-from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_sizes, configure_optimizer, keep_freed_memory,
-                   named_sizes, pack, permute_channels, score, size_name)
+from evaluate import (HelpFormatter, average, catch_signals, check_finite, check_out_dir, interrupted, log,
+                      nonneg_float, nonneg_int, open_run, positive_float, positive_int, start_ranks, sum_over_ranks,
+                      training_flags)
+from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_about, check_sizes, configure_optimizer,
+                   keep_freed_memory, load_run, named_sizes, pack, permute_channels, save_run, score, size_name)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -70,18 +70,39 @@ def cosent(scores, gold):
 def step_sizes(method, sizes, seed, step):
     """ The sizes that one step trains, the full size last. This is all that the two methods differ in:
     srl     the same few sizes in every step
-    2dmse   2D Matryoshka (arXiv 2402.14776): the full size (N, D), one layer n < N and one dim d < D drawn at random,
-            and what they combine to. In time every layer is trained with every dim, but each of them rarely. """
+    2dmse   2D Matryoshka (arXiv 2402.14776): the full size, one smaller layer and one smaller dim of the list, drawn at
+            random, and what they combine to. In time every layer is trained with every dim, but each pair rarely. """
     if method == "srl":
         return sizes
-    (N, D), rng = sizes[-1], np.random.default_rng([seed, step, 3])
-    n, d = int(rng.integers(1, N)), int(rng.choice(sorted({dim for _, dim in sizes} - {D})))
-    return (n, d), (n, D), (N, d), (N, D)
+    (full_layer, full_dim), rng = sizes[-1], np.random.default_rng([seed, step, 3])   # 1 and 2: see srl_batch
+    layer, dim = int(rng.integers(1, full_layer)), int(rng.choice(sorted({dim for _, dim in sizes} - {full_dim})))
+    return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
 # ---- training --------------------------------------------------------------------------------------------------------
+def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
+    """ one batch, as srl_batch gives it: losses and gradients -> as srl_loss """
+    queries, passages, gold = batch
+    Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
+    teacher_scores = None
+    if teacher:
+        layer, dim = len(teacher.blocks), teacher.config.hidden_size
+        rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
+        teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
+    if gold is not None:
+        gold = torch.from_numpy(gold).to(args.device)
+    def embed(texts):
+        with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
+            return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}
+    def loss_of(embeddings):
+        return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
+                        {layer: rows[Q:] for layer, rows in embeddings.items()},
+                        sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold)
+    return backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
+
 def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
-    """ The backward pass, for one process or many and for batches of any size. The texts of a batch depend on each
-    other only through their embeddings (gradient caching, arXiv 2101.06983), so
+    """ With one piece and one process this is loss_of(embed(texts))[0].backward(). It gives the same gradient with
+    several processes, or for a batch that is too large for the memory. The texts of a batch depend on each other only
+    through their embeddings (gradient caching, arXiv 2101.06983), so
       1. embed the pieces of the batch that are this rank's, and gather the embeddings of all ranks;
       2. compute the loss and its gradient with respect to the embeddings, the same on every rank;
       3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
@@ -110,26 +131,6 @@ def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
             embeddings = embed_piece(k)
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
-
-def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
-    """ one batch, as srl_batch gives it: losses and gradients -> as srl_loss """
-    queries, passages, gold = batch
-    Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
-    teacher_scores = None
-    if teacher:
-        layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
-        teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
-    if gold is not None:
-        gold = torch.from_numpy(gold).to(args.device)
-    def embed(texts):
-        with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-            return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}
-    def loss_of(embeddings):
-        return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
-                        {layer: rows[Q:] for layer, rows in embeddings.items()},
-                        sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold)
-    return backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
 
 def get_lr(step, max_steps, args):
     """ linear warm-up, then linear decay to 0 """
@@ -171,14 +172,14 @@ def build_model(args, sources):
     config.num_hidden_layers = layer
     del model.blocks[layer:]                              # layers that no size uses
     if init_from == "scratch" and config.pooling == "mean":
-        leave_channels_unscored(model)
+        silence_last_channels(model)
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     return model.to(args.device).train(), tokenizer
 
-def leave_channels_unscored(model):
-    """ Mean pooling weighs a token by its norm in the scored dims. The full size scores all channels, and LayerNorm
-    gives all tokens the same norm over all channels, so its mean cannot let "the" weigh less than a rare word. Start
-    the last sixth of its LayerNorm's gains at 0: these channels hardly count, and take the norm of common words. """
+def silence_last_channels(model):
+    """ LayerNorm gives every token the same norm, so the mean over tokens cannot let "the" weigh less than a rare word.
+    A small size can: common words put their norm into channels that it does not score. The full size scores all
+    channels. Start the last sixth of its LayerNorm's gains at 0: these channels hardly count, and take that norm. """
     model.blocks[-1].norm2.weight.data[-model.config.hidden_size // 6:] = 0
 
 def order_channels(model, texts, sizes):
@@ -204,7 +205,7 @@ def load_teacher(args, tokenizer):
     return teacher
 
 def plan(args, sources, world_size):
-    """ list of Pairs -> rows, pieces and number of batches. Raises ValueError where they would have no negatives. """
+    """ list of Pairs -> queries of a batch, pieces of a batch, steps. Raises ValueError if there are no negatives. """
     rows = [len(pairs.queries) for pairs in sources]
     batch_size = min([args.batch_size, *rows])
     if batch_size < 2 * world_size:
@@ -219,18 +220,20 @@ def main(args):
     rank, world_size = start_ranks(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
-    saved = load_state(args) if args.resume else None
+    saved = load_run(args) if args.resume else None
 
     # data and model: read all input before anything is written
-    for name in [args.retrieval, f"{args.retrieval}:dev"][:2 if args.eval_interval else 1] if args.retrieval else []:
-        data.Collection(name)   # raises now, not after the training
+    if args.retrieval:
+        for split in ("", ":dev") if args.eval_interval else ("",):
+            data.Collection(args.retrieval + split)   # raises now, not after the training
     sources, test_set = [data.load_pairs(source, args.columns) for source in args.train_pairs], args.retrieval
     if args.hold_out:
         sources[0], test_set = data.hold_out(sources[0], args.hold_out)
     model, tokenizer = build_model(args, sources)
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
                for rows in sources]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
-    sizes, ends = model.config.sizes, [size_name(model.config.sizes[i]) for i in (0, -1)]   # ends are printed
+    sizes = model.config.sizes
+    shown_sizes = [size_name(sizes[0]), size_name(sizes[-1])]   # in the lines of the log
     batch_size, pieces, max_steps = plan(args, sources, world_size)
     if args.order_channels and not args.resume:
         order_channels(model, sources[0].queries[:1000], sizes)
@@ -282,7 +285,7 @@ def main(args):
             mean, nce, kl = map(average, zip(*losses))
             seconds = (time.time() - clock) / len(losses)
             rate = tokens / len(losses) / seconds
-            shown = " | ".join(f"{name} {nce[name]:.3f}" for name in ends if name in nce)
+            shown = " | ".join(f"{name} {nce[name]:.3f}" for name in shown_sizes if name in nce)
             log(log_file, {"step": step + 1, "loss": mean["loss"], "nce": nce, "kl": kl, "learning_rate": lr,
                            "norm": norm.item(), "skipped": skipped, "ms": 1000 * seconds, "tokens_per_second": rate,
                            "seconds": time.time() - start},
@@ -312,7 +315,7 @@ def main(args):
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
+    """ command line -> args; a wrong one shown_sizes the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",

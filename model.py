@@ -9,9 +9,9 @@ Layers count from 1; layer 0 is the output of the embedding layer.
 Letters for shapes, the same in all files:
   B texts, T tokens of one text, N tokens of all texts of a batch, G texts of equal length, C channels (768), H heads,
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
-  V words of the vocabulary. In code p is always dropout.
+  V words of the vocabulary; p is dropout.
 """
-import argparse, ctypes, functools, json, re, sys
+import argparse, ctypes, functools, json, os, re, sys, tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -71,12 +71,13 @@ class Pack(NamedTuple):
     position_ids: torch.Tensor   # (N,) 0 .. T-1 within each text
     text_ids: torch.Tensor       # (N,) number of the token's text in the caller's list; filler tokens have B
     starts: torch.Tensor         # (B,) where each text of the caller's list begins: its [CLS]
-    groups: list                 # [(G, T), ...] in the order of the row
+    groups: list                 # [(G, T), ...] in the order of the row; fillers come last, as (fillers, 1)
 
 def pack(texts, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
     multiple: round N up to a multiple with filler tokens, which belong to no text. A CPU's matrix library compiles a
-    kernel for every new N; with multiple = 128 it meets a dozen values. A batch below 8 x multiple stays as it is. """
+    kernel for every new N; with multiple = 128 it meets a dozen values. A batch below 8 x multiple
+    stays as it is, because fillers would cost more than they save. """
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
@@ -168,8 +169,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        # In training also without a graph: gradient caching embeds a text twice, with the same dropout only if both
-        # passes use the same function.
+        # In training always the fast one: gradient caching embeds a text twice, without and with a graph, and gets the
+        # same dropout only from the same function.
         fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
         attend = fast_attention if fast else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
@@ -267,29 +268,7 @@ class MLMHead(nn.Module):
         """ (..., D) -> (..., C), transform_D of the paper: the dense layer uses its first D input columns """
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
-def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
-    in `faster` learn, and so decay, `scale` times as fast: the training loop multiplies the learning rate of a step by
-    the "scale" of each group. """
-    rest = [parameter for name, parameter in parameters.items() if name not in faster]
-    matrices = [parameter for parameter in rest if parameter.dim() >= 2]
-    vectors = [parameter for parameter in rest if parameter.dim() < 2]
-    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
-              {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
-              {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
-
-def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
-    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
-                parameter.copy_(parameter[:, order])             # the channels are the columns
-            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
-                parameter.copy_(parameter[order])                # the channels are the rows
-
-# ==== Below is speed and file formats, not the method =================================================================
+# ==== Below is speed, optimizer and file formats, not the encoder =====================================================
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
@@ -378,6 +357,29 @@ def keep_freed_memory(keep=True):
             libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep the free end of the heap
         else:
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
+
+# ---- optimizer, order of the channels --------------------------------------------------------------------------------
+def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
+    in `faster` learn, and so decay, `scale` times as fast: the training loop multiplies the learning rate of a step by
+    the "scale" of each group. """
+    rest = [parameter for name, parameter in parameters.items() if name not in faster]
+    matrices = [parameter for parameter in rest if parameter.dim() >= 2]
+    vectors = [parameter for parameter in rest if parameter.dim() < 2]
+    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
+              {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
+              {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
+
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
+                parameter.copy_(parameter[:, order])             # the channels are the columns
+            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
+                parameter.copy_(parameter[order])                # the channels are the rows
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 # our name -> their name; a name without a leading dot matches only at the start
@@ -514,3 +516,67 @@ def save_pretrained(model, tokenizer, folder, head=None):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+# ---- checkpoints of a training run -----------------------------------------------------------------------------------
+STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
+
+def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
+    """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
+    state {name: model, optimizer or scaler}; about: what else must be the same when the run is resumed.
+    Raises FloatingPointError rather than save numbers that are not finite, and OSError if the last step is lost. """
+    from safetensors import SafetensorError
+    broken = [name for name, tensor in state["model"].state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise FloatingPointError(f"step {step}: not saved, because {broken[0]} is not finite; lower --learning_rate. "
+                                 f"{last_checkpoint(args)}")
+    out_dir = Path(args.out_dir)
+    try:
+        with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=out_dir) as part:
+            save_pretrained(bert, tokenizer, part, head)
+            state = {name: trained.state_dict() for name, trained in state.items()}
+            torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(part, STATE))
+            for file in sorted(Path(part).iterdir(), key=lambda file: file.name == STATE):   # STATE last
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+                os.replace(file, out_dir / file.name)
+            if (out_dir / "replaced").exists():
+                os.replace(out_dir / "replaced", Path(part, "replaced"))                     # goes with part
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap a full disk in their own
+        lost = f"step {step}: nothing could be saved in {out_dir} ({error})"
+        if last_step:
+            raise OSError(f"{lost}; make room, then go on with --resume. {last_checkpoint(args)}") from error
+        print(f"{lost}; the training goes on", file=sys.stderr)
+    if last_step:
+        losses = [record["loss"] for record in map(json.loads, open(out_dir / "log.jsonl")) if "loss" in record]
+        if losses[-1] > losses[0]:
+            print(f"warning: the loss began at {losses[0]:.3f} and is {losses[-1]:.3f} now; try a lower "
+                  "--learning_rate", file=sys.stderr)
+
+def last_checkpoint(args):
+    """ the end of a message: what a run that fails leaves behind """
+    return f"The last checkpoint: {args.out_dir if Path(args.out_dir, STATE).exists() else 'there is none'}"
+
+def load_run(args):
+    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
+    path = Path(args.out_dir, STATE)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["args"]
+    except Exception as error:   # zip, pickle and torch have a dozen errors for a damaged file
+        raise ValueError(f"--resume: {path} cannot be read ({str(error).partition(chr(10))[0]}); begin the run again "
+                         "with --overwrite") from None
+    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
+    if (saved.keys() ^ vars(args).keys()) - free:
+        raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
+    for name, value in vars(args).items():
+        if name not in free and saved[name] != value:
+            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
+                             "the flags it was begun with")
+    return state
+
+def check_about(args, state, about):
+    """ Raises ValueError when data or ranks are not those of the run to resume. """
+    for name, value in about.items():
+        if state["about"][name] != value:
+            raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
+                             f"({value} for {state['about'][name]}); resume with the same, or begin another run")

@@ -6,7 +6,7 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
     python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine     # a line is a document
     torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...     # the paper's run: see the README
 
-Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM, for finetune_srl.py --init_from, with --pooling cls;
+Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM, whose pooling is cls, for finetune_srl.py --init_from;
 training_state.pt, which --resume takes and which holds the decoder; args.json and log.jsonl.
 Paper: arXiv 2410.13230. smae_loss holds both halves of its loss.
 """
@@ -20,11 +20,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from evaluate import (STATE, HelpFormatter, average, catch_signals, check_about, check_finite, check_out_dir, fraction,
-                      interrupted, load_state, log, nonneg_int, number, open_run, positive_float, positive_int,
-                      run_script, save_run, start_ranks, sum_over_ranks, training_flags)
-from model import (Bert, BertConfig, MLMHead, as_contiguous, check_sizes, configure_optimizer, dropout, from_pretrained,
-                   keep_freed_memory, load_head, named_sizes, pack, size_name)
+from evaluate import (HelpFormatter, average, catch_signals, check_finite, check_out_dir, fraction, interrupted, log,
+                      nonneg_int, number, open_run, positive_float, positive_int, run_script, start_ranks,
+                      sum_over_ranks, training_flags)
+from model import (STATE, Bert, BertConfig, MLMHead, as_contiguous, check_about, check_sizes, configure_optimizer,
+                   dropout, from_pretrained, keep_freed_memory, load_head, load_run, named_sizes, pack, save_run,
+                   size_name)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), M masked positions, V vocabulary
@@ -46,9 +47,9 @@ def sliced_taps(model, batch, sizes):
     taps = model.bert(batch, [layer for layer, _ in sizes])                             # (N, C) each
     return {size_name(size): tap[:, :size[1]] for size, tap in zip(sizes, taps)}
 
-def bottleneck(model, taps, batch):
+def bottleneck(model, sliced, batch):
     """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels by the MLM head """
-    return torch.stack([model.head.transform(tap[batch.starts]) for tap in taps.values()])
+    return torch.stack([model.head.transform(tap[batch.starts]) for tap in sliced.values()])
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M,) -> (S, M, C): what the decoder makes of the positions it must guess """
@@ -80,15 +81,15 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     encoder_masked, decoder_masked = (torch.from_numpy(positions).to(batch.input_ids.device)
                                       for positions in (masked.encoder_masked, masked.decoder_masked))   # (M,), (M',)
-    taps = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)
-    hidden = {f"mlm {name}": model.head.transform(tap[encoder_masked]) for name, tap in taps.items()}    # (M, C) each
+    sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)
+    hidden = {f"mlm {name}": model.head.transform(tap[encoder_masked]) for name, tap in sliced.items()}    # (M, C) each
     labels = dict.fromkeys(hidden, batch.input_ids[encoder_masked])                                      # (M,) each
     if objective == "smae":
-        bottlenecks = bottleneck(model, taps, batch)                                                     # (S, B, C)
+        bottlenecks = bottleneck(model, sliced, batch)                                                     # (S, B, C)
         embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                                   # (N, C)
         decoded = model.bert.maybe_checkpoint(decode, model.decoder, embeddings, bottlenecks, batch,
                                               decoder_masked)                                            # (S, M', C)
-        for name, states in zip(taps, model.head.transform(decoded)):
+        for name, states in zip(sliced, model.head.transform(decoded)):
             hidden[f"mae {name}"], labels[f"mae {name}"] = states, batch.input_ids[decoder_masked]
     return vocabulary_loss(model, hidden, labels)   # the mean over S MLM and S MAE terms is L
 
@@ -98,7 +99,8 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
     With s_0 the score of the bottleneck and s_j the scores of the other positions,
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
-    Dropout is drawn once for that shared attention. It needs a decoder of one layer, and [CLS] never masked. """
+    Dropout is drawn once for that shared attention. This function needs a decoder of one layer, and
+    no [CLS] among the positions. """
     attention, p = decoder.attention, decoder.attention.p if decoder.training else 0.0
     (N, C), S, H = embeddings.shape, len(bottlenecks), attention.heads
     qkv = attention.qkv(embeddings).view(N, 3, H, C // H)
@@ -204,6 +206,7 @@ def build_model(args, saved):
     full, names = (config.num_hidden_layers, config.hidden_size), named_sizes(config)
     sizes = check_sizes(args.sizes or (names if args.objective == "smae" else [full]), config)
     config.sizes = sizes if args.objective == "smae" else ()   # after plain MLM, fine-tuning chooses the sizes
+    config.pooling = "cls" if args.objective == "smae" else config.pooling   # the vector that SMAE trains
     config.size_names = tuple(names.get(size, "") for size in config.sizes)
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
@@ -218,7 +221,7 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
     """ --train_text -> held-out documents, max_steps, an iterator over the steps from first_step on, and the TokenFile
     (None when streaming). A batch consists of micro-batches, numbered by `piece`; the iterator yields for each step
     [(piece, its documents), ...], the pieces of this rank. Raises ValueError when there are too few documents. """
-    pieces = range(rank, args.batch_size // micro_batch, world_size)
+    mine = range(rank, args.batch_size // micro_batch, world_size)   # numbers of this rank's pieces
     if args.streaming:
         texts = data.load_texts(args.train_text, True, rank, world_size, args.columns)
         stream = data.tokenize_documents(texts, tokenizer)
@@ -227,7 +230,7 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
         stream = itertools.islice(stream, consumed, None)       # reads them again and drops them
         def steps():
             for step in range(first_step, args.max_steps):
-                found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in pieces]
+                found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in mine]
                 if len(found[-1][1]) < micro_batch:
                     raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
                 yield found
@@ -250,7 +253,7 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
             epoch, i = divmod(step, steps_an_epoch)
             rows = train[data.epoch_order(len(train), args.seed, epoch)[i * args.batch_size:(i + 1) * args.batch_size]]
             yield [(piece, [text[row] for row in rows[piece * micro_batch:(piece + 1) * micro_batch]])
-                   for piece in pieces]
+                   for piece in mine]
     return [text[row] for row in held_out], max_steps, steps(), text
 
 def set_bias(head, text):
@@ -302,7 +305,7 @@ def main(args):
     if micro_batch == 0 or args.batch_size % micro_batch or pieces % world_size:
         raise ValueError(f"--batch_size {args.batch_size} --micro_batch {args.micro_batch}: {world_size} ranks cannot "
                          "share pieces of that size equally; choose a batch that is a multiple of both")
-    saved = load_state(args) if args.resume else None
+    saved = load_run(args) if args.resume else None
     first_step = saved["step"] if saved else 0
     model, tokenizer, sizes = build_model(args, saved)
     held_out, max_steps, steps, text = open_text(args, tokenizer, micro_batch, first_step, rank, world_size)

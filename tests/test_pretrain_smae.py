@@ -494,10 +494,10 @@ def test_flags_that_decide_the_result_must_not_change(tmp_path):
     for name in vars(args):
         torch.save({"args": vars(args) | {name: "another"}}, tmp_path / "training_state.pt")
         if name in free:
-            evaluate.load_state(args)
+            model.load_run(args)
         else:
             with pytest.raises(ValueError, match=f"--resume: --{name} is .*had another"):
-                evaluate.load_state(args)
+                model.load_run(args)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -15,11 +15,12 @@ import torch.distributed as dist
 import data
 import evaluate
 import finetune_srl
+import model
 import pretrain_smae
-from evaluate import STATE, run_script
+from evaluate import run_script
 from finetune_srl import backward, srl_loss
 from kill import end, records, same, start
-from model import Bert, from_pretrained, pack
+from model import STATE, Bert, from_pretrained, pack
 
 COMMON = ("--batch_size 8 --max_steps 8 --log_interval 1 --save_interval 2 --dropout 0.1 --dtype float32 --device cpu "
           "--no-compile").split()
@@ -267,7 +268,7 @@ def test_a_folder_where_a_run_is_writing_is_refused(script, flags, whole, tmp_pa
 def test_the_earlier_run_stays_until_the_first_checkpoint(script, flags, whole, tmp_path, monkeypatch, refused):
     """ With --overwrite the earlier run is in OUT_DIR/replaced, however often the new one dies before it has saved,
     nothing of it passes for the new one, and the first checkpoint takes its place. """
-    out, save = tmp_path / "out", evaluate.save_pretrained
+    out, save = tmp_path / "out", model.save_pretrained
     shutil.copytree(whole[script], out)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     def check(*args):
@@ -276,7 +277,7 @@ def test_the_earlier_run_stays_until_the_first_checkpoint(script, flags, whole, 
         if dies:
             raise MemoryError
         save(*args)
-    monkeypatch.setattr(evaluate, "save_pretrained", check)
+    monkeypatch.setattr(model, "save_pretrained", check)
     for dies in (True, True, False):
         if dies:
             with pytest.raises(MemoryError):

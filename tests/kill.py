@@ -108,9 +108,12 @@ def main(moments):
     for script, flags in ((finetune_srl, [*small, "--retrieval=", "--train_pairs", str(folder / "pairs.jsonl")]),
                           (pretrain_smae, [*small, "--train_text", str(folder / "text.txt")])):
         name, whole, out = script.__name__, folder / f"{script.__name__}-whole", folder / script.__name__
+        script.main(script.parse_args([*flags, "--out_dir", str(whole)]))   # here, so that all modules are loaded
+        shutil.rmtree(out, ignore_errors=True)
         begun = time.time()
-        finish(script, flags, whole)
+        finish(script, flags, out)
         seconds, rng = time.time() - begun, random.Random(1)
+        print(f"{name}: a run takes {seconds:.1f} s", flush=True)
         for i in range(moments):
             shutil.rmtree(out, ignore_errors=True)
             pid = attempt(script, flags, out)

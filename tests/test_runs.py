@@ -3,7 +3,6 @@ import errno
 import functools
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -105,7 +104,7 @@ def ranks(job, printed):
 
 
 def test_two_ranks_give_the_gradient_of_one_process(config, texts, tmp_path):
-    """ In float64 to 1e-10, cosine and dot, with hard negatives, dropout, and pieces that the ranks share unequally. """
+    """ To 1e-10 in float64, cosine and dot, with hard negatives, dropout and pieces that ranks share unequally. """
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
     torch.manual_seed(0)
     bert, cases = Bert(config).double().train(), [("cosine", 2), ("dot", 2), ("cosine", 3), ("dot", 5)]
@@ -117,14 +116,14 @@ def test_two_ranks_give_the_gradient_of_one_process(config, texts, tmp_path):
         loss, *_ = backward(lambda texts: bert.encode(pack(texts), [1, 3, 4]), texts, loss_of, pieces, (7, 5),
                             lambda loss: loss, rank, world_size)
         evaluate.sum_over_ranks(bert.parameters(), world_size)
-        return [loss.detach()] + [parameter.grad for parameter in bert.parameters()]
+        return [loss.detach()] + [parameter.grad.clone() for parameter in bert.parameters()]
     def job(rank):
         dist.init_process_group("gloo")
         torch.save([gradients(*case, rank, 2) for case in cases], tmp_path / f"{rank}.pt")
+    wanted = [gradients(*case) for case in cases]
     assert [end(pid) for pid in ranks(job, tmp_path)] == [0, 0]
-    for case, *both in zip(cases, torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt"), strict=True):
-        want = gradients(*case)
-        for found in both:
+    for rank in (0, 1):
+        for case, found, want in zip(cases, torch.load(tmp_path / f"{rank}.pt"), wanted, strict=True):
             for a, b in zip(found, want, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=str(case))
 
@@ -142,7 +141,8 @@ def test_a_run_on_two_ranks(flags, tmp_path):
             found[name][48:96] = want[name][48:96]
         torch.testing.assert_close(found[name], want[name], rtol=0, atol=1e-6, msg=name)
     assert "saved" in (tmp_path / "rank0.txt").read_text()
-    assert not re.sub(r".*it?/s|.*rows/s\]", "", (tmp_path / "rank1.txt").read_text()).strip() and not (tmp_path / "rank1").exists()
+    lines = (tmp_path / "rank1.txt").read_text().splitlines()
+    assert not [line for line in lines if line and "tokenising" not in line] and not (tmp_path / "rank1").exists()
 
 
 @BOTH

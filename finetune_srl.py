@@ -315,7 +315,7 @@ def main(args):
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """ command line -> args; a wrong one shown_sizes the program with status 2 and a line that says why """
+    """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",

@@ -83,11 +83,12 @@ def test_defaults_are_berts():
 
 def test_grouping_changes_nothing(model, texts):
     """ A text has the same embedding, to rounding, alone and among others, and the caller's order stays. """
+    model = model.double()   # in float32 the rounding depends on the machine
     together = model.encode(pack(texts), [2, 4])
     for i, text in enumerate(texts):
         alone = model.encode(pack([text]), [2, 4])
         for layer in (2, 4):
-            torch.testing.assert_close(alone[layer][0], together[layer][i], rtol=0, atol=2e-6)
+            torch.testing.assert_close(alone[layer][0], together[layer][i], rtol=0, atol=1e-12)
 
 
 def test_no_token_of_a_pack_is_padding(texts):

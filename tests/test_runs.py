@@ -25,6 +25,15 @@ COMMON = ("--batch_size 8 --max_steps 8 --log_interval 1 --save_interval 2 --dro
           "--no-compile").split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """ Sums depend on the number of threads, and a forked process may have fewer: one everywhere. """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def flags(pairs_file, bert_folder, tmp_path_factory):
     """ {script: the flags of a run of 8 steps on 64 short texts} """

@@ -44,11 +44,11 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
               for layer, dim in sizes}                             # (Q, P) each
     if teacher_scores is None:
         teacher_scores = scores[sizes[-1]].detach()   # detached: the full size must not move towards the others
-    nce, kl = {}, {}
+    teacher_probs, nce, kl = teacher_scores.softmax(-1), {}, {}                         # (Q, P)
     for size in sizes:
         log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
         nce[size_name(size)] = info_nce(log_probs) if gold is None else cosent(scores[size].diagonal(), gold)
-        kl[size_name(size)] = kl_divergence(teacher_scores.softmax(-1), log_probs)      # 0 for a full size that teaches
+        kl[size_name(size)] = kl_divergence(teacher_probs, log_probs)      # 0 for a full size that teaches
     return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
 
 def info_nce(log_probs):

@@ -76,8 +76,8 @@ class Pack(NamedTuple):
 def pack(texts, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
     multiple: round N up to a multiple with filler tokens, which belong to no text. A CPU's matrix library compiles a
-    kernel for every new N; with multiple = 128 it meets a dozen values. A batch below 8 x multiple
-    stays as it is, because fillers would cost more than they save. """
+    kernel for every new N; with multiple = 128 it meets a dozen values. A batch below 8 x multiple stays as it is,
+    because fillers would cost more than they save. """
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")

@@ -82,11 +82,11 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
     encoder_masked, decoder_masked = (torch.from_numpy(positions).to(batch.input_ids.device)
                                       for positions in (masked.encoder_masked, masked.decoder_masked))   # (M,), (M',)
     sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)
-    hidden = {f"mlm {name}": model.head.transform(tap[encoder_masked]) for name, tap in sliced.items()}    # (M, C) each
+    hidden = {f"mlm {name}": model.head.transform(tap[encoder_masked]) for name, tap in sliced.items()}  # (M, C) each
     labels = dict.fromkeys(hidden, batch.input_ids[encoder_masked])                                      # (M,) each
     if objective == "smae":
-        bottlenecks = bottleneck(model, sliced, batch)                                                     # (S, B, C)
-        embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                                   # (N, C)
+        bottlenecks = bottleneck(model, sliced, batch)                                                   # (S, B, C)
+        embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                               # (N, C)
         decoded = model.bert.maybe_checkpoint(decode, model.decoder, embeddings, bottlenecks, batch,
                                               decoder_masked)                                            # (S, M', C)
         for name, states in zip(sliced, model.head.transform(decoded)):
@@ -99,8 +99,8 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
     With s_0 the score of the bottleneck and s_j the scores of the other positions,
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
-    Dropout is drawn once for that shared attention. This function needs a decoder of one layer, and
-    no [CLS] among the positions. """
+    Dropout is drawn once for that shared attention. This function needs a decoder of one layer, and no [CLS] among the
+    positions. """
     attention, p = decoder.attention, decoder.attention.p if decoder.training else 0.0
     (N, C), S, H = embeddings.shape, len(bottlenecks), attention.heads
     qkv = attention.qkv(embeddings).view(N, 3, H, C // H)

@@ -140,11 +140,6 @@ def train_wordpiece(texts, vocab_size):
     pieces = special + sorted(set(trained.get_vocab()) - set(special))
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
-def load_tokenizer(folder):
-    """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(folder)
-
 def tokenize(texts, tokenizer, max_length, desc="tokenising"):
     """ list of B texts -> list of B (T,) integer arrays, [CLS] ... [SEP], T <= max_length """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32   # 12 M MS MARCO passages: 2 GB instead of 4

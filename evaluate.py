@@ -14,23 +14,22 @@ Metrics are those of trec_eval, and Spearman's rank correlation of the cosine fo
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
 Reading order: from texts to embeddings; metrics; STS; retrieval, which is search_corpus -> rank -> METRICS -> records;
-cost, table, comparison, figure. Below the double line: loading models, and what both training scripts need.
+cost, table, comparison, figure.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
-import argparse, itertools, json, math, os, re, shutil, signal, statistics, subprocess, sys, time, zlib
+import argparse, itertools, json, os, re, statistics, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
 import scipy   # its parts load when they are first used: scipy.stats alone takes most of a second
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (POOLINGS, SIMILARITIES, STATE, check_sizes, fast_dtype, find_folder, from_pretrained,
-                   keep_freed_memory, last_checkpoint, named_sizes, pack, parse_sizes, read_json, read_modules, score,
-                   size_name)
+from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, device_arg, find_folder, git_commit,
+                   keep_freed_memory, load_model, named_sizes, pack, parse_sizes, read_json, run_script, score, size_name,
+                   two_or_more)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -390,239 +389,6 @@ def plot(specs, path, metrics=()):
     axes.margins(0.1, 0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-
-# ==== Below is not evaluation: loading models, what both training scripts need (flags, ranks, log), then own flags ====
-def load_model(name, device="cpu", max_length=None, **overrides):
-    """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
-    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
-    or of another model, and for what is not supported: a module such as Dense, a pooling such as max. """
-    folder, settings = read_modules(find_folder(name))
-    model = from_pretrained(folder, **settings | overrides).to(device)
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
-    tokenizer = data.load_tokenizer(folder)
-    # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
-    words = len(tokenizer) if content[0] or (folder / "vocab.txt").exists() else 0
-    message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
-    if not 0 < words <= model.config.vocab_size:
-        raise ValueError(message)
-    if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
-        print("warning:", message, file=sys.stderr)
-    st_config = read_json(folder / "sentence_bert_config.json")
-    if st_config.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
-        from tokenizers.normalizers import Lowercase, Sequence
-        backend = tokenizer.backend_tokenizer
-        backend.normalizer = Sequence([Lowercase(), backend.normalizer])
-    length = max_length or st_config.get("max_seq_length") or tokenizer.model_max_length
-    tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
-    return model, tokenizer
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """ keep the docstring's line breaks and print every default """
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-def number(kind, rule, holds):
-    """ an argparse type: an int or float for which holds(value). argparse names the flag, this the value and rule. """
-    def parse(text):
-        value = kind(text)
-        if not (math.isfinite(value) and holds(value)):
-            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
-        return value
-    parse.__name__ = kind.__name__   # for argparse's "invalid int value"
-    return parse
-
-positive_int, positive_float = (number(kind, "above 0", lambda value: value > 0) for kind in (int, float))
-nonneg_int, nonneg_float = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
-fraction = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
-two_or_more = number(int, "2 or more", lambda value: value >= 2)
-
-def device_arg(text):
-    """ an argparse type: a device that torch can use """
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
-    return text
-
-def training_flags(parser):
-    """ add the flags that both training scripts have; each script sets its own defaults """
-    flag = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("columns of the data").add_argument
-    add("--columns", nargs="+", default=[], metavar="KIND=COLUMN",
-        help="what yours are called, as query=question positive=answer negative=hard, or sentence1=a sentence2=b "
-             "score=label, or for text text=body; for what is not named, COLUMNS in data.py has the names")
-    add = parser.add_argument_group("model").add_argument
-    add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
-    add("--sizes", type=parse_sizes,
-        help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion to "
-             "the model: 2:32,4:64,6:128,8:256,10:512,12:768 of BERT-base")
-    add("--dropout", type=fraction, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
-    add = parser.add_argument_group("model from scratch; a loaded one brings its own").add_argument
-    add("--num_layers", type=positive_int, default=6, help="blocks")
-    add("--hidden_size", type=number(int, "a multiple of 64, the width of an attention head",
-                                     lambda value: value > 0 and value % 64 == 0), default=192, help="channels")
-    add("--vocab_size", type=number(int, "100 or more, to spell English", lambda value: value >= 100), default=8192,
-        help="WordPiece vocabulary, trained on the text")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--learning_rate", type=positive_float, help="peak, of AdamW")
-    add("--warmup", type=fraction, help="share of the steps in which the rate rises; then it falls to 0")
-    add("--weight_decay", type=nonneg_float, help="of the matrices; biases and LayerNorms have none")
-    add("--grad_clip", type=nonneg_float, default=1.0, help="largest norm of the gradient; 0 does not clip")
-    add("--epochs", type=positive_float, help="passes over the data")
-    add("--max_steps", type=nonneg_int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
-    add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
-    add = parser.add_argument_group("system").add_argument
-    add("--out_dir", help="where the model and the log go")
-    add("--overwrite", action=flag, default=False,
-        help="replace the run that is in --out_dir; it waits in OUT_DIR/replaced for the new run's first checkpoint")
-    add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
-    add("--save_interval", type=nonneg_int, default=200, help="steps between two checkpoints; 0 saves at the end only")
-    add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
-    add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
-        help="of the matrix products; the weights stay float32. By default bfloat16 if this machine is fast at it")
-    add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
-
-def average(records, world_size=1):
-    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
-    names = dict.fromkeys(name for record in records for name in record)
-    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
-                         for name in names])
-    if world_size > 1:
-        dist.all_reduce(means)
-    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
-
-def start_ranks(args):
-    """ Join the processes that torchrun started -> rank, number of ranks; (0, 1) without it. Only rank 0 prints. """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        if rank > 0:
-            sys.stdout = open(os.devnull, "w")
-    return rank, world_size
-
-def sum_over_ranks(parameters, world_size):
-    """ every gradient becomes the sum of the ranks' gradients """
-    if world_size > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:   # blocks above the largest size have none
-                dist.all_reduce(parameter.grad)
-
-def catch_signals():
-    """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
-    caught = []
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
-
-def interrupted(caught, args, world_size):
-    """ Did a signal reach any rank? All ranks must leave the loop after the same step. """
-    found = torch.tensor(len(caught), device=args.device)
-    if world_size > 1:
-        dist.all_reduce(found)
-    return found.item() > 0
-
-def check_finite(step, loss, norm, terms, scaler, args):
-    """ -> True if the scaled gradient is too large for float16: GradScaler then leaves the step out and halves its
-    scale. Raises FloatingPointError if the loss is not finite, or if the gradient is not finite without a scale either.
-    terms {name: scalar}: what the loss consists of """
-    loss, norm = loss.item(), norm.item()
-    if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):   # 1 without float16
-        return not math.isfinite(norm)
-    bad = [name for name, value in terms.items() if not value.isfinite()]
-    raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
-                             f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
-                             f"float32. {last_checkpoint(args)}")
-
-RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
-             "special_tokens_map.json", "args.json", "eval.json", "log.jsonl")
-
-def check_out_dir(parser, args):
-    """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
-    out_dir = Path(args.out_dir)
-    if not args.out_dir or out_dir.exists() and not out_dir.is_dir():
-        parser.error(f"--out_dir {args.out_dir!r} is no folder; name one, it is made when missing")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite replaces it; give one of the two")
-    if args.resume and not (out_dir / STATE).exists():
-        parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
-                     "checkpoint; leave --resume out to begin a run")
-    found = [name for name in (STATE, "model.safetensors") if (out_dir / name).exists()]
-    if found and not args.resume and not args.overwrite:
-        parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
-                     + (" or --resume" if STATE in found else ""))
-
-def open_run(args, first_step=0):
-    """ Write args.json -> log.jsonl, open and locked. A resumed run keeps its lines up to first_step. With --overwrite
-    the earlier run moves to OUT_DIR/replaced until this one has saved something. Raises ValueError if it is locked. """
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log_file, replaced = open_locked(out_dir / "log.jsonl"), out_dir / "replaced"
-    for leftover in out_dir.glob("save.*.part"):          # of a killed run
-        shutil.rmtree(leftover)
-    if args.resume:
-        shutil.rmtree(replaced, ignore_errors=True)       # this run has a checkpoint
-    if args.overwrite:
-        replaced.mkdir(exist_ok=True)
-        moved = (replaced / "log.jsonl").exists()         # then a run without a checkpoint is what lies in out_dir
-        for path in (out_dir / name for name in RUN_FILES):
-            if path.exists():
-                path.unlink() if moved else os.replace(path, replaced / path.name)
-        log_file = open_locked(out_dir / "log.jsonl")
-    log_file.seek(0)
-    kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    log_file.truncate(len("".join(kept).encode()))
-    about = vars(args) | {"commit": git_commit(), "torch": torch.__version__}
-    (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-    return log_file
-
-def open_locked(path):
-    """ -> the file, open to read and append, which no other process can lock. Raises ValueError if one has. """
-    file = open(path, "a+")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--out_dir {path.parent}: another run is writing there; choose another folder") from None
-    except (ImportError, OSError):   # Windows and some network drives cannot: two runs into one folder go unnoticed
-        pass
-    return file
-
-def log(log_file, record, line):
-    """ a record to log.jsonl, a line to the screen; log_file is None on all ranks but the first """
-    if log_file:
-        print(json.dumps(record), file=log_file, flush=True)
-        print(line, flush=True)
-
-def git_commit():
-    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
-    def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-def run_script(main, parse_args):
-    """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
-    try:
-        main(parse_args())
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped")
-        sys.exit(130)                                            # not 0: what needs the finished model must not go on
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if type(error) is RuntimeError and not dist.is_initialized():
-            raise                                                # a mistake of the program's: show where
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, OSError)) else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):

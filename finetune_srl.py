@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from evaluate import (HelpFormatter, average, catch_signals, check_finite, check_out_dir, interrupted, log,
-                      nonneg_float, nonneg_int, open_run, positive_float, positive_int, start_ranks, sum_over_ranks,
-                      training_flags)
-from model import (POOLINGS, SIMILARITIES, Bert, BertConfig, check_about, check_sizes, configure_optimizer,
-                   keep_freed_memory, load_run, named_sizes, pack, permute_channels, save_run, score, size_name)
+from model import (POOLINGS, SIMILARITIES, STATE, Bert, BertConfig, HelpFormatter, average, catch_signals, check_about,
+                   check_finite, check_out_dir, check_sizes, configure_optimizer, interrupted, keep_freed_memory,
+                   load_model, load_run, log, named_sizes, nonneg_float, nonneg_int, open_run, pack, permute_channels,
+                   positive_float, positive_int, run_script, save_run, score, size_name, start_ranks, sum_over_ranks,
+                   training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -153,7 +153,7 @@ def build_model(args, sources):
                                 intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
                                 initializer_range=0.01, **dropout))   # half of BERT's, so that AdamW's steps weigh more
     else:
-        model, tokenizer = evaluate.load_model(init_from, **dropout)
+        model, tokenizer = load_model(init_from, **dropout)
     config = model.config
     for name in ("query_max_length", "passage_max_length"):
         if getattr(args, name) > config.max_position_embeddings:
@@ -198,7 +198,7 @@ def load_teacher(args, tokenizer):
     """ --teacher -> frozen Bert, or None. Raises ValueError if it does not read the same token ids. """
     if not args.teacher:
         return None
-    teacher, its_tokenizer = evaluate.load_model(args.teacher, args.device)
+    teacher, its_tokenizer = load_model(args.teacher, args.device)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {args.teacher} has another vocabulary than --init_from {args.init_from}; choose a "
                          "teacher that reads the same tokens")
@@ -310,7 +310,7 @@ def main(args):
         evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), "--speed",
                                            "--device", args.device, "--dtype", args.dtype]))
     if rank == 0:
-        Path(args.out_dir, evaluate.STATE).unlink(missing_ok=True)   # three times the model, and the run is finished
+        Path(args.out_dir, STATE).unlink(missing_ok=True)   # three times the model, and the run is finished
     print(f"{(time.time() - start) / 60:.1f} minutes in all")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -367,4 +367,4 @@ def parse_args(argv=None):
     return args
 
 if __name__ == "__main__":
-    evaluate.run_script(main, parse_args)
+    run_script(main, parse_args)

@@ -20,12 +20,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from evaluate import (HelpFormatter, average, catch_signals, check_finite, check_out_dir, fraction, interrupted, log,
-                      nonneg_int, number, open_run, positive_float, positive_int, run_script, start_ranks,
-                      sum_over_ranks, training_flags)
-from model import (STATE, Bert, BertConfig, MLMHead, as_contiguous, check_about, check_sizes, configure_optimizer,
-                   dropout, from_pretrained, keep_freed_memory, load_head, load_run, named_sizes, pack, save_run,
-                   size_name)
+from model import (STATE, Bert, BertConfig, HelpFormatter, MLMHead, as_contiguous, average, catch_signals, check_about,
+                   check_finite, check_out_dir, check_sizes, configure_optimizer, dropout, fraction, interrupted,
+                   keep_freed_memory, load_head, load_model, load_run, log, named_sizes, nonneg_int, number, open_run,
+                   pack, positive_float, positive_int, run_script, save_run, size_name, start_ranks, sum_over_ranks,
+                   training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), M masked positions, V vocabulary
@@ -197,8 +196,8 @@ def build_model(args, saved):
                                **dropout))
         head = MLMHead(bert.config)
     else:
-        bert = from_pretrained(init_from, **dropout)
-        tokenizer, head = data.load_tokenizer(init_from), load_head(init_from, bert.config)
+        bert, tokenizer = load_model(init_from, **dropout)
+        head = load_head(init_from, bert.config)
     config = bert.config
     if args.max_length > config.max_position_embeddings:
         raise ValueError(f"--max_length {args.max_length}: {init_from} has {config.max_position_embeddings} positions; "

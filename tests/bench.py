@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import evaluate
 from finetune_srl import backward, srl_loss
-from model import (Bert, BertConfig, MLMHead, configure_optimizer, from_pretrained, keep_freed_memory, pack,
+from model import (Bert, BertConfig, MLMHead, configure_optimizer, from_pretrained, keep_freed_memory, load_tokenizer, pack,
                    paper_sizes)
 from pretrain_smae import SMAE, fast_decode, fast_vocabulary_loss, smae_loss
 
@@ -53,7 +53,7 @@ def update(parameters, optimizer):
 def packed(args, sizes=None, micro_batch=0):
     """ this project """
     keep_freed_memory()
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     model = from_pretrained(args.model, **DROPOUT).train()
     sizes = sizes or list(paper_sizes(model.config))
     optimizer = configure_optimizer(dict(model.named_parameters()), 1e-6, 0.0)
@@ -89,7 +89,7 @@ def packed_micro_batch(args):
 def padded(args):
     """ transformers' BertModel, one padded batch, our loss """
     from transformers import BertModel
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     model = BertModel.from_pretrained(args.model, add_pooling_layer=False, **DROPOUT).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     sizes = list(paper_sizes(model.config))
@@ -142,7 +142,7 @@ def sentence_transformers_2d(args):
 
 def smae_masked(args):
     """ documents -> Masked, the same for both sides """
-    tokenizer = data.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     return lambda documents: data.smae_batch(documents, args.max_length, (0.2, 0.4), tokenizer, [len(documents[0])])
 
 
@@ -268,7 +268,7 @@ def load_rows(args, part):
     if part in ("srl", "encode"):
         return [(query, positives[0], negatives[0]) for query, positives, negatives, _
                 in itertools.islice(iter(data.load_pairs(args.source)), 16 * args.batch_size) if negatives]
-    documents = data.tokenize_documents(data.load_texts(args.source), data.load_tokenizer(args.model))
+    documents = data.tokenize_documents(data.load_texts(args.source), load_tokenizer(args.model))
     if part == "windows":
         documents = (document for document in documents if len(document) >= SMAE_LENGTHS[part] - 2)
     return list(itertools.islice(documents, (2 + args.rounds) * args.batch_size))
@@ -334,7 +334,7 @@ def main():
     if not installed:
         print("sentence-transformers is not installed: its rows are left out")
     names = [name for name in CONTESTANTS if installed or not name.startswith("sentence")]
-    model, tokenizer = from_pretrained(args.model), data.load_tokenizer(args.model)
+    model, tokenizer = from_pretrained(args.model), load_tokenizer(args.model)
     parameters = sum(p.numel() for p in model.blocks.parameters())
     peaks = {dtype: measure_peak(model.config, 3072, dtype) for dtype in (torch.bfloat16, torch.float32)}
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; peak of the matrix products: " +

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import conftest   # finds the repository
 import json
 import torch
-import evaluate
 import model
+from model import run_script
 import finetune_srl
 import pretrain_smae
 from safetensors.torch import load_file
@@ -84,7 +84,7 @@ def attempt(script, flags, out, point=None):
     def job():
         if point:
             strike(out, point)
-        evaluate.run_script(script.main, lambda: script.parse_args(argv))
+        run_script(script.main, lambda: script.parse_args(argv))
     return start(job, f"{out}.txt")
 
 
@@ -146,7 +146,7 @@ def main(moments):
                         strike(out, again)
                     else:
                         model.save_pretrained = lambda *args: os._exit(77)
-                    evaluate.run_script(script.main, lambda: script.parse_args(argv))
+                    run_script(script.main, lambda: script.parse_args(argv))
                 found = end(start(job, f"{out}.txt"))
                 if again:
                     status, saved = found, out / "training_state.pt"

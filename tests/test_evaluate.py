@@ -14,7 +14,7 @@ import evaluate
 from conftest import needs, refused_process
 from data import Collection
 from evaluate import bm25, embed_ids, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
-from model import save_pretrained
+from model import average, save_pretrained
 
 
 def test_metrics_by_hand():
@@ -630,7 +630,7 @@ def test_plot_draws_a_line_for_each_of_the_results(results_file, tmp_path):
 def test_average_by_hand():
     """ average gives the mean of each name over the records that have it, as floats, in order of appearance. """
     tensor = lambda value: torch.tensor(value, requires_grad=True)
-    mean = evaluate.average([{"b": tensor(1.0)}, {"a": tensor(5.0), "b": tensor(2.0)}, {"b": tensor(6.0)}])
+    mean = average([{"b": tensor(1.0)}, {"a": tensor(5.0), "b": tensor(2.0)}, {"b": tensor(6.0)}])
     assert list(mean.items()) == [("b", 3.0), ("a", 5.0)] and type(mean["a"]) is float
 
 

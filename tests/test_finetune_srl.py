@@ -16,7 +16,7 @@ import finetune_srl
 import model
 from conftest import NOUNS, make_beir, needs, refused_process
 from finetune_srl import backward, cosent, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
-from model import Bert, BertConfig, from_pretrained, named_sizes, pack
+from model import Bert, BertConfig, average, from_pretrained, load_tokenizer, named_sizes, pack
 
 ROOT = Path(finetune_srl.__file__).parent
 
@@ -75,7 +75,7 @@ class Masks:
 def plain_loop(bert_folder, pairs_file, lrs, embedding_scale, weight_decay, clip, kl_weight, p):
     """ what a run of main has to do, in plain PyTorch -> the trained model, [loss a step], [norm a step] """
     bert = from_pretrained(bert_folder, hidden_dropout_prob=p, attention_probs_dropout_prob=p).train()
-    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), data.load_tokenizer(bert_folder), 32, 64)
+    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), load_tokenizer(bert_folder), 32, 64)
     embeddings = {"word.weight", "position.weight", "token_type.weight"}
     optimizer = torch.optim.AdamW([{"params": [q], "weight_decay": weight_decay if q.dim() > 1 else 0.0,
                                     "scale": embedding_scale if name in embeddings else 1.0}
@@ -261,7 +261,7 @@ def test_a_run_end_to_end(trained):
     assert {(r["layer"], r["dim"]) for r in results if r["metric"] == "MRR@10"} == {(1, 8), (3, 64), (None, None)}
     dev, = logged(trained, "dev")
     assert {r["n"] for r in dev["dev"]} == {1} and {r["n"] for r in results if r["metric"] == "MRR@10"} == {2}
-    assert bert.config.max_position_embeddings == data.load_tokenizer(trained).model_max_length == 256
+    assert bert.config.max_position_embeddings == load_tokenizer(trained).model_max_length == 256
 
 
 def test_the_log_holds_its_terms_by_size(trained):
@@ -277,7 +277,7 @@ def test_steps_of_different_sizes_are_averaged_by_name():
     taps = [split({n: torch.randn(6, 8) for n in (1, 2)}, 3) for _ in range(3)]
     sizes = [((1, 4), (2, 8)), ((2, 8),), ((1, 4), (2, 8))]
     (_, a, _), (_, b, _), (_, c, _) = (srl_loss(*t, s, "cosine", 0.1, 1.0) for t, s in zip(taps, sizes))
-    mean = evaluate.average([a, b, c])
+    mean = average([a, b, c])
     assert list(mean) == ["1:4", "2:8"]
     assert mean["1:4"] == pytest.approx((a["1:4"].item() + c["1:4"].item()) / 2, rel=1e-6)
     assert mean["2:8"] == pytest.approx((a["2:8"].item() + b["2:8"].item() + c["2:8"].item()) / 3, rel=1e-6)
@@ -324,7 +324,7 @@ def test_a_run_starts_from_the_folder_of_another(trained, pairs_file, tmp_path):
         "--max_length", "8", "--sizes", "2:16")
     bert = from_pretrained(tmp_path / "c")
     assert bert.config.pooling == "cls" and len(bert.blocks) == 2
-    assert data.load_tokenizer(tmp_path / "c").model_max_length == 32   # its queries in training
+    assert load_tokenizer(tmp_path / "c").model_max_length == 32   # its queries in training
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_a_loaded_model_keeps_its_ways(cls_dot_folder, pairs_file, tmp_path, fla
                      "--max_steps", "1", "--learning_rate", "1e-30", "--temperature", "2", *flags]))
     bert = from_pretrained(out)
     assert (bert.config.pooling, bert.config.similarity, named_sizes(bert.config)) == (pooling, similarity, names)
-    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), data.load_tokenizer(cls_dot_folder), 32, 64)
+    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), load_tokenizer(cls_dot_folder), 32, 64)
     queries, passages, _ = data.srl_batch([pairs], 16, 1, 64, 1, 0)
     with torch.no_grad():
         tap, = bert(batch := pack(queries + passages), [list(names)[-1][0]])

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 import data
 import finetune_srl
 import model
-import evaluate
 import pretrain_smae
 from conftest import refused_process
-from model import SIZES as NAMED, Bert, from_pretrained, load_head, named_sizes, pack
+from model import SIZES as NAMED, Bert, from_pretrained, load_head, load_tokenizer, named_sizes, pack
 from pretrain_smae import SMAE, MLMHead, VocabularyLoss, fast_decode, fast_vocabulary_loss, smae_loss
 
 SIZES = ((1, 6), (2, 16), (4, 48))
@@ -383,7 +382,7 @@ def state(out):
 
 def plain_loop(start, text_file, lrs, embedding_scale, weight_decay, clip, p):
     """ what a run of main has to do, in plain PyTorch, from the weights of `start` -> SMAE, losses, norms """
-    tokenizer, bert = data.load_tokenizer(start), from_pretrained(start, hidden_dropout_prob=p,
+    tokenizer, bert = load_tokenizer(start), from_pretrained(start, hidden_dropout_prob=p,
                                                                   attention_probs_dropout_prob=p)
     smae = SMAE(bert, load_head(start, bert.config)).train()
     smae.load_state_dict(state(start))
@@ -580,9 +579,9 @@ def test_checkpoint(text_file, tmp_path, monkeypatch):
         "--passage_max_length", "24", "--query_max_length", "24", "--out_dir", str(tmp_path / "srl"),
         "--learning_rate", "1e-30", "--dtype", "float32", "--device", "cpu", "--no-compile"]))
     tuned = from_pretrained(tmp_path / "srl")
-    assert data.load_tokenizer(tmp_path / "srl").model_max_length == 256   # more than was pre-trained on
+    assert load_tokenizer(tmp_path / "srl").model_max_length == 256   # more than was pre-trained on
     assert torch.allclose(tuned.word.weight, bert.word.weight, atol=1e-7)
-    assert data.load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("objective, names", [("smae", [name for name, *_ in NAMED]), ("mlm", [])])
@@ -598,7 +597,7 @@ def test_which_sizes_a_run_saves(text_file, tmp_path, objective, names):
 def test_bias_starts_at_the_frequencies(text_file, tmp_path):
     """ From scratch the head's bias is the log frequency of each word, one more counted for every word. """
     train(text_file, tmp_path / "out", "--max_steps", "1", "--learning_rate", "1e-30")
-    tokenizer = data.load_tokenizer(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
     text = data.token_file(text_file, tokenizer)
     counts = np.bincount(np.concatenate([text[i] & 0x7fff for i in range(len(text))]), minlength=len(tokenizer)) + 1
     assert np.allclose(state(tmp_path / "out")["head.bias"], np.log(counts / counts.sum()), atol=1e-6)

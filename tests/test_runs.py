@@ -16,10 +16,9 @@ import evaluate
 import finetune_srl
 import model
 import pretrain_smae
-from evaluate import run_script
 from finetune_srl import backward, srl_loss
 from kill import end, records, same, start
-from model import STATE, Bert, from_pretrained, pack
+from model import STATE, Bert, from_pretrained, pack, run_script
 
 COMMON = ("--batch_size 8 --max_steps 8 --log_interval 1 --save_interval 2 --dropout 0.1 --dtype float32 --device cpu "
           "--no-compile").split()
@@ -72,7 +71,7 @@ def whole(flags, tmp_path_factory):
 
 def after(step, do):
     """ a log() that also calls do() once the record of this step is written, when the loop has looked for signals """
-    log = evaluate.log
+    log = model.log
     def logs(log_file, record, line):
         log(log_file, record, line)
         if record["step"] == step:
@@ -124,7 +123,7 @@ def test_two_ranks_give_the_gradient_of_one_process(config, texts, tmp_path):
                             ((1, 8), (3, 32), (4, 48)), similarity, 0.5, 1.0)
         loss, *_ = backward(lambda texts: bert.encode(pack(texts), [1, 3, 4]), texts, loss_of, pieces, (7, 5),
                             lambda loss: loss, rank, world_size)
-        evaluate.sum_over_ranks(bert.parameters(), world_size)
+        model.sum_over_ranks(bert.parameters(), world_size)
         return [loss.detach()] + [parameter.grad.clone() for parameter in bert.parameters()]
     def job(rank):
         dist.init_process_group("gloo")
@@ -267,7 +266,7 @@ def test_a_folder_where_a_run_is_writing_is_refused(script, flags, whole, tmp_pa
     """ A second run into a folder is refused in one line, and the files of the first stay. """
     shutil.copytree(whole[script], tmp_path / "out")
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
-    with evaluate.open_locked(tmp_path / "out" / "log.jsonl"):
+    with model.open_locked(tmp_path / "out" / "log.jsonl"):
         said = refused(script, [*flags[script], "--out_dir", str(tmp_path / "out"), "--overwrite"])
     assert "another run is writing there; choose another folder" in said
     assert before == sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -404,7 +403,7 @@ def test_a_loss_that_rises_is_a_warning(script, flags, tmp_path, monkeypatch, ca
     """ A run that ends above where it began says so, and one that does not is silent. """
     for loss_of, lines in ((lambda step: 9 - step, []), (lambda step: step, [
             "warning: the loss began at 1.000 and is 2.000 now; try a lower --learning_rate"])):
-        monkeypatch.setattr(script, "log", lambda file, record, line: evaluate.log(
+        monkeypatch.setattr(script, "log", lambda file, record, line: model.log(
             file, record | {"loss": loss_of(record["step"])}, line))
         assert status(script, flags[script], tmp_path / "out", "--max_steps", "2", "--overwrite") == 0
         assert warnings(capsys) == lines

@@ -275,14 +275,14 @@ def forward(model, documents, tokenizer, sizes, args, seed):
     return losses, len(masked.encoder_ids)
 
 def validate(model, held_out, tokenizer, sizes, args):
-    """ -> {term: CE}, {term: accuracy} on the held-out documents, with the same windows and masks every time """
+    """ what smae_loss returns, on the held-out documents, with the same windows and masks every time, as floats """
     model.eval()
     with torch.no_grad():
         losses = [forward(model, held_out[i:i + 50], tokenizer, sizes, args, [0, i])[0]
                   for i in range(0, len(held_out), 50)]
     model.train()
-    _, ce, accuracy = zip(*losses)
-    return average(ce), average(accuracy)
+    loss, ce, accuracy = zip(*losses)
+    return average([{"loss": value} for value in loss])["loss"], average(ce), average(accuracy)
 
 def get_lr(step, max_steps, args):
     """ linear warm-up, then a cosine to 0 """
@@ -369,8 +369,7 @@ def main(args):
             clock, tokens, losses, skipped = time.time(), 0, [], 0
         if args.eval_interval and (step + 1) % args.eval_interval == 0 or step + 1 == max_steps:
             pause = time.time()
-            ce, accuracy = validate(model, held_out, tokenizer, sizes, args)
-            loss = sum(ce.values()) / len(ce)
+            loss, ce, accuracy = validate(model, held_out, tokenizer, sizes, args)
             log(log_file, {"step": step + 1, "val_loss": loss, "val_ce": ce, "val_accuracy": accuracy},
                 f"step {step + 1}/{max_steps} | validation loss {loss:.3f} | "
                 + " | ".join(f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in ce))

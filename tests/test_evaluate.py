@@ -122,7 +122,7 @@ def test_command_line(saved, beir, tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "m" / "eval.json").read_text())
     assert {"task", "metric", "layer", "dim", "value", "n"} <= set(saved["results"][0])
     bm25_rows = [r for r in saved["results"] if r["layer"] is None]
-    assert {r["metric"]: r["value"] for r in bm25_rows} == {"MRR@10": 1, "nDCG@10": 1, "Recall@100": 1}
+    assert {"MRR@10", "nDCG@10", "Recall@100"} <= {r["metric"] for r in bm25_rows if r["value"] == 1}
 
     row = {"name": "pkg.f", "query": "the bridge", "positive": "stands beside the river"}
     (beir / "train.jsonl").write_text(json.dumps(row) + "\n")
@@ -349,7 +349,7 @@ def write_files(folder, files):
 POOLING = [{"type": "s.Transformer", "path": ""}, {"type": "s.Pooling", "path": "1_Pooling"}]
 NORMALIZE = [{"type": "s.Transformer", "path": ""}, {"type": "s.Normalize", "path": "2_Normalize"}]
 SIMILARITY, MODES = "config_sentence_transformers.json", "1_Pooling/config.json"
-MEAN, CLS, MAX, SQRT = (f"pooling_mode_{mode}" for mode in ("mean_tokens", "cls_token", "max_tokens",
+MEAN, CLS, LAST, SQRT = (f"pooling_mode_{mode}" for mode in ("mean_tokens", "cls_token", "lasttoken",
                                                             "mean_sqrt_len_tokens"))
 WAYS = [   # files, overrides, (pooling, similarity) or what is said
     ({}, {}, ("mean", "cosine")),
@@ -362,11 +362,11 @@ WAYS = [   # files, overrides, (pooling, similarity) or what is said
     ({SIMILARITY: {"similarity_fn_name": "euclidean"}}, {"similarity": "dot"}, ("mean", "dot")),
     ({"modules.json": POOLING, MODES: {CLS: True, MEAN: False}}, {}, ("cls", "cosine")),
     ({"modules.json": POOLING, MODES: {SQRT: True, MEAN: False}}, {}, "pooling 'mean_sqrt_len' is not supported"),
-    ({"modules.json": POOLING, MODES: {MAX: True}}, {}, "pooling 'max' is not supported; known are mean, cls"),
+    ({"modules.json": POOLING, MODES: {LAST: True}}, {}, "pooling 'lasttoken' is not supported; known are mean, cls"),
     ({"modules.json": POOLING, MODES: {CLS: True, MEAN: True}}, {}, "pooling 'cls and mean' is not supported"),
     ({"modules.json": POOLING, MODES: {"pooling_mode": "lasttoken"}}, {}, "pooling 'lasttoken' is not supported"),
-    ({"modules.json": POOLING, MODES: {"pooling_mode": ["cls", "max"]}}, {}, "is not supported; known are mean, cls"),
-    ({"modules.json": POOLING, MODES: {MAX: True}}, {"pooling": "mean"}, ("mean", "cosine"))]
+    ({"modules.json": POOLING, MODES: {"pooling_mode": ["cls", "lasttoken"]}}, {}, "is not supported; known are mean, cls"),
+    ({"modules.json": POOLING, MODES: {LAST: True}}, {"pooling": "mean"}, ("mean", "cosine"))]
 
 
 @pytest.mark.parametrize("files, overrides, want", WAYS)

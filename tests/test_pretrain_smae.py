@@ -479,10 +479,10 @@ def test_validation_sees_every_held_out_document_once(monkeypatch):
     seen, seeds = [], []
     def forward(model, documents, tokenizer, sizes, args, seed):
         seen.extend(documents), seeds.append(tuple(seed))
-        return (None, {"mlm": torch.tensor(float(len(seeds)))}, {"mlm": torch.tensor(0.5)}), 0
+        return (torch.tensor(7.0 * len(seeds)), {"mlm": torch.tensor(float(len(seeds)))}, {"mlm": torch.tensor(0.5)}), 0
     monkeypatch.setattr(pretrain_smae, "forward", forward)
     model = torch.nn.Linear(1, 1)
-    assert pretrain_smae.validate(model, list(range(120)), None, None, None) == ({"mlm": 2.0}, {"mlm": 0.5})
+    assert pretrain_smae.validate(model, list(range(120)), None, None, None) == (14.0, {"mlm": 2.0}, {"mlm": 0.5})
     assert seen == list(range(120)) and len(set(seeds)) == 3 and model.training
 
 

@@ -71,17 +71,18 @@ def test_quick_start_and_search(small_docs, tmp_path, capsys):
 
 
 def test_every_command_parses(tmp_path, monkeypatch):
-    """ No line of the README has a flag that the scripts do not have. """
+    """ No line of the README or of runs/paper.sh has a flag that the scripts do not have. """
     (tmp_path / "out").mkdir()   # git ignores it, so a fresh clone has none; the README's first command makes it
     monkeypatch.chdir(tmp_path)
     checked = 0
-    for command in COMMANDS:
+    paper = (ROOT / "runs/paper.sh").read_text().replace("\\\n", " ").splitlines()
+    for command in COMMANDS + [line for line in paper if line.startswith(("python", "torchrun"))]:
         command = re.sub(r"torchrun --nproc_per_node \d", "python", command)
         script, *words = split_command(command)[1:] or [""]
         if script in SCRIPTS and not {"--help", "--resume"} & set(words):
             SCRIPTS[script].parse_args(words + ["--out_dir", "out/nowhere"] * (script != "evaluate.py"))
             checked += 1
-    assert checked >= 9
+    assert checked >= 12
 
 
 def test_worked_example_of_srl():

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+# one progress bar for all ranks, and none where stderr is no terminal
+progress = functools.partial(tqdm, disable=int(os.environ.get("RANK", 0)) > 0 or None)
 CACHE = Path(__file__).parent / "out"   # the docs corpus and tokenised text; git-ignored, made again when missing
 
 # ---- batches of pairs, for SRL ---------------------------------------------------------------------------------------
@@ -140,11 +142,11 @@ def train_wordpiece(texts, vocab_size):
     pieces = special + sorted(set(trained.get_vocab()) - set(special))
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
-def tokenize(texts, tokenizer, max_length, desc="tokenising"):
+def tokenize(texts, tokenizer, max_length):
     """ list of B texts -> list of B (T,) integer arrays, [CLS] ... [SEP], T <= max_length """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32   # 12 M MS MARCO passages: 2 GB instead of 4
     ids = []
-    for i in tqdm(range(0, len(texts), 4096), desc=desc, unit=" x 4096 texts", disable=len(texts) <= 4096 or None):
+    for i in range(0, len(texts), 4096):
         chunk = tokenizer(texts[i:i + 4096], truncation=True, max_length=max_length, return_attention_mask=False,
                           return_token_type_ids=False)["input_ids"]
         ids += [np.array(text, dtype=dtype) for text in chunk]
@@ -154,7 +156,7 @@ def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
     """ rows of load_pairs -> Pairs; rows without a query or a positive are left out, and their number is printed. Only
     one chunk of strings is in memory. """
     pairs, stream = Pairs([], [], [], []), iter(rows)
-    bar = tqdm(total=len(rows), desc="tokenising pairs", unit=" rows", disable=None)   # None: if it is no terminal
+    bar = progress(total=len(rows), desc="tokenising pairs", unit=" rows")
     while chunk := list(itertools.islice(stream, 4096)):
         bar.update(len(chunk))
         chunk = [row for row in chunk if row[0].strip() and row[1]]
@@ -236,7 +238,7 @@ def token_file(source, tokenizer, columns=()):
             part.mkdir()
             ends, documents = [0], tokenize_documents(load_texts(source, columns=columns), tokenizer)
             with open(part / "tokens.bin", "wb") as file:
-                for tokens in tqdm(documents, desc="tokenising", unit=" documents", disable=None):
+                for tokens in progress(documents, desc="tokenising", unit=" documents"):
                     tokens.tofile(file)
                     ends.append(ends[-1] + len(tokens))
             if len(ends) < 3:
@@ -640,9 +642,8 @@ def build_docs(folder):
     files = [(f"{root.name}/{path.relative_to(root).as_posix()}", path)
              for root in roots for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
     with ProcessPoolExecutor() as pool:
-        found = list(tqdm(pool.map(docstrings, [path for _, path in files], chunksize=16), total=len(files),
-                          unit=" files", disable=None,
-                          desc="docs: reading the docstrings of this machine's Python packages"))
+        found = list(progress(pool.map(docstrings, [path for _, path in files], chunksize=16), total=len(files),
+                              unit=" files", desc="docs: reading the docstrings of this machine's Python packages"))
     held_out = [zlib.crc32(name.encode()) % 5 == 0 for name, _ in files]
     seen, train, corpus = set(), [], []
     for i in sorted(range(len(files)), key=lambda i: not held_out[i]):   # held-out files first: they keep shared texts

@@ -23,18 +23,20 @@ from pathlib import Path
 import numpy as np
 import scipy   # its parts load when they are first used: scipy.stats alone takes most of a second
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, device_arg, find_folder, git_commit,
-                   keep_freed_memory, load_model, named_sizes, pack, parse_sizes, read_json, run_script, score, size_name,
-                   two_or_more)
+                   keep_freed_memory, load_model, named_sizes, pack, parse_sizes, positive_int, read_json, run_script,
+                   score, size_name, text_length)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer. """
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer.
+    Ranks share the batches, so all of them must call this with the same texts. """
     B, device, training = len(texts), model.word.weight.device, model.training
     model.eval()   # no dropout
     batches = []   # lists of rows of the result
@@ -42,20 +44,25 @@ def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="en
         if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
             batches.append([])
         batches[-1].append(i)
-    embeddings = {layer: torch.empty(B, model.config.hidden_size) for layer in layers}
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
     # one autocast around all batches, because it casts every weight once and keeps the copy
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     # disable=None: no bar where stderr is no terminal
-    with autocast, tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=B < 1000 or None) as bar:
-        for rows in batches:
+    with autocast, tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=B < 1000 or rank > 0 or None) as bar:
+        for rows in batches[rank::world_size]:
             batch = pack([texts[i] for i in rows], device, multiple=128)
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
                 if not pooled.isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
                 embeddings[layer][rows] = pooled.float().cpu()
-            bar.update(len(rows))
+            bar.update(len(rows) * world_size)
+    if world_size > 1:   # a sum that gathers: the rows of other ranks are 0
+        embeddings = {layer: rows.to(device) for layer, rows in embeddings.items()}
+        for rows in embeddings.values():
+            dist.all_reduce(rows)
     model.train(training)
-    return embeddings
+    return {layer: rows.cpu() for layer, rows in embeddings.items()}
 
 def embed_texts(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B strings -> {layer: (B, C) float32 on the CPU} """
@@ -405,8 +412,8 @@ def parse_args(argv=None):
     add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
     add = parser.add_argument_group("encoding").add_argument
-    add("--max_length", type=two_or_more, help="tokens of a text; by default the model's own")
-    add("--batch_tokens", type=two_or_more, default=8192, help="tokens of a batch")
+    add("--max_length", type=text_length, help="tokens of a text; by default the model's own")
+    add("--batch_tokens", type=positive_int, default=8192, help="tokens of a batch")
     add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the model's own, else mean")
     add("--similarity", choices=SIMILARITIES, help="of query and document; by default the model's own, else cosine")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")

@@ -10,7 +10,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
 Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, at the end, the evaluation in eval.json.
 Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
 """
-import argparse, math, time
+import argparse, math, os, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,20 @@ import torch.nn.functional as F
 import data
 import evaluate
 from model import (POOLINGS, SIMILARITIES, STATE, Bert, BertConfig, HelpFormatter, average, catch_signals, check_about,
-                   check_finite, check_out_dir, check_sizes, configure_optimizer, interrupted, keep_freed_memory,
-                   load_model, load_run, log, named_sizes, nonneg_float, nonneg_int, open_run, pack, permute_channels,
-                   positive_float, positive_int, run_script, save_run, score, size_name, start_ranks, sum_over_ranks,
-                   training_flags)
+                   check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, interrupted,
+                   keep_freed_memory, load_model, load_run, log, named_sizes, nonneg_float, nonneg_int, open_run, pack,
+                   permute_channels, positive_float, positive_int, run_script, save_run, score, size_name, start_ranks,
+                   sum_over_ranks, text_length, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
 
-def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teacher_scores=None, gold=None):
+def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teacher_scores=None, gold=None, same=None):
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
-    positive of query i; passages from Q on are hard negatives. For query i every passage but i counts as a negative,
-    even if the same text occurs twice. sizes: (layer, dim) pairs; the last is the full size, the teacher.
+    positive of query i; passages from Q on are hard negatives. For query i every passage but i is a negative, unless it
+    is left out by same (Q, P), see `duplicates`. sizes: (layer, dim) pairs; the last is the full size, the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
     then CoSENT takes the place of InfoNCE.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
@@ -44,6 +44,9 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
               for layer, dim in sizes}                             # (Q, P) each
     if teacher_scores is None:
         teacher_scores = scores[sizes[-1]].detach()   # detached: the full size must not move towards the others
+    if same is not None:                              # probability 0; -inf would make the KL 0 * inf
+        teacher_scores = teacher_scores.masked_fill(same, -1e9)
+        scores = {size: values.masked_fill(same, -1e9) for size, values in scores.items()}
     teacher_probs, nce, kl = teacher_scores.softmax(-1), {}, {}                         # (Q, P)
     for size in sizes:
         log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
@@ -67,6 +70,17 @@ def cosent(scores, gold):
     wrong = difference[gold[:, None] > gold[None, :]]                                   # (pairs of pairs,)
     return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
 
+def duplicates(queries, passages, device="cpu"):
+    """ lists of (T,) ids -> (Q, P) bool: passage j is no negative of query i, because it is the same text as a positive
+    of query i, its own or that of an equal query; None if there is no such pair. """
+    Q, number = len(queries), {}
+    ids = torch.tensor([number.setdefault(text.tobytes(), len(number)) for text in queries + passages],
+                       device=device)                                                   # (Q + P,), by text
+    same_query = ids[:Q, None] == ids[None, :Q]                                         # (Q, Q)
+    same_passage = ids[Q:2 * Q, None] == ids[None, Q:]                                  # (Q, P), to each positive
+    same = (same_query.float() @ same_passage.float() > 0).fill_diagonal_(False)        # (Q, P)
+    return same if same.any() else None
+
 def step_sizes(method, sizes, seed, step):
     """ The sizes that one step trains, the full size last. This is all that the two methods differ in:
     srl     the same few sizes in every step
@@ -88,15 +102,15 @@ def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, w
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
         rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
-    if gold is not None:
-        gold = torch.from_numpy(gold).to(args.device)
+    same = duplicates(queries, passages, args.device) if gold is None else None
+    gold = None if gold is None else torch.from_numpy(gold).to(args.device)
     def embed(texts):
         with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
             return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}
     def loss_of(embeddings):
         return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
                         {layer: rows[Q:] for layer, rows in embeddings.items()},
-                        sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold)
+                        sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold, same)
     return backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
 
 def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
@@ -211,6 +225,9 @@ def plan(args, sources, world_size):
     if batch_size < 2 * world_size:
         raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(rows)} rows: the other rows of a "
                          f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
+    first = sources[0].positives[0][0].tobytes()
+    if all(text.tobytes() == first for pairs in sources for texts in pairs.positives for text in texts):
+        print("warning: all positives are the same text, so there are no negatives to learn from", file=sys.stderr)
     pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
 
@@ -244,7 +261,8 @@ def main(args):
                                     ("word.weight", "position.weight", "token_type.weight"), args.embedding_lr_scale)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "float16")
     trained, first_step = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
-    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources], "pieces of a batch": pieces}
+    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources], "pieces of a batch": pieces,
+             "--teacher": teacher and evaluate.made_by(teacher, tokenizer, args.dtype)}
     if saved:
         check_about(args, saved, about)
         for name, part in trained.items():
@@ -294,7 +312,7 @@ def main(args):
                 f"eta {(max_steps - step - 1) * seconds / 60:.1f}m")
             clock, tokens, losses, skipped = time.time(), 0, [], 0
         dev = args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step
-        if dev and rank == 0:
+        if dev:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", sizes, args.dtype)
             mrr = [r for r in results if r["metric"] == "MRR@10" and r["layer"]]   # without BM25
@@ -305,9 +323,13 @@ def main(args):
             save_run(args, step + 1, model, tokenizer, trained, about, last_step)
         if last_step and step + 1 < max_steps:
             raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
+    default_signals()
     print(f"saved {args.out_dir}")
-    if test_set and rank == 0:
-        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), "--speed",
+    if world_size > 1:
+        dist.barrier()   # until rank 0 has saved the model that all ranks evaluate together
+    if test_set:
+        flags = ["--speed"] if world_size == 1 else ["--out", os.devnull] if rank else []
+        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), *flags,
                                            "--device", args.device, "--dtype", args.dtype]))
     if rank == 0:
         Path(args.out_dir, STATE).unlink(missing_ok=True)   # three times the model, and the run is finished
@@ -326,10 +348,10 @@ def parse_args(argv=None):
     add("--micro_batch", type=nonneg_int, default=0,
         help="encode this many queries and their passages at a time: the same gradient in less memory, for one more "
              "forward pass; 0 encodes the whole batch at once")
-    add("--query_max_length", type=positive_int, default=32, help="tokens, [CLS] and [SEP] included")
-    add("--passage_max_length", type=positive_int, default=64,
+    add("--query_max_length", type=text_length, default=32, help="tokens, [CLS] and [SEP] included")
+    add("--passage_max_length", type=text_length, default=64,
         help="tokens of a passage in a step; a longer passage gives its beginning or, as often, any window")
-    add("--max_length", type=positive_int, default=256,
+    add("--max_length", type=text_length, default=256,
         help="tokens that the finished model reads of a text, if it has so many positions. Training on short windows "
              "is faster; reading more afterwards finds more")
     add = parser.add_argument_group("loss and embeddings").add_argument

@@ -588,6 +588,11 @@ def catch_signals():
         signal.signal(number, note)
     return caught
 
+def default_signals():
+    """ after the loop a signal ends the program at once again """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 def interrupted(caught, args, world_size):
     """ Did a signal reach any rank? All ranks must leave the loop after the same step. """
     found = torch.tensor(len(caught), device=args.device)
@@ -772,7 +777,7 @@ def number(kind, rule, holds):
 positive_int, positive_float = (number(kind, "above 0", lambda value: value > 0) for kind in (int, float))
 nonneg_int, nonneg_float = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
 fraction = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
-two_or_more = number(int, "2 or more", lambda value: value >= 2)
+text_length = number(int, "3 or more: [CLS], a token and [SEP]", lambda value: value >= 3)
 
 def device_arg(text):
     """ an argparse type: a device that torch can use """

@@ -15,7 +15,7 @@ import evaluate
 import finetune_srl
 import model
 from conftest import NOUNS, make_beir, needs, refused_process
-from finetune_srl import backward, cosent, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
+from finetune_srl import backward, cosent, duplicates, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
 from model import Bert, BertConfig, average, from_pretrained, load_tokenizer, named_sizes, pack
 
 ROOT = Path(finetune_srl.__file__).parent
@@ -148,6 +148,44 @@ def test_hard_negatives_are_candidates_of_every_query():
     q, p = {1: torch.zeros(2, 4)}, {1: torch.zeros(3, 4)}
     _, nce, _ = loss_and_terms(q, p, ((1, 4),), "dot", 1.0, 1.0)
     assert nce[0].item() == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_duplicates_are_no_negatives():
+    """ Queries a b a with positives x y z and hard negatives x w: for both a, x and z are positives. """
+    a, b, w, x, y, z = (np.array([2, i, 3], dtype=np.uint16) for i in range(10, 16))
+    assert duplicates([a, b, a], [x, y, z, x, w]).tolist() == [[False, False, True, True, False], [False] * 5,
+                                                               [True, False, False, True, False]]
+    assert duplicates([a, b], [x, y, z]) is None
+    # The loss is that of each query without the passages that are left out, so both terms ignore them.
+    torch.manual_seed(0)
+    q, p = {n: torch.randn(3, 8) for n in (1, 2)}, {n: torch.randn(5, 8) for n in (1, 2)}
+    same = duplicates([a, b, a], [x, y, z, x, w])
+    found = srl_loss(q, p, ((1, 4), (2, 8)), "dot", 0.5, 1.0, same=same)
+    nce, kl = [], []
+    for i, left in enumerate(([0, 1, 4], [0, 1, 2, 3, 4], [1, 2, 4])):
+        small, full = (q[n][i, :d] @ p[n][left, :d].T / 0.5 for n, d in ((1, 4), (2, 8)))
+        nce.append(-small.log_softmax(-1)[left.index(i)])
+        kl.append((full.softmax(-1) * (full.log_softmax(-1) - small.log_softmax(-1))).sum())
+    assert found[1]["1:4"].item() == pytest.approx(torch.stack(nce).mean().item(), abs=1e-5)
+    assert found[2]["1:4"].item() == pytest.approx(torch.stack(kl).mean().item(), abs=1e-5)
+    teacher = srl_loss(q, p, ((1, 4), (2, 8)), "dot", 0.5, 1.0, q[2] @ p[2].T / 0.5, same=same)
+    assert teacher[2]["1:4"].item() == pytest.approx(found[2]["1:4"].item(), abs=1e-6)
+
+
+def test_training_leaves_duplicates_out(tmp_path, bert_folder, capsys):
+    """ If all positives are one text, nothing is left to rank: a loss of 0, and a warning. Scored pairs with one first
+    sentence are no duplicates. """
+    path, flags = tmp_path / "pairs.jsonl", ["--init_from", bert_folder, *SMALL, "--max_steps", "2",
+                                              "--sizes", "1:8,3:48"]
+    path.write_text("".join(json.dumps({"query": noun, "positive": "the same"}) + "\n" for noun in NOUNS[:8]))
+    main(parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "a"), *flags]))
+    assert [record["loss"] for record in logged(tmp_path / "a")] == [0, 0]
+    assert "warning: all positives are the same text" in capsys.readouterr().err
+    path.write_text("".join(json.dumps({"sentence1": "the same", "sentence2": noun, "score": i}) + "\n"
+                            for i, noun in enumerate(NOUNS[:8])))
+    main(parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "b"), *flags]))
+    assert all(value > 0 for record in logged(tmp_path / "b") for value in (record["nce"]["1:8"], record["kl"]["1:8"]))
+    assert "warning" not in capsys.readouterr().err
 
 
 def split(taps, queries):

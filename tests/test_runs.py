@@ -17,6 +17,7 @@ import finetune_srl
 import model
 import pretrain_smae
 from finetune_srl import backward, srl_loss
+from conftest import make_beir
 from kill import end, records, same, start
 from model import STATE, Bert, from_pretrained, pack, run_script
 
@@ -151,6 +152,41 @@ def test_a_run_on_two_ranks(flags, tmp_path):
     assert "saved" in (tmp_path / "rank0.txt").read_text()
     lines = (tmp_path / "rank1.txt").read_text().splitlines()
     assert not [line for line in lines if line and "tokenising" not in line] and not (tmp_path / "rank1").exists()
+
+
+def test_ranks_share_an_evaluation(flags, texts, config, tmp_path):
+    """ Each of two ranks encodes half of the batches and has all embeddings, those of one process bit by bit; a run on
+    two ranks ends with the evaluation, whose file the first rank writes. """
+    torch.manual_seed(0)
+    bert, encoded = Bert(config), []
+    want = evaluate.embed_ids(bert, texts, [1, 4], batch_tokens=16)
+    more = ["--retrieval", str(make_beir(tmp_path / "beir")), "--max_steps", "2", "--eval_interval", "1"]
+    def job(rank):
+        dist.init_process_group("gloo")
+        encode = bert.encode
+        bert.encode = lambda batch, layers: encoded.append(len(batch.starts)) or encode(batch, layers)
+        torch.save([evaluate.embed_ids(bert, texts, [1, 4], batch_tokens=16), sum(encoded)], tmp_path / f"{rank}.pt")
+        dist.destroy_process_group()
+        run(finetune_srl, flags[finetune_srl], tmp_path / "out", *more)
+    assert [end(pid) for pid in ranks(job, tmp_path)] == [0, 0]
+    (first, a), (second, b) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert a + b == len(texts) and min(a, b) > 0
+    assert all(torch.equal(found[layer], want[layer]) for found in (first, second) for layer in want)
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["results"]
+    assert "dev MRR@10" in (tmp_path / "rank0.txt").read_text() and not (tmp_path / "rank1.txt").read_text().strip()
+
+
+@BOTH
+def test_two_ranks_go_on_exactly(script, flags, tmp_path):
+    """ A run on two ranks that a signal to one of them stopped ends as the run on two ranks that nothing disturbed. """
+    def job(rank, out, *more, stop=False):
+        if stop and rank == 1:
+            script.log = after(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_script(script.main, lambda: script.parse_args([*flags[script], "--out_dir", str(tmp_path / out), *more]))
+    for code, *how in ((0, "whole"), (130, "out"), (0, "out", "--resume")):
+        go = functools.partial(job, stop=code == 130)
+        assert [end(pid) for pid in ranks(lambda rank: go(rank, *how), tmp_path)] == [code, code]
+    assert same(tmp_path / "out", tmp_path / "whole") and len(records(tmp_path / "out")) >= 8
 
 
 @BOTH

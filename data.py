@@ -30,6 +30,9 @@ class Pairs(NamedTuple):
     negatives: list   # of lists of such arrays: its hard negatives, maybe none
     gold: list        # of numbers: how similar the two texts of a row are; empty for pairs without a score
 
+# the last number of a seed says what is drawn, so that no two draws are alike; SIZE_SEED is finetune_srl.step_sizes'
+TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
+
 @functools.lru_cache(maxsize=64)
 def epoch_order(rows, seed, epoch):
     """ (rows,) the order of the rows in one epoch """
@@ -50,13 +53,14 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
     visits every row of every source at most once; an incomplete last batch is dropped. """
     batches_per_source = [len(pairs.queries) // batch_size for pairs in sources]
-    # the last number of a seed says what is drawn: 1 texts and windows, 2 sources, 3 sizes (step_sizes)
-    epoch, turn = divmod(step, sum(batches_per_source))
-    turns = np.random.default_rng([seed, epoch, 2]).permutation(np.repeat(np.arange(len(sources)), batches_per_source))
-    pairs = sources[turns[turn]]                    # turns: 0 2 0 1 ..., the source of each batch of the epoch
-    i = (turns[:turn] == turns[turn]).sum()         # batches that this source has had in this epoch
+    epoch, batch = divmod(step, sum(batches_per_source))
+    # the source of each batch of the epoch: 0 2 0 1 ...
+    turns = np.repeat(np.arange(len(sources)), batches_per_source)
+    turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)
+    pairs = sources[turns[batch]]
+    i = (turns[:batch] == turns[batch]).sum()       # batches that this source has had in this epoch
     rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
-    rng = np.random.default_rng([seed, step, 1])
+    rng = np.random.default_rng([seed, step, TEXT_SEED])
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
     hard = [pairs.negatives[row][k] for row in rows
             for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
@@ -70,9 +74,9 @@ class Masked(NamedTuple):
     positions here are those of its row of N tokens (behind which pack may add fillers). """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
-    encoder_masked: np.ndarray      # (M,) positions in the row that the encoder must guess: about 20 %
+    encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: about 20 %
     decoder_ids: np.ndarray         # (N,) what the decoder sees
-    decoder_masked: np.ndarray      # (M',) positions that the decoder must guess: about 40 %, encoder_masked among them
+    decoder_positions: np.ndarray   # (M',) those that the decoder must guess: about 40 %, the encoder's among them
 
 def whole_word_mask(begins, special, text_ids, rates, rng):
     """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
@@ -87,19 +91,23 @@ def whole_word_mask(begins, special, text_ids, rates, rng):
       length                 2       1       1    1      1          1    1    1      1
       middle in its text     1       2.5     3.5  4.5    5.5        0.5  1.5  2.5    3.5
       budget, what it masks  2: dragon                              1: a                            """
-    word = np.cumsum(begins) - 1                                  # (N,) number of each token's word
-    first = np.flatnonzero(begins)                                # (words,) first token of each word
-    length = np.diff(np.append(first, len(begins)))               # (words,) tokens of each word
-    text = text_ids[first]                                        # (words,) text of each word
-    key = np.where(special[first], 2.0, rng.random(len(first)))   # [CLS] and [SEP] sort behind all others
-    order = np.lexsort((key, text))                               # (words,) text by text, shuffled within each
-    lengths, texts_of_words = length[order], text[order]               # (words,) of the words in that order
-    text_start = np.searchsorted(text_ids, texts_of_words)               # (words,) where each begins in the row
-    middle = np.empty(len(first))                                 # (words,) of each word, counted within its text
-    middle[order] = np.cumsum(lengths) - lengths / 2 - text_start
-    tokens = np.bincount(text_ids, weights=~special).astype(int)  # (B,) without [CLS] and [SEP]
-    budgets = [np.round(rate * tokens) for rate in rates]         # (B,) each
-    return [(middle <= budget[text])[word] for budget in budgets]
+    word = np.cumsum(begins) - 1                                    # (N,) number of each token's word
+    first = np.flatnonzero(begins)                                  # (words,) first token of each word
+    length = np.diff(np.append(first, len(begins)))                 # (words,) tokens of each word
+    text = text_ids[first]                                          # (words,) text of each word
+    key = np.where(special[first], 2.0, rng.random(len(first)))     # [CLS] and [SEP] sort behind all others
+    order = np.lexsort((key, text))                                 # (words,) text by text, shuffled within each
+    shuffled_length = length[order]                                 # (words,) in that order
+    text_begin = np.searchsorted(text_ids, text[order])             # (words,) where the text begins in the row
+    middle = np.empty(len(first))                                   # (words,) of each word, counted within its text
+    middle[order] = np.cumsum(shuffled_length) - shuffled_length / 2 - text_begin
+    token_count = np.bincount(text_ids, weights=~special)           # (B,) without [CLS] and [SEP]
+    masks = []
+    for rate in rates:
+        budget = np.round(rate * token_count)                       # (B,)
+        word_masked = middle <= budget[text]                        # (words,)
+        masks.append(word_masked[word])                             # (N,)
+    return masks
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     """ BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random token, 10 % the true one -> (N,) """
@@ -125,11 +133,11 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     ids, text_ids = np.concatenate(texts), np.repeat(np.arange(len(texts)), lengths)             # (N,) each
     special, ends = np.zeros(len(ids), bool), np.cumsum(lengths)
     special[ends - lengths] = special[ends - 1] = True                     # each text's [CLS] and [SEP]
-    encoder, decoder = whole_word_mask(np.concatenate(begins), special, text_ids, rates, rng)    # (N,) each
-    encoder_ids, decoder_ids = (corrupt(ids, masked, tokenizer.mask_token_id, len(tokenizer), rng)
-                                for masked in (encoder, decoder))
-    return Masked(texts, encoder_ids, np.flatnonzero(encoder), decoder_ids, np.flatnonzero(decoder))
+    masks = whole_word_mask(np.concatenate(begins), special, text_ids, rates, rng)               # (N,) each
+    encoder_ids, decoder_ids = (corrupt(ids, mask, tokenizer.mask_token_id, len(tokenizer), rng) for mask in masks)
+    return Masked(texts, encoder_ids, np.flatnonzero(masks[0]), decoder_ids, np.flatnonzero(masks[1]))
 
+# ==== Below is tokenising and reading files, not the method ===========================================================
 # ---- tokenising ------------------------------------------------------------------------------------------------------
 def train_wordpiece(texts, vocab_size):
     """ a lower-casing WordPiece tokenizer like BERT's, trained on an iterable of texts -> transformers tokenizer """
@@ -267,7 +275,6 @@ def atomic_write(path):
     finally:
         remove(part)
 
-# ==== Below is reading files, not the method ==========================================================================
 # ---- sources: local files and the Hugging Face hub -------------------------------------------------------------------
 # What columns are called in training data: any one of the names will do, also with _1, _2, ... behind it.
 COLUMNS = {"query": ["query", "anchor", "sentence1"], "positive": ["positive", "positive_passages", "sentence2"],

@@ -17,7 +17,7 @@ Reading order: from texts to embeddings; metrics; STS; retrieval, which is searc
 cost, table, comparison, figure.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
-import argparse, itertools, json, os, re, statistics, sys, time, zlib
+import argparse, json, os, re, statistics, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +69,6 @@ def embed_texts(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8
     input_ids = data.tokenize(texts, tokenizer, tokenizer.model_max_length)
     return embed_ids(model, input_ids, layers, dtype, batch_tokens, desc)
 
-def record(task, metric, size, value, n):
-    """ one value as it stands in eval.json: of a task with n queries or pairs """
-    return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
-
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 def spearman(x, y):
     """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank; 0 where all of x or all of y are equal """
@@ -97,6 +93,10 @@ def recall_at_100(ranked, grades):
 # name -> function of the 100 best document ids of a query, best first, and of {document id: grade}
 METRICS = {"MRR@10": mrr_at_10, "nDCG@10": ndcg_at_10, "Recall@100": recall_at_100}
 
+def record(task, metric, size, value, n):
+    """ one value as it stands in eval.json: of a task with n queries or pairs """
+    return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
+
 # ---- STS -------------------------------------------------------------------------------------------------------------
 def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     """ every size on one STS set -> records, per-item values (cosines of the pairs). Raises as data.load_sts does. """
@@ -116,7 +116,7 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     return records, per_item
 
 # ---- retrieval: search_corpus -> rank -> METRICS -> records ----------------------------------------------------------
-# "docs" are numbers of documents in the order of the corpus, doc_ids[number] is the id; a score of -inf: no document.
+# "docs" are numbers of documents in the order of the corpus, doc_ids[number] is the id. Empty places score -inf.
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
@@ -262,7 +262,7 @@ def search(model, tokenizer, question, size, dtype, model_folder):
     for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
         print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
 
-# ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
+# ==== Below: what the sizes cost, how results are shown and compared, flags ===========================================
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks (2 FLOP an entry of a matrix) """
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
@@ -326,24 +326,24 @@ def compare(specs, metrics=()):
              for per_item in per_items]   # of each file: ["2:32", ...] from small to large, without BM25
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
-    def values(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
+    def value(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
         return per_items[file].get(task, {}).get(sizes[file][i], {}).get(metric)
-    rows = itertools.product(per_items[0], metrics or ["Spearman", *METRICS], range(len(sizes[0])))
-    rows = [row for row in rows if all(values(file, *row) for file in range(len(specs)))]
-    tests = max(1, len(rows) * (len(specs) - 1))
+    rows = [(task, metric, i) for task in per_items[0] for metric in metrics or ["Spearman", *METRICS]
+            for i in range(len(sizes[0])) if all(value(file, task, metric, i) for file in range(len(specs)))]
+    comparisons = max(1, len(rows) * (len(specs) - 1))
     print("".join(f"{text:>22}" for text in ["", *labels]))
     for task, metric, i in rows:
-        cells = [f"{task} {metric}"]
+        cells, baseline = [f"{task} {metric}"], value(0, task, metric, i)
         for file, per_item in enumerate(per_items):
-            items, baseline = per_item[task], per_items[0][task]
-            if any(items.get(key) != baseline.get(key) for key in ("ids", "gold")):
+            items = per_item[task]
+            if any(items.get(key) != per_items[0][task].get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
-            x, y = values(0, task, metric, i), values(file, task, metric, i)
-            value = spearman(y, items["gold"]) if metric == "Spearman" else np.mean(y)
-            star = "*" if p_value(metric, x, y, items) * tests < 0.05 else " "
-            cells.append(f"{sizes[file][i]} {value:.4f}{star}")
+            found = value(file, task, metric, i)
+            mean = spearman(found, items["gold"]) if metric == "Spearman" else np.mean(found)
+            star = "*" if p_value(metric, baseline, found, items) * comparisons < 0.05 else " "
+            cells.append(f"{sizes[file][i]} {mean:.4f}{star}")
         print("".join(f"{cell:>22}" for cell in cells))
-    print(f"* differs from the first file at p < 0.05 / {tests} comparisons")
+    print(f"* differs from the first file at p < 0.05 / {comparisons} comparisons")
 
 def p_value(metric, x, y, items):
     """ (n,) values of the baseline and of another model, item by item -> p of their difference """
@@ -425,7 +425,8 @@ def parse_args(argv=None):
     add("--compare", nargs="+", metavar="[LABEL=]FILE.json[,FILE.json...]",
         help="results to compare; the first is the baseline; files joined by commas count as one, say one file a size")
     add("--metrics", nargs="+", default=[], choices=["Spearman", *METRICS],
-        help="of --compare, by default all, and of --plot, by default Spearman and nDCG@10")
+        help="of --compare, by default all (fewer metrics are fewer comparisons to correct for), and of --plot, by "
+             "default Spearman and nDCG@10")
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     tasks = args.sts + args.retrieval

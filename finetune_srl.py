@@ -36,7 +36,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     positive of query i; passages from Q on are hard negatives. For query i every passage but i is a negative, unless it
     is left out by same (Q, P), see `duplicates`. sizes: (layer, dim) pairs; the last is the full size, the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
-    then CoSENT takes the place of InfoNCE.
+    then CoSENT takes the place of InfoNCE, and the KL still compares all passages of the batch.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
     -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
     assert sizes[-1] == (max(layer for layer, _ in sizes), max(dim for _, dim in sizes)), f"no full size last: {sizes}"
@@ -47,7 +47,8 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     if same is not None:                              # probability 0; -inf would make the KL 0 * inf
         teacher_scores = teacher_scores.masked_fill(same, -1e9)
         scores = {size: values.masked_fill(same, -1e9) for size, values in scores.items()}
-    teacher_probs, nce, kl = teacher_scores.softmax(-1), {}, {}                         # (Q, P)
+    teacher_probs = teacher_scores.softmax(-1)                                          # (Q, P)
+    nce, kl = {}, {}
     for size in sizes:
         log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
         nce[size_name(size)] = info_nce(log_probs) if gold is None else cosent(scores[size].diagonal(), gold)
@@ -88,13 +89,14 @@ def step_sizes(method, sizes, seed, step):
             random, and what they combine to. In time every layer is trained with every dim, but each pair rarely. """
     if method == "srl":
         return sizes
-    (full_layer, full_dim), rng = sizes[-1], np.random.default_rng([seed, step, 3])   # 1 and 2: see srl_batch
+    (full_layer, full_dim), rng = sizes[-1], np.random.default_rng([seed, step, data.SIZE_SEED])
     layer, dim = int(rng.integers(1, full_layer)), int(rng.choice(sorted({dim for _, dim in sizes} - {full_dim})))
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- one step --------------------------------------------------------------------------------------------------------
 def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
-    """ one batch, as srl_batch gives it: losses and gradients -> as srl_loss """
+    """ One batch, as srl_batch gives it. Adds to the parameters' gradients -> what srl_loss returns. pieces, seed, rank
+    and world_size: see cached_backward. """
     queries, passages, gold = batch
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
     teacher_scores = None
@@ -111,9 +113,9 @@ def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, w
         return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
                         {layer: rows[Q:] for layer, rows in embeddings.items()},
                         sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold, same)
-    return backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
+    return cached_backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
 
-def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
+def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
     """ With one piece and one process this is loss_of(embed(texts))[0].backward(). It gives the same gradient with
     several processes, or for a batch that is too large for the memory. The texts of a batch depend on each other only
     through their embeddings (gradient caching, arXiv 2101.06983), so
@@ -129,7 +131,7 @@ def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
         torch.manual_seed(hash((*seed, k)))
         return embed(texts[k::pieces])
     for k in mine:
-        with torch.set_grad_enabled(len(mine) == 1):       # a single piece keeps its graph: it is embedded once
+        with torch.set_grad_enabled(len(mine) == 1):       # a single piece keeps its graph and is embedded once
             embeddings = embed_piece(k)
         for layer, rows in embeddings.items():
             if layer not in all_rows:
@@ -146,6 +148,7 @@ def backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
+# ==== Below is the training around the method: model, teacher, loop, flags ============================================
 def get_lr(step, max_steps, args):
     """ linear warm-up, then linear decay to 0 """
     warmup_steps = max(1, round(args.warmup * max_steps))
@@ -191,10 +194,11 @@ def build_model(args, sources):
     return model.to(args.device).train(), tokenizer
 
 def silence_last_channels(model):
-    """ LayerNorm gives every token the same norm, so the mean over tokens cannot let "the" weigh less than a rare word.
-    A small size can: common words put their norm into channels that it does not score. The full size scores all
-    channels. Start the last sixth of its LayerNorm's gains at 0: these channels hardly count, and take that norm. """
-    model.blocks[-1].norm2.weight.data[-model.config.hidden_size // 6:] = 0
+    """ LayerNorm gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. A
+    small size can still mute common words: their vectors may lie in the channels that it does not keep. The full size
+    keeps all channels. So the last sixth of its channels start with a gain of 0, and common words can hide there. """
+    C = model.config.hidden_size
+    model.blocks[-1].norm2.weight.data[C - C // 6:] = 0
 
 def order_channels(model, texts, sizes):
     """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose
@@ -220,16 +224,16 @@ def load_teacher(args, tokenizer):
 
 def plan(args, sources, world_size):
     """ list of Pairs -> queries of a batch, pieces of a batch, steps. Raises ValueError if there are no negatives. """
-    rows = [len(pairs.queries) for pairs in sources]
-    batch_size = min([args.batch_size, *rows])
+    counts = [len(pairs.queries) for pairs in sources]
+    batch_size = min([args.batch_size, *counts])
     if batch_size < 2 * world_size:
-        raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(rows)} rows: the other rows of a "
+        raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(counts)} rows: the other rows of a "
                          f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
     first = sources[0].positives[0][0].tobytes()
     if all(text.tobytes() == first for pairs in sources for texts in pairs.positives for text in texts):
         print("warning: all positives are the same text, so there are no negatives to learn from", file=sys.stderr)
     pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
-    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in rows)))
+    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
 def main(args):
     """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
@@ -240,10 +244,12 @@ def main(args):
     saved = load_run(args) if args.resume else None
 
     # data and model: read all input before anything is written
-    if args.retrieval:
-        for split in ("", ":dev") if args.eval_interval else ("",):
-            data.Collection(args.retrieval + split)   # raises now, not after the training
-    sources, test_set = [data.load_pairs(source, args.columns) for source in args.train_pairs], args.retrieval
+    test_set = args.retrieval
+    if test_set:
+        data.Collection(test_set)                     # raises now, not after the training
+    if test_set and args.eval_interval:
+        data.Collection(f"{test_set}:dev")
+    sources = [data.load_pairs(source, args.columns) for source in args.train_pairs]
     if args.hold_out:
         sources[0], test_set = data.hold_out(sources[0], args.hold_out)
     model, tokenizer = build_model(args, sources)
@@ -311,8 +317,7 @@ def main(args):
                 f"{f'skipped {skipped} | ' if skipped else ''}{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
                 f"eta {(max_steps - step - 1) * seconds / 60:.1f}m")
             clock, tokens, losses, skipped = time.time(), 0, [], 0
-        dev = args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step
-        if dev:
+        if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", sizes, args.dtype)
             mrr = [r for r in results if r["metric"] == "MRR@10" and r["layer"]]   # without BM25
@@ -343,7 +348,8 @@ def parse_args(argv=None):
     add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",
         help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with the columns query, positive, "
              "maybe negative, or sentence1, sentence2, score; several: each batch is of one, in proportion to its size")
-    add("--batch_size", type=positive_int, default=128, help="queries per step; all their passages are candidates")
+    add("--batch_size", type=positive_int, default=128,
+        help="queries a step, over all ranks; all their passages are candidates")
     add("--negatives", type=nonneg_int, default=1, help="hard negatives a query, at most, where the pairs have any")
     add("--micro_batch", type=nonneg_int, default=0,
         help="encode this many queries and their passages at a time: the same gradient in less memory, for one more "
@@ -353,7 +359,7 @@ def parse_args(argv=None):
         help="tokens of a passage in a step; a longer passage gives its beginning or, as often, any window")
     add("--max_length", type=text_length, default=256,
         help="tokens that the finished model reads of a text, if it has so many positions. Training on short windows "
-             "is faster; reading more afterwards finds more")
+             "is faster, and although no step saw the later positions, a model that reads more finds more")
     add = parser.add_argument_group("loss and embeddings").add_argument
     add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the loaded model's own, from scratch mean")
     add("--similarity", choices=SIMILARITIES,
@@ -369,8 +375,8 @@ def parse_args(argv=None):
              "by default 8 from scratch, 1 for a loaded model")
     add = parser.add_argument_group("evaluation").add_argument
     add("--retrieval",
-        help="docs, a BEIR folder or a BEIR set of the hub: dev in training, test at the end; by default docs "
-             "if the pairs are docs, else none")
+        help="docs, a BEIR folder or a BEIR set of the hub, without :SPLIT: dev in training, test at the end; by "
+             "default docs if the pairs are docs, else none")
     add("--hold_out", type=nonneg_int, default=0, help="measure on so many of the pairs, which are not trained on")
     add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")
     training_flags(parser)

@@ -8,8 +8,8 @@ Layers count from 1; layer 0 is the output of the embedding layer.
 
 Letters for shapes, the same in all files:
   B texts, T tokens of one text, N tokens of all texts of a batch, G texts of equal length, C channels (768), H heads,
-  L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
-  V words of the vocabulary; p is dropout.
+  L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M positions that the
+  encoder must guess, M' those of SMAE's decoder, V words of the vocabulary; p is dropout.
 """
 import argparse, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, fields
@@ -40,24 +40,6 @@ def named_sizes(config):
         return paper_sizes(config)
     return dict(zip(config.sizes, config.size_names or [""] * len(config.sizes)))
 
-def parse_sizes(text):
-    """ "2:32,12:768" -> ((2, 32), (12, 768)); an argparse type, so it raises ArgumentTypeError """
-    try:
-        return tuple((int(layer), int(dim)) for layer, dim in (size.split(":") for size in text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:DIM,LAYER:DIM,... such as 2:32,4:64") from None
-
-def check_sizes(sizes, config, name="the model"):
-    """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
-    for layer, dim in sizes:
-        if not 1 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"--sizes asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
-                             f"use a layer between 1 and {config.num_hidden_layers}")
-        if not 1 <= dim <= config.hidden_size:
-            raise ValueError(f"--sizes asks for {dim} dims but {name} has {config.hidden_size}; "
-                             f"use 1 to {config.hidden_size}")
-    return tuple(sorted(set(sizes)))
-
 def size_name(size):
     """ (2, 32) -> "2:32" """
     return f"{size[0]}:{size[1]}"
@@ -72,7 +54,7 @@ class Pack(NamedTuple):
     position_ids: torch.Tensor   # (N,) 0 .. T-1 within each text
     text_ids: torch.Tensor       # (N,) number of the token's text in the caller's list; filler tokens have B
     starts: torch.Tensor         # (B,) where each text of the caller's list begins: its [CLS]
-    groups: list                 # [(G, T), ...] in the order of the row; fillers come last, as (fillers, 1)
+    groups: list                 # [(G, T), ...] in the order of the row; fillers come last, as texts of one token
 
 def pack(texts, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
@@ -101,7 +83,7 @@ def pack(texts, device="cpu", multiple=1):
                 tensor(text_ids, filler=len(texts)), tensor(starts), groups)
 
 def mean_pool(hidden, batch):
-    """ (N, C) -> (B, C): the mean over the tokens of each text """
+    """ (N, C) -> (B, C): the mean over the tokens of each text, [CLS] and [SEP] included """
     B = len(batch.starts)
     lengths = torch.bincount(batch.text_ids, minlength=B + 1)              # (B + 1,), the last counts the fillers
     total = hidden.new_zeros(B + 1, hidden.shape[1]).index_add(0, batch.text_ids, hidden)
@@ -127,6 +109,7 @@ def score(queries, passages, dim, similarity):
     return queries @ passages.T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
+# `dropout` and `fast_attention`, defined below the double line, are F.dropout and `attention`, faster on a CPU.
 @dataclass
 class BertConfig:
     """ Architecture, under the names of Hugging Face's config.json; then how the embeddings are meant to be used. """
@@ -170,8 +153,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        # In training always the fast one: gradient caching embeds a text twice, without and with a graph, and gets the
-        # same dropout only from the same function.
+        # In training always the fast one, with or without a graph: finetune_srl.cached_backward embeds a text in both
+        # ways, and gets the same dropout only from the same function.
         fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
         attend = fast_attention if fast else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
@@ -778,6 +761,24 @@ positive_int, positive_float = (number(kind, "above 0", lambda value: value > 0)
 nonneg_int, nonneg_float = (number(kind, "0 or more", lambda value: value >= 0) for kind in (int, float))
 fraction = number(float, "0 or more and below 1", lambda value: 0 <= value < 1)
 text_length = number(int, "3 or more: [CLS], a token and [SEP]", lambda value: value >= 3)
+
+def parse_sizes(text):
+    """ "2:32,12:768" -> ((2, 32), (12, 768)); an argparse type, so it raises ArgumentTypeError """
+    try:
+        return tuple((int(layer), int(dim)) for layer, dim in (size.split(":") for size in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:DIM,LAYER:DIM,... such as 2:32,4:64") from None
+
+def check_sizes(sizes, config, name="the model"):
+    """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
+    for layer, dim in sizes:
+        if not 1 <= layer <= config.num_hidden_layers:
+            raise ValueError(f"--sizes asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
+                             f"use a layer between 1 and {config.num_hidden_layers}")
+        if not 1 <= dim <= config.hidden_size:
+            raise ValueError(f"--sizes asks for {dim} dims but {name} has {config.hidden_size}; "
+                             f"use 1 to {config.hidden_size}")
+    return tuple(sorted(set(sizes)))
 
 def device_arg(text):
     """ an argparse type: a device that torch can use """

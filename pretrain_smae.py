@@ -51,15 +51,18 @@ def bottleneck(model, sliced, batch):
     return torch.stack([model.head.transform(tap[batch.starts]) for tap in sliced.values()])
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
-    """ (N, C), (S, B, C), masked positions (M,) -> (S, M, C): what the decoder makes of the positions it must guess """
+    """ (N, C), (S, B, C), masked positions (M,) -> (S, M, C): what the decoder makes of the positions it must guess.
+    To read; training uses `fast_decode`, which equals it. So change both, or pass this one in `forward`. """
     decoded = []
     for vectors in bottlenecks:                                           # (B, C), one size
-        inputs = embeddings.index_copy(0, batch.starts, vectors)          # (N, C): the bottleneck replaces [CLS]
+        # The bottleneck replaces [CLS]. Like the other rows it comes from a LayerNorm, but it has no position.
+        inputs = embeddings.index_copy(0, batch.starts, vectors)          # (N, C)
         decoded.append(decoder(inputs, batch.groups)[positions])          # (M, C)
     return torch.stack(decoded)
 
 def vocabulary_loss(model, hidden, labels):
-    """ {term: (M, C)}, {term: (M,) true ids} -> mean over the terms of their CE, {term: CE}, {term: accuracy} """
+    """ {term: (M, C)}, {term: (M,) true ids} -> mean over the terms of their CE, {term: CE}, {term: accuracy}.
+    To read; training uses `fast_vocabulary_loss`, which equals it. """
     ce, accuracy = {}, {}
     for term in hidden:
         logits = hidden[term] @ model.bert.word.weight.T + model.head.bias         # (M, V)
@@ -78,18 +81,20 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
     well if dim numbers say what the text is about. All sizes share the head and the decoder.
     batch, masked: Pack and Masked of the same texts. decode, vocabulary_loss: training passes their fast equals.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
-    encoder_masked, decoder_masked = (torch.from_numpy(positions).to(batch.input_ids.device)
-                                      for positions in (masked.encoder_masked, masked.decoder_masked))   # (M,), (M',)
+    device, hidden, labels = batch.input_ids.device, {}, {}
+    positions = torch.from_numpy(masked.encoder_positions).to(device)                                    # (M,)
     sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)
-    hidden = {f"mlm {name}": model.head.transform(tap[encoder_masked]) for name, tap in sliced.items()}  # (M, C) each
-    labels = dict.fromkeys(hidden, batch.input_ids[encoder_masked])                                      # (M,) each
+    for name, tap in sliced.items():
+        hidden[f"mlm {name}"] = model.head.transform(tap[positions])                                     # (M, C)
+        labels[f"mlm {name}"] = batch.input_ids[positions]                                               # (M,)
     if objective == "smae":
+        positions = torch.from_numpy(masked.decoder_positions).to(device)                                # (M',)
         bottlenecks = bottleneck(model, sliced, batch)                                                   # (S, B, C)
         embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                               # (N, C)
-        decoded = model.bert.maybe_checkpoint(decode, model.decoder, embeddings, bottlenecks, batch,
-                                              decoder_masked)                                            # (S, M', C)
-        for name, states in zip(sliced, model.head.transform(decoded)):
-            hidden[f"mae {name}"], labels[f"mae {name}"] = states, batch.input_ids[decoder_masked]
+        decoded = model.bert.maybe_checkpoint(decode, model.decoder, embeddings, bottlenecks, batch, positions)
+        for name, states in zip(sliced, model.head.transform(decoded)):                                  # (S, M', C)
+            hidden[f"mae {name}"] = states                                                               # (M', C)
+            labels[f"mae {name}"] = batch.input_ids[positions]                                           # (M',)
     return vocabulary_loss(model, hidden, labels)   # the mean over S MLM and S MAE terms is L
 
 # ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
@@ -285,7 +290,7 @@ def validate(model, held_out, tokenizer, sizes, args):
     return average([{"loss": value} for value in loss])["loss"], average(ce), average(accuracy)
 
 def get_lr(step, max_steps, args):
-    """ linear warm-up, then a cosine to 0 """
+    """ linear warm-up, then a cosine to 0, as in the paper's run """
     warmup_steps = max(1, round(args.warmup * max_steps))
     if step < warmup_steps:
         return args.learning_rate * (step + 1) / warmup_steps
@@ -309,7 +314,7 @@ def main(args):
     model, tokenizer, sizes = build_model(args, saved)
     held_out, max_steps, steps, text = open_text(args, tokenizer, micro_batch, first_step, rank, world_size)
     about = {"--train_text": text.about if text else args.train_text,
-             "pieces of a batch, or ranks with --streaming,": [pieces, world_size * args.streaming]}
+             "pieces of a batch": pieces, "ranks with --streaming": world_size * args.streaming}
     if saved:
         check_about(args, saved, about)
     if args.init_from == "scratch" and not saved and text:
@@ -329,7 +334,7 @@ def main(args):
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
 
     log_file = open_run(args, first_step) if rank == 0 else None
-    print(f"{args.objective}, {max_steps - first_step} steps of {args.batch_size} documents; "
+    print(f"{args.objective}, {max_steps} steps of {args.batch_size} documents; "
           f"sizes {', '.join(map(size_name, sizes))}; "
           f"{sum(parameter.numel() for parameter in trained.values()) / 1e6:.2f}M parameters; "
           f"{args.dtype} on {args.device}")
@@ -357,8 +362,8 @@ def main(args):
         last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
         if (step + 1) % args.log_interval == 0 or last_step:
             mean, ce, accuracy = (average(records, world_size) for records in zip(*losses))
-            seconds = time.time() - clock
-            ms = 1000 * seconds / (len(losses) * world_size / pieces)
+            seconds, steps_done = time.time() - clock, len(losses) * world_size / pieces
+            ms = 1000 * seconds / steps_done
             shown = [f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in (list(ce)[0], list(ce)[-1])]
             log(log_file, {"step": step + 1, "loss": mean["loss"], "ce": ce, "accuracy": accuracy, "learning_rate": lr,
                            "norm": norm.item(), "skipped": skipped, "ms": ms, "tokens_per_second": tokens / seconds,

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import evaluate
-from finetune_srl import backward, srl_loss
+from finetune_srl import cached_backward, srl_loss
 from model import (Bert, BertConfig, MLMHead, configure_optimizer, from_pretrained, keep_freed_memory, load_tokenizer, pack,
                    paper_sizes)
 from pretrain_smae import SMAE, fast_decode, fast_vocabulary_loss, smae_loss
@@ -70,7 +70,7 @@ def packed(args, sizes=None, micro_batch=0):
         loss_of = lambda taps: srl_loss({n: t[:Q] for n, t in taps.items()}, {n: t[Q:] for n, t in taps.items()},
                                         sizes, "cosine", 0.05, 1.0)
         pieces = -(-Q // micro_batch) if micro_batch else 1
-        backward(embed, texts, loss_of, pieces, (1,), lambda loss: loss)
+        cached_backward(embed, texts, loss_of, pieces, (1,), lambda loss: loss)
         update(model.parameters(), optimizer)
     return prepare, step
 
@@ -188,8 +188,8 @@ def smae_padded(args):
             true, flat = np.concatenate(masked.texts), np.full(sum(lengths), -100)
             flat[positions] = true[positions]
             return pad(flat, -100).flatten()
-        return (pad(masked.encoder_ids, 0), labels(masked.encoder_masked), pad(masked.decoder_ids, 0),
-                labels(masked.decoder_masked), pad(np.ones(sum(lengths), dtype=np.int64), 0))
+        return (pad(masked.encoder_ids, 0), labels(masked.encoder_positions), pad(masked.decoder_ids, 0),
+                labels(masked.decoder_positions), pad(np.ones(sum(lengths), dtype=np.int64), 0))
 
     def transform(x):
         dense = head.transform.dense

@@ -15,7 +15,7 @@ import evaluate
 import finetune_srl
 import model
 from conftest import NOUNS, make_beir, needs, refused_process
-from finetune_srl import backward, cosent, duplicates, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
+from finetune_srl import cached_backward, cosent, duplicates, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
 from model import Bert, BertConfig, average, from_pretrained, load_tokenizer, named_sizes, pack
 
 ROOT = Path(finetune_srl.__file__).parent
@@ -232,7 +232,7 @@ def test_gradient_caching_equals_one_large_batch(config, texts, p, pieces):
     expected.backward()
     gradients = [p.grad.clone() for p in bert.parameters()]
     bert.zero_grad()
-    loss, *terms = backward(embed, texts, loss_of, pieces, (7, 5), scale=lambda loss: loss)
+    loss, *terms = cached_backward(embed, texts, loss_of, pieces, (7, 5), scale=lambda loss: loss)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12) and terms
     for gradient, p in zip(gradients, bert.parameters()):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)

@@ -110,7 +110,7 @@ def literal_loss(model, batch, masked, sizes):
                     embeddings = bert.embed(pack([x]))
                     decoded = model.decoder(torch.cat([bottleneck[None], embeddings[1:]]), [(1, len(x))])
                     logits.append(V(transform(decoded, bert.config.hidden_size)))   # (T, V)
-            target = labels(masked.encoder_masked if kind == "mlm" else masked.decoder_masked)
+            target = labels(masked.encoder_positions if kind == "mlm" else masked.decoder_positions)
             terms.append(F.cross_entropy(torch.cat(logits), target, ignore_index=-100))
     return sum(terms) / len(terms), terms
 
@@ -159,7 +159,7 @@ def test_vocabulary_loss(monkeypatch):
 def test_fast_decode_is_decode(smae, batch):
     """ fast_decode equals the plain decode, in value and gradients, to 1e-10 in float64. """
     texts = pack(batch[1].texts, multiple=35)   # with fillers
-    positions = torch.from_numpy(batch[1].decoder_masked)
+    positions = torch.from_numpy(batch[1].decoder_positions)
     torch.manual_seed(0)
     inputs = [torch.randn(len(texts.input_ids), 48, dtype=torch.float64, requires_grad=True),
               torch.randn(3, len(texts.starts), 48, dtype=torch.float64, requires_grad=True)]
@@ -234,7 +234,7 @@ class TestMasks:
         masked = data.smae_batch(documents, 80, (0.2, 0.4), words, [1, 5])
         flat, start, wide = np.concatenate(masked.texts), 0, 0
         pieces = words.convert_ids_to_tokens(range(len(words)))
-        encoder, decoder = (np.isin(np.arange(len(flat)), at) for at in (masked.encoder_masked, masked.decoder_masked))
+        encoder, decoder = (np.isin(np.arange(len(flat)), at) for at in (masked.encoder_positions, masked.decoder_positions))
         assert (decoder | ~encoder).all()
         assert not np.isin(flat[decoder], words.all_special_ids).any()
         for text in masked.texts:
@@ -285,7 +285,7 @@ class TestMasks:
             return data.smae_batch(documents, 16, (0.2, 0.4), words, [7, step])
         a, b, c = make(1), make(1), make(2)
         assert all(np.array_equal(x, y) for x, y in zip(a[1:], b[1:])) and len(a.encoder_ids) == len(c.encoder_ids)
-        assert not np.array_equal(a.encoder_masked, c.encoder_masked)
+        assert not np.array_equal(a.encoder_positions, c.encoder_positions)
         hundred = [np.arange(1, 101, dtype=np.uint16)]
         windows = (data.smae_batch(hundred, 12, (0.2, 0.4), words, [7, step]).texts[0] for step in range(2000))
         starts = {int(window[1]) for window in windows}
@@ -295,7 +295,7 @@ class TestMasks:
         """ What is left of a word at the start of a window is masked as often as a word. """
         top = 1 << 15
         document = np.array([40, 41] + [30 | top] * 18, np.uint16)   # the window is all of it, and 40 begins no word
-        at = [1 in data.smae_batch([document], 22, (0.2, 0.4), words, [seed]).decoder_masked for seed in range(500)]
+        at = [1 in data.smae_batch([document], 22, (0.2, 0.4), words, [seed]).decoder_positions for seed in range(500)]
         assert np.mean(at) == pytest.approx(0.4, abs=0.08)
 
 
@@ -446,7 +446,7 @@ def test_dropout_of_the_bottlenecks_share(smae, batch):
     embeddings = torch.randn(len(pack_of_texts.input_ids), C, dtype=torch.float64)
     bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
     embeddings[:, 0], bottleneck[..., 0] = 0, 1
-    at, decoder.attention.p = torch.from_numpy(masked.decoder_masked), 0.5
+    at, decoder.attention.p = torch.from_numpy(masked.decoder_positions), 0.5
     share, heard = (fast_decode(decoder.train(training), embeddings, bottleneck, pack_of_texts, at)
                     .unflatten(2, (H, C // H))[..., 0] for training in (False, True))   # (S, M, H)
     assert (share > 0).all() and 0.4 < (heard == 0).double().mean() < 0.6
@@ -467,7 +467,7 @@ def test_dropout_among_the_decoders_other_positions(smae, batch):
     embeddings = torch.randn(len(pack_of_texts.input_ids), C, dtype=torch.float64)
     bottleneck = torch.randn(3, len(pack_of_texts.starts), C, dtype=torch.float64)
     embeddings[:, 0], bottleneck[..., 0] = 1, 0
-    at, decoder.attention.p = torch.from_numpy(masked.decoder_masked), 0.5
+    at, decoder.attention.p = torch.from_numpy(masked.decoder_positions), 0.5
     share, heard = (fast_decode(decoder.train(training), embeddings, bottleneck, pack_of_texts, at)
                     .unflatten(2, (H, C // H))[..., 0] for training in (False, True))   # (S, M, H)
     assert ((heard - share).abs() > 1e-3 * share).double().mean() > 0.95

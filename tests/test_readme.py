@@ -116,8 +116,8 @@ def test_worked_example_of_smae():
     document, = data.tokenize_documents([" ".join(words)], tokenizer)
     masked = data.smae_batch([document], 64, (0.2, 0.4), tokenizer, [53])
     true = masked.texts[0]
-    for shown, ids, positions in ((encoder, masked.encoder_ids, masked.encoder_masked),
-                                  (decoder, masked.decoder_ids, masked.decoder_masked)):
+    for shown, ids, positions in ((encoder, masked.encoder_ids, masked.encoder_positions),
+                                  (decoder, masked.decoder_ids, masked.decoder_positions)):
         assert shown[1:12] == [pieces[i] for i in ids[1:]]
         assert shown[12:] == ["guesses:", *(pieces[i] for i in true[positions])]
     assert encoder[0] == "[CLS]" and decoder[0] == "BOTTLENECK"

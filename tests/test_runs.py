@@ -16,7 +16,7 @@ import evaluate
 import finetune_srl
 import model
 import pretrain_smae
-from finetune_srl import backward, srl_loss
+from finetune_srl import cached_backward, srl_loss
 from conftest import make_beir
 from kill import end, records, same, start
 from model import STATE, Bert, from_pretrained, pack, run_script
@@ -122,7 +122,7 @@ def test_two_ranks_give_the_gradient_of_one_process(config, texts, tmp_path):
         def loss_of(taps):   # 4 queries, 4 positives and 4 negatives
             return srl_loss({n: tap[:4] for n, tap in taps.items()}, {n: tap[4:] for n, tap in taps.items()},
                             ((1, 8), (3, 32), (4, 48)), similarity, 0.5, 1.0)
-        loss, *_ = backward(lambda texts: bert.encode(pack(texts), [1, 3, 4]), texts, loss_of, pieces, (7, 5),
+        loss, *_ = cached_backward(lambda texts: bert.encode(pack(texts), [1, 3, 4]), texts, loss_of, pieces, (7, 5),
                             lambda loss: loss, rank, world_size)
         model.sum_over_ranks(bert.parameters(), world_size)
         return [loss.detach()] + [parameter.grad.clone() for parameter in bert.parameters()]

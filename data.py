@@ -422,8 +422,9 @@ def load_pairs(source, columns=()):
     if not found["query"] or not found["positive"]:
         raise ValueError(f"--train_pairs {source} has the columns {', '.join(present)}; it needs query and positive, "
                          "maybe negative; say which of yours these are: --columns query=COLUMN positive=COLUMN")
-    sentences = found["sentence1"] and found["sentence2"] or any(c.startswith(("sentence", "score=")) for c in columns)
-    scored = sentences and found["score"]   # a score beside query and positive is none of how similar they are
+    # A score beside query and positive may say anything; beside sentence1 and sentence2 it says how similar they are.
+    named = any(item.startswith(("sentence", "score=")) for item in columns)
+    scored = found["score"] and (named or found["sentence1"] and found["sentence2"])
     query = found["query"][0]
     def make():
         for number, row in zip(numbers, rows):

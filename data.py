@@ -46,10 +46,21 @@ def window(text, length, rng):
     start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
+def duplicates(queries, passages):
+    """ Q queries, P passages, (T,) ids -> (Q, P) bool: passage j, other than i, is the same text as a positive of query
+    i, its own or that of an equal query, and so no negative. None if there is no such pair. """
+    def number(texts):
+        seen = {}
+        return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
+    pairs = number(queries)[:, None] * len(passages) + number(passages)   # (Q, P), the same for the same two texts
+    same = np.isin(pairs, pairs.diagonal())                               # the diagonal: each query, its positive
+    np.fill_diagonal(same, False)
+    return same if same.any() else None
+
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
-    """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids, and the gold scores (Q,)
-    or None. Passage i < Q is the positive of query i; the hard negatives follow, at most max_negatives a query.
-    Passages longer than passage_max_length are cut to a window.
+    """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids; what `duplicates` gives;
+    the gold scores (Q,) or None. Passage i < Q is the positive of query i; the hard negatives follow, at most
+    max_negatives a query. Passages longer than passage_max_length are cut to a window.
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
     visits every row of every source at most once; an incomplete last batch is dropped. """
     batches_per_source = [len(pairs.queries) // batch_size for pairs in sources]
@@ -64,9 +75,10 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
     hard = [pairs.negatives[row][k] for row in rows
             for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
+    queries = [pairs.queries[row] for row in rows]
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
-    passages = [window(text, passage_max_length, rng) for text in positives + hard]
-    return [pairs.queries[row] for row in rows], passages, gold
+    same = None if pairs.gold else duplicates(queries, positives + hard)   # before copies are cut to different windows
+    return queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):

@@ -34,7 +34,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
     positive of query i; passages from Q on are hard negatives. For query i every passage but i is a negative, unless it
-    is left out by same (Q, P), see `duplicates`. sizes: (layer, dim) pairs; the last is the full size, the teacher.
+    is left out by same (Q, P), see data.duplicates. sizes: (layer, dim) pairs; the last is the full size, the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
     then CoSENT takes the place of InfoNCE, and the KL still compares all passages of the batch.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
@@ -71,17 +71,6 @@ def cosent(scores, gold):
     wrong = difference[gold[:, None] > gold[None, :]]                                   # (pairs of pairs,)
     return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
 
-def duplicates(queries, passages, device="cpu"):
-    """ lists of (T,) ids -> (Q, P) bool: passage j is no negative of query i, because it is the same text as a positive
-    of query i, its own or that of an equal query; None if there is no such pair. """
-    Q, number = len(queries), {}
-    ids = torch.tensor([number.setdefault(text.tobytes(), len(number)) for text in queries + passages],
-                       device=device)                                                   # (Q + P,), by text
-    same_query = ids[:Q, None] == ids[None, :Q]                                         # (Q, Q)
-    same_passage = ids[Q:2 * Q, None] == ids[None, Q:]                                  # (Q, P), to each positive
-    same = (same_query.float() @ same_passage.float() > 0).fill_diagonal_(False)        # (Q, P)
-    return same if same.any() else None
-
 def step_sizes(method, sizes, seed, step):
     """ The sizes that one step trains, the full size last. This is all that the two methods differ in:
     srl     the same few sizes in every step
@@ -97,15 +86,14 @@ def step_sizes(method, sizes, seed, step):
 def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
     """ One batch, as srl_batch gives it. Adds to the parameters' gradients -> what srl_loss returns. pieces, seed, rank
     and world_size: see cached_backward. """
-    queries, passages, gold = batch
+    queries, passages, same, gold = batch
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
         rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
-    same = duplicates(queries, passages, args.device) if gold is None else None
-    gold = None if gold is None else torch.from_numpy(gold).to(args.device)
+    same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))
     def embed(texts):
         with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
             return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}

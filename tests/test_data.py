@@ -490,7 +490,7 @@ def test_batches_align_and_cover_an_epoch(pairs):
     """ Passage i is a positive of query i, at most two negatives a query follow, and an epoch sees every row once. """
     seen = []
     for step in (0, 1):
-        queries, passages, _ = data.srl_batch([pairs], 5, 2, 9, 1, step)
+        queries, passages, *_ = data.srl_batch([pairs], 5, 2, 9, 1, step)
         rows = [int(query[0]) for query in queries]
         seen += rows
         assert [int(p[0]) % 100 for p in passages[:5]] == rows
@@ -531,7 +531,7 @@ def test_scored_pairs(tmp_path, tokenizer):
     path.write_text("sentence1,sentence2,score\n" + "".join(lines))
     rows = list(data.load_pairs(str(path)))
     assert rows[1] == ("bridge", ["the bridge"], [], 1.5)
-    queries, passages, gold = data.srl_batch([data.tokenize_pairs(rows, tokenizer, 9, 9)], 5, 1, 9, 1, 0)
+    queries, passages, _, gold = data.srl_batch([data.tokenize_pairs(rows, tokenizer, 9, 9)], 5, 1, 9, 1, 0)
     found = [tokenizer.decode(query, skip_special_tokens=True) for query in queries]
     assert len(passages) == 5 and gold.tolist() == [words.index(word) + 0.5 for word in found] != sorted(gold)
 
@@ -557,8 +557,9 @@ def test_windows_of_long_passages():
     assert abs(share[1] - (0.5 + 0.5 / 13)) < 0.04 and all(abs(share[2:] - 0.5 / 13) < 0.02) and len(share) == 14
     assert data.window(text, 20, rng) is text
     pairs = data.Pairs([np.arange(20)] * 4, [[text]] * 4, [[text]] * 4, [])
-    queries, passages, _ = data.srl_batch([pairs], 4, 1, 8, 1, 0)
+    queries, passages, same, _ = data.srl_batch([pairs], 4, 1, 8, 1, 0)
     assert [len(q) for q in queries] == [20] * 4 and [len(p) for p in passages] == [8] * 8
+    assert same.sum() == 4 * 8 - 4 and len({p.tobytes() for p in passages}) > 1   # copies, cut to different windows
 
 
 def test_tokenize_pairs(pairs_file, tokenizer):

@@ -524,6 +524,11 @@ def test_search_evaluates_nothing(refused, flags):
     assert "--search answers a question and evaluates nothing" in refused(evaluate, ["m", "--search", "why", *flags])
 
 
+def test_texts_of_no_word_are_refused(refused):
+    """ --max_length 2 would leave [CLS] and [SEP] alone. """
+    assert "--max_length: 2: must be 3 or more" in refused(evaluate, ["m", "--max_length", "2"])
+
+
 def test_progress_is_for_terminals(model, capsys):
     """ Embedding many texts prints nothing where stderr is no terminal. """
     embed_ids(model, [np.array([5, 6])] * 2000, [1])

@@ -15,7 +15,7 @@ import evaluate
 import finetune_srl
 import model
 from conftest import NOUNS, make_beir, needs, refused_process
-from finetune_srl import cached_backward, cosent, duplicates, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
+from finetune_srl import cached_backward, cosent, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
 from model import Bert, BertConfig, average, from_pretrained, load_tokenizer, named_sizes, pack
 
 ROOT = Path(finetune_srl.__file__).parent
@@ -82,7 +82,7 @@ def plain_loop(bert_folder, pairs_file, lrs, embedding_scale, weight_decay, clip
                                    for name, q in bert.named_parameters()])
     losses, norms = [], []
     for step, lr in enumerate(lrs):
-        queries, passages, _ = data.srl_batch([pairs], 16, 1, 64, 1, step)
+        queries, passages, *_ = data.srl_batch([pairs], 16, 1, 64, 1, step)
         taps = bert.encode(pack(queries + passages), [1, 3])
         loss, *_ = loss_and_terms({n: t[:16] for n, t in taps.items()}, {n: t[16:] for n, t in taps.items()},
                                   ((1, 8), (3, 48)), "cosine", 0.2, kl_weight)
@@ -153,13 +153,13 @@ def test_hard_negatives_are_candidates_of_every_query():
 def test_duplicates_are_no_negatives():
     """ Queries a b a with positives x y z and hard negatives x w: for both a, x and z are positives. """
     a, b, w, x, y, z = (np.array([2, i, 3], dtype=np.uint16) for i in range(10, 16))
-    assert duplicates([a, b, a], [x, y, z, x, w]).tolist() == [[False, False, True, True, False], [False] * 5,
-                                                               [True, False, False, True, False]]
-    assert duplicates([a, b], [x, y, z]) is None
+    assert data.duplicates([a, b, a], [x, y, z, x, w]).tolist() == [[False, False, True, True, False], [False] * 5,
+                                                                    [True, False, False, True, False]]
+    assert data.duplicates([a, b], [x, y, z]) is None
     # The loss is that of each query without the passages that are left out, so both terms ignore them.
     torch.manual_seed(0)
     q, p = {n: torch.randn(3, 8) for n in (1, 2)}, {n: torch.randn(5, 8) for n in (1, 2)}
-    same = duplicates([a, b, a], [x, y, z, x, w])
+    same = torch.from_numpy(data.duplicates([a, b, a], [x, y, z, x, w]))
     found = srl_loss(q, p, ((1, 4), (2, 8)), "dot", 0.5, 1.0, same=same)
     nce, kl = [], []
     for i, left in enumerate(([0, 1, 4], [0, 1, 2, 3, 4], [1, 2, 4])):
@@ -253,7 +253,7 @@ def test_overfits_one_batch(pairs_file, tokenizer):
     """ 60 steps on 8 pairs bring the loss of three sizes, KL included, from above 1.5 to below 0.01. """
     torch.manual_seed(0)
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), tokenizer, 32, 32)
-    queries, passages, _ = data.srl_batch([pairs], 8, 0, 32, 1, 0)
+    queries, passages, *_ = data.srl_batch([pairs], 8, 0, 32, 1, 0)
     bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
                            intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
     optimizer = adamw(bert, 1e-3, 0.01)
@@ -390,7 +390,7 @@ def test_a_loaded_model_keeps_its_ways(cls_dot_folder, pairs_file, tmp_path, fla
     bert = from_pretrained(out)
     assert (bert.config.pooling, bert.config.similarity, named_sizes(bert.config)) == (pooling, similarity, names)
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), load_tokenizer(cls_dot_folder), 32, 64)
-    queries, passages, _ = data.srl_batch([pairs], 16, 1, 64, 1, 0)
+    queries, passages, *_ = data.srl_batch([pairs], 16, 1, 64, 1, 0)
     with torch.no_grad():
         tap, = bert(batch := pack(queries + passages), [list(names)[-1][0]])
         q, p = split({0: model.POOLINGS[pooling](tap, batch)}, 16)
@@ -441,6 +441,9 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     (["--dropout", "1"], "--dropout: 1: must be 0 or more and below 1"),
     (["--hidden_size", "100"], "--hidden_size: 100: must be a multiple of 64"),
     (["--max_steps", "-1"], "--max_steps: -1: must be 0 or more"),
+    (["--query_max_length", "1"], "--query_max_length: 1: must be 3 or more"),   # 1 would not cut, 2 leaves no word
+    (["--passage_max_length", "2"], "--passage_max_length: 2: must be 3 or more"),
+    (["--max_length", "2"], "--max_length: 2: must be 3 or more"),
     (["--learn", "1"], "unrecognized arguments: --learn"),
     (["--sizes", "9:8"], "--sizes asks for layer 9 but the model has 3 layers; use a layer between 1 and 3"),
     (["--sizes", "2:64,3:8"], "--sizes 2:64,3:8: no size is both the deepest and the widest, so none can teach the "

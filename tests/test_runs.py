@@ -224,6 +224,16 @@ def test_a_stopped_run_goes_on_exactly(script, flags, stopped, whole, tmp_path, 
     assert "step 4/8" not in capsys.readouterr().out
 
 
+def test_ctrl_c_ends_an_evaluation(flags, tmp_path, monkeypatch):
+    """ Ctrl-C in the evaluation after the last step ends it at once; --resume then makes it again. """
+    out, evaluation = tmp_path / "out", evaluate.main
+    more = ["--retrieval", str(make_beir(tmp_path / "beir")), "--max_steps", "2"]
+    monkeypatch.setattr(evaluate, "main", lambda args: os.kill(os.getpid(), signal.SIGINT) or evaluation(args))
+    assert status(finetune_srl, flags[finetune_srl], out, *more) == 130 and not (out / "eval.json").exists()
+    monkeypatch.setattr(evaluate, "main", evaluation)
+    assert status(finetune_srl, flags[finetune_srl], out, *more, "--resume") == 0 and (out / "eval.json").exists()
+
+
 def test_every_way_of_fine_tuning_goes_on_exactly(flags, pairs_file, bert_folder, tmp_path):
     """ bfloat16, sizes drawn step by step, a teacher, two sources, micro-batches and sorted channels go on too. """
     scored = tmp_path / "scored.jsonl"
@@ -252,12 +262,13 @@ def test_every_step_has_dropout_of_its_own(flags, tmp_path, monkeypatch):
     (None, ["--overwrite"], "--resume goes on with a run and --overwrite replaces it; give one of the two"),
     (None, ["--train_pairs", "OTHER"], "--resume: --train_pairs"),
     ("rows", [], "--resume: --train_pairs differ from those of the run in"),
+    ("teacher", [], "--resume: --teacher differ from those of the run in"),
     ("script", [], "is of another script, or of another version of this one"),
     ("cut", [], "cannot be read"),
     ("empty", [], "cannot be read"),
     ("gone", [], "--resume: there is no"),
 ])
-def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped, pairs_file, tmp_path, refused):
+def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped, whole, pairs_file, tmp_path, refused):
     """ Another flag, other data, the other script's checkpoint or a damaged one is refused in one line, untouched. """
     out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
     shutil.copytree(stopped[finetune_srl][0], out)
@@ -268,6 +279,11 @@ def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped
         torch.save(state | {"args": state["args"] | {"train_pairs": [str(pairs)]}}, out / STATE)
         pairs.write_text(pairs.read_text().replace("dragon", "garden", 1))
         more = ["--train_pairs", str(pairs)]
+    if damage == "teacher":   # one of the same name, with other weights
+        state = torch.load(out / STATE)
+        torch.save(state | {"args": state["args"] | {"teacher": str(whole[finetune_srl])},
+                            "about": state["about"] | {"--teacher": "0badf00d"}}, out / STATE)
+        more = ["--teacher", str(whole[finetune_srl])]
     if damage == "script":
         shutil.copy(stopped[pretrain_smae][0] / STATE, out)
     if damage in ("cut", "empty"):

@@ -91,7 +91,8 @@ def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, w
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)           # (Q + P, C)
+        tokens = sum(map(len, texts)) // pieces        # of a batch: as many batches as pieces, for the ranks to share
+        rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype, tokens)[layer].to(args.device)   # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
     same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))
     def embed(texts):

@@ -137,12 +137,21 @@ def test_two_ranks_give_the_gradient_of_one_process(config, texts, tmp_path):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=str(case))
 
 
-def test_a_run_on_two_ranks(flags, tmp_path):
-    """ Two ranks end with the weights of one process to 1e-6; the second writes nothing and prints no line. """
-    more = ["--micro_batch", "3", "--dropout", "0.2"]   # 3 pieces for 2 ranks
+def test_a_run_on_two_ranks(flags, bert_folder, tmp_path):
+    """ Two ranks, which share the teacher's work too, end with the weights of one process to 1e-6; the second writes
+    nothing and prints no line. """
+    more = ["--micro_batch", "3", "--dropout", "0.2", "--teacher", bert_folder]   # 3 pieces for 2 ranks
     run(finetune_srl, flags[finetune_srl], tmp_path / "one", *more)
     def job(rank):
+        load, encoded = finetune_srl.load_teacher, []
+        def load_teacher(*args):
+            teacher = load(*args)
+            encode = teacher.encode
+            teacher.encode = lambda *batch: encoded.append(0) or encode(*batch)
+            return teacher
+        finetune_srl.load_teacher = load_teacher
         run(finetune_srl, flags[finetune_srl], tmp_path / f"rank{rank}", *more)
+        assert 8 <= len(encoded) <= 24, len(encoded)   # in 8 steps, and each rank leaves the other some
     assert [end(pid) for pid in ranks(job, tmp_path)] == [0, 0]
     found, want = (from_pretrained(tmp_path / name).state_dict() for name in ("rank0", "one"))
     for name in want:

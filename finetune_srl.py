@@ -218,9 +218,10 @@ def plan(args, sources, world_size):
     if batch_size < 2 * world_size:
         raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(counts)} rows: the other rows of a "
                          f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
-    first = sources[0].positives[0][0].tobytes()
-    if all(text.tobytes() == first for pairs in sources for texts in pairs.positives for text in texts):
-        print("warning: all positives are the same text, so there are no negatives to learn from", file=sys.stderr)
+    _, passages, same, _ = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, 0)
+    if same is not None and same.sum() == batch_size * (len(passages) - 1):
+        print("warning: all queries or all positives of the first batch are the same text, so it has no negatives to "
+              "learn from", file=sys.stderr)
     pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 

@@ -173,14 +173,15 @@ def test_duplicates_are_no_negatives():
 
 
 def test_training_leaves_duplicates_out(tmp_path, bert_folder, capsys):
-    """ If all positives are one text, nothing is left to rank: a loss of 0, and a warning. Scored pairs with one first
-    sentence are no duplicates. """
+    """ If all positives or all queries are one text, nothing is left to rank: a loss of 0, and a warning. Scored pairs
+    with one first sentence are no duplicates. """
     path, flags = tmp_path / "pairs.jsonl", ["--init_from", bert_folder, *SMALL, "--max_steps", "2",
                                               "--sizes", "1:8,3:48"]
-    path.write_text("".join(json.dumps({"query": noun, "positive": "the same"}) + "\n" for noun in NOUNS[:8]))
-    main(parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "a"), *flags]))
-    assert [record["loss"] for record in logged(tmp_path / "a")] == [0, 0]
-    assert "warning: all positives are the same text" in capsys.readouterr().err
+    for one, other in (("query", "positive"), ("positive", "query")):
+        path.write_text("".join(json.dumps({one: noun, other: "the same"}) + "\n" for noun in NOUNS[:8]))
+        main(parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / one), *flags]))
+        assert [record["loss"] for record in logged(tmp_path / one)] == [0, 0]
+        assert "warning: all queries or all positives of the first batch are the same" in capsys.readouterr().err
     path.write_text("".join(json.dumps({"sentence1": "the same", "sentence2": noun, "score": i}) + "\n"
                             for i, noun in enumerate(NOUNS[:8])))
     main(parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "b"), *flags]))

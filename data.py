@@ -52,8 +52,10 @@ def duplicates(queries, passages):
     def number(texts):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
-    pairs = number(queries)[:, None] * len(passages) + number(passages)   # (Q, P), the same for the same two texts
-    same = np.isin(pairs, pairs.diagonal())                               # the diagonal: each query, its positive
+    query, passage = number(queries), number(passages)                                    # (Q,), (P,)
+    is_pair = np.zeros((len(queries), len(passages)), bool)   # by these numbers: has this query this positive?
+    is_pair[query, passage[:len(query)]] = True
+    same = is_pair[query][:, passage]                                                     # (Q, P)
     np.fill_diagonal(same, False)
     return same if same.any() else None
 

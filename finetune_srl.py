@@ -225,6 +225,15 @@ def plan(args, sources, world_size):
     pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
+def evaluate_saved(args, test_set, rank, world_size):
+    """ evaluate.py on the model in --out_dir. All ranks call it and share the encoding; the first writes eval.json. The
+    speed is measured without other ranks only, because they would wait for each other. """
+    if world_size > 1:
+        dist.barrier()   # until rank 0 has saved the model
+    flags = ["--speed"] if world_size == 1 else ["--out", os.devnull] if rank else []
+    evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), *flags,
+                                       "--device", args.device, "--dtype", args.dtype]))
+
 def main(args):
     """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
     start = time.time()
@@ -279,7 +288,6 @@ def main(args):
         lr = get_lr(step, max_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
         loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
@@ -320,12 +328,8 @@ def main(args):
             raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
     default_signals()
     print(f"saved {args.out_dir}")
-    if world_size > 1:
-        dist.barrier()   # until rank 0 has saved the model that all ranks evaluate together
     if test_set:
-        flags = ["--speed"] if world_size == 1 else ["--out", os.devnull] if rank else []
-        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), *flags,
-                                           "--device", args.device, "--dtype", args.dtype]))
+        evaluate_saved(args, test_set, rank, world_size)
     if rank == 0:
         Path(args.out_dir, STATE).unlink(missing_ok=True)   # three times the model, and the run is finished
     print(f"{(time.time() - start) / 60:.1f} minutes in all")

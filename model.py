@@ -535,16 +535,34 @@ def load_head(name, config):
 
 def save_pretrained(model, tokenizer, folder, head=None):
     """ Write an ordinary Hugging Face folder: config.json, model.safetensors and tokenizer files, for AutoModel or,
-    with an MLMHead, for BertForMaskedLM. """
+    with an MLMHead, for BertForMaskedLM; and what sentence-transformers needs to give the embeddings of the largest
+    size (any version: the newer ones read the older names). """
     from safetensors.torch import save_file
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    config, folder = model.config, Path(folder)
+    (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
     state, kind = to_hf(model.state_dict()), "BertModel"
     if head is not None:
         state, kind = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
         state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
-    config = {"architectures": [kind], "model_type": "bert", **asdict(model.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    else:   # nothing here uses the pooler, but AutoModel warns of random weights where there is none
+        C = config.hidden_size
+        state |= {"pooler.dense.weight": torch.zeros(C, C), "pooler.dense.bias": torch.zeros(C)}
+    dim, last = config.sizes[-1][1] if config.sizes else config.hidden_size, model.blocks[-1].norm2
+    modules = {"Transformer": "", "Pooling": "1_Pooling"}
+    # sentence-transformers normalises first and slices last, which is right only where nothing is beyond the dims
+    if config.similarity == "cosine" and not last.weight[dim:].any() and not last.bias[dim:].any():
+        modules["Normalize"] = "2_Normalize"
+    files = {
+        "config.json": {"architectures": [kind], "model_type": "bert", **asdict(config)},
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{module}"}
+                         for i, (module, path) in enumerate(modules.items())],
+        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode": config.pooling},
+        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": config.similarity}
+                                             | ({"truncate_dim": dim} if dim < config.hidden_size else {}),
+        "sentence_bert_config.json": {
+            "max_seq_length": min(tokenizer.model_max_length, config.max_position_embeddings), "do_lower_case": False}}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -608,7 +626,8 @@ def check_finite(step, loss, norm, terms, scaler, args):
                              f"float32. {last_checkpoint(args)}")
 
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
-             "special_tokens_map.json", "args.json", "eval.json", "log.jsonl")
+             "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
+             "sentence_bert_config.json", "args.json", "eval.json", "log.jsonl")
 
 def check_out_dir(parser, args):
     """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
@@ -638,9 +657,10 @@ def open_run(args, first_step=0):
     if args.overwrite:
         replaced.mkdir(exist_ok=True)
         moved = (replaced / "log.jsonl").exists()         # then a run without a checkpoint is what lies in out_dir
-        for path in (out_dir / name for name in RUN_FILES):
-            if path.exists():
-                path.unlink() if moved else os.replace(path, replaced / path.name)
+        (replaced / "1_Pooling").mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            if (path := out_dir / name).exists():
+                path.unlink() if moved else os.replace(path, replaced / name)
         log_file = open_locked(out_dir / "log.jsonl")
     log_file.seek(0)
     kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
@@ -707,10 +727,12 @@ def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
             save_pretrained(bert, tokenizer, part, head)
             state = {name: trained.state_dict() for name, trained in state.items()}
             torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(part, STATE))
-            for file in sorted(Path(part).iterdir(), key=lambda file: file.name == STATE):   # STATE last
+            (out_dir / "1_Pooling").mkdir(exist_ok=True)
+            files = [file for file in Path(part).rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == STATE):                  # STATE last
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
-                os.replace(file, out_dir / file.name)
+                os.replace(file, out_dir / file.relative_to(part))
             if (out_dir / "replaced").exists():
                 os.replace(out_dir / "replaced", Path(part, "replaced"))                     # goes with part
     except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap a full disk in their own

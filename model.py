@@ -11,8 +11,8 @@ Letters for shapes, the same in all files:
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M masked positions,
   V words of the vocabulary; p is dropout.
 """
-import argparse, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
-from dataclasses import asdict, dataclass, fields
+import argparse, copy, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,14 +47,14 @@ def parse_sizes(text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:DIM,LAYER:DIM,... such as 2:32,4:64") from None
 
-def check_sizes(sizes, config, name="the model"):
+def check_sizes(sizes, config, name="the model", flag="--sizes"):
     """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
     for layer, dim in sizes:
         if not 1 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"--sizes asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
+            raise ValueError(f"{flag} asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
                              f"use a layer between 1 and {config.num_hidden_layers}")
         if not 1 <= dim <= config.hidden_size:
-            raise ValueError(f"--sizes asks for {dim} dims but {name} has {config.hidden_size}; "
+            raise ValueError(f"{flag} asks for {dim} dims but {name} has {config.hidden_size}; "
                              f"use 1 to {config.hidden_size}")
     return tuple(sorted(set(sizes)))
 
@@ -565,6 +565,36 @@ def save_pretrained(model, tokenizer, folder, head=None):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+def cut(model, size):
+    """ -> the model of one size alone: its layers, and a last LayerNorm that gives 0 beyond its dims. Zeros change no
+    cosine and no dot product, so programs that normalise before they slice, or never slice, are right as well. """
+    layer, dim = size
+    names = (named_sizes(model.config).get(size, ""),)
+    small = Bert(replace(model.config, num_hidden_layers=layer, sizes=(size,), size_names=names))
+    small.load_state_dict(model.state_dict(), strict=False)   # leaves the blocks above out
+    small.blocks[-1].norm2.weight.data[dim:] = 0
+    small.blocks[-1].norm2.bias.data[dim:] = 0
+    return small.eval()
+
+def cut_vocabulary(model, tokenizer, counts, vocab_size):
+    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, because they can spell any word,
+    and those with the highest counts (V,) -> model, tokenizer. The ids are numbered anew in the same order.
+    Raises ValueError if vocab_size is too small or too large for that. """
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
+    if not must.sum() <= vocab_size <= len(pieces):
+        raise ValueError(f"--vocab_size {vocab_size}: {must.sum()} special tokens and single characters must stay, and "
+                         f"there are {len(pieces)} entries; give a number between")
+    kept = np.sort(np.lexsort((-counts, ~must))[:vocab_size]).tolist()   # equal counts: the lower id stays
+    model = copy.deepcopy(model)
+    model.word = nn.Embedding.from_pretrained(model.word.weight[kept], freeze=False)
+    model.config.vocab_size = vocab_size
+    vocab = {"vocab": {pieces[old]: new for new, old in enumerate(kept)}, "added_tokens_decoder": {}}
+    smaller = type(tokenizer)(**tokenizer.init_kwargs | vocab)
+    smaller.backend_tokenizer.normalizer = tokenizer.backend_tokenizer.normalizer
+    smaller.model_max_length, model.config.pad_token_id = tokenizer.model_max_length, smaller.pad_token_id
+    return model, smaller
 
 # ---- training runs, for both scripts: ranks, OUT_DIR, log, signals ---------------------------------------------------
 STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model

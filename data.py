@@ -622,6 +622,27 @@ def hold_out(rows, n):
                    {"test": dict.fromkeys((f"q{ids[fold(query)]}", f"d{ids[fold(text)]}") for query, text, _ in pairs)})
     return Rows(len(kept), lambda: (row for i, row in enumerate(rows) if i in kept)), folder
 
+def load_passages(source):
+    """ --texts: "docs", or a file or folder of .txt, .md and .jsonl, maybe .gz -> [(name, text), ...]: the docstrings,
+    the paragraphs, the rows with "text" and maybe "title". Raises ValueError where there is none. """
+    if source == "docs":
+        rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in read_rows(docs_folder() / file)]
+        return [(row["name"], f"{row['query']} {row.get('positive') or row.get('text')}") for row in rows]
+    files, passages = sorted(Path(source).rglob("*")) if Path(source).is_dir() else [Path(source)], []
+    for file in files:
+        if re.search(r"\.jsonl(\.gz)?$", file.name):
+            for line, row in read_rows(file):
+                passages += [(f"{file}:{line}", text) for text in as_texts(row, f"{file}, line {line}:")]
+        elif re.search(r"\.(txt|md)(\.gz)?$", file.name) and file.exists():
+            numbered = enumerate(read_lines(file), start=1)
+            for filled, group in itertools.groupby(numbered, key=lambda row: bool(row[1].strip())):
+                if filled:
+                    numbers, lines = zip(*group)
+                    passages.append((f"{file}:{numbers[0]}", " ".join(" ".join(lines).split())))
+    if not passages:
+        raise ValueError(f"--texts {source}: neither docs nor a file or folder of .txt, .md or .jsonl with text in it")
+    return passages
+
 # ---- docs: the documentation of this machine's Python packages, as training pairs and as a test collection -----------
 DOCS_PACKAGES = "numpy scipy torch transformers datasets pandas sympy networkx huggingface_hub".split()
 

@@ -2,10 +2,11 @@
 How good is each size of a model, and what does it cost? One pass over the texts gives the embeddings of all sizes.
 
     python evaluate.py out/srl                                 # retrieval in this machine's documentation, and BM25's
-    python evaluate.py out/srl --search "invert a matrix"      # ask that documentation
+    python evaluate.py out/srl --search "invert a matrix"      # ask that documentation, or a folder: --texts notes
     python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev --speed
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
     python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences are real
+    python evaluate.py out/srl --export 2:16 out/small         # a folder for sentence-transformers and transformers
 
 Prints a table and writes MODEL/eval.json (or --out). "results" has one record a value, {"task", "metric", "layer",
 "dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare: per_item[task][size][metric] has one
@@ -14,7 +15,7 @@ Metrics are those of trec_eval, and Spearman's rank correlation of the cosine fo
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
 Reading order: from texts to embeddings; metrics; STS; retrieval, which is search_corpus -> rank -> METRICS -> records;
-cost, table, comparison, figure.
+search; handing over; cost, table, comparison, figure.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
 import argparse, json, os, re, statistics, sys, time, zlib
@@ -28,9 +29,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, device_arg, find_folder, git_commit,
-                   keep_freed_memory, load_model, named_sizes, pack, parse_sizes, positive_int, read_json, run_script,
-                   score, size_name, text_length)
+from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, cut, cut_vocabulary, device_arg, find_folder,
+                   git_commit, keep_freed_memory, load_model, named_sizes, pack, parse_sizes, positive_int, read_json,
+                   run_script, save_pretrained, score, size_name, text_length)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -120,10 +121,12 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
-def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
+def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None,
+              query_layer=None):
     """ every size, and BM25 if the corpus is one shard -> records, per-item values; raises as data.Collection does """
     collection = data.Collection(name)
-    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir)
+    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir,
+                                   query_layer)
     if len(doc_ids) <= data.SHARD:
         found[BM25] = search_bm25(collection)
     records, per_item = [], {"ids": list(collection.queries)}
@@ -139,14 +142,16 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
             write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
     return records, per_item
 
-def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
+def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir, query_layer=None):
     """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
-    -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
+    -> {size: (scores (Q, K), docs (Q, K))}, doc_ids. With query_layer the queries are always of that layer: a shallow
+    encoder answers users at once, a deep one has read the documents before. """
     Q = len(collection.queries)
     widest = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # {layer: dim}
-    def embed(texts):   # -> {layer: (texts, C)}
-        return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
-    queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
+    def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
+        return embed_texts(model, tokenizer, texts, layers, dtype, batch_tokens)
+    asked = [query_layer] if query_layer else list(widest)
+    queries = embed(list(collection.queries.values()), asked)                          # {layer: (Q, C)}
     best, doc_ids = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}, []
     about = embeddings_dir and made_by(model, tokenizer, dtype)
     for shard, (ids, texts) in enumerate(collection.shards()):
@@ -157,7 +162,8 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
         for layer, dim in sizes:
             for start in range(0, Q, 1024):
                 rows = slice(start, start + 1024)
-                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (rows, P)
+                asking = queries[query_layer or layer][rows]
+                scores = score(asking, passages[layer], dim, model.config.similarity)                 # (rows, P)
                 keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
@@ -249,18 +255,123 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
     return count_words(queries) @ tf.T                                                 # (Q, P)
 
-def search(model, tokenizer, question, size, dtype, model_folder):
-    """ Print the 5 docstrings that answer a question best. Their embeddings are kept in the model's folder. """
-    (layer, dim), folder = size, data.docs_folder()
-    rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in data.read_rows(folder / file)]
-    texts = [f"{row['query']} {row.get('positive') or row.get('text')}" for row in rows]
-    def embed(texts):   # -> {layer: (texts, C)}
-        return embed_texts(model, tokenizer, texts, [layer], dtype)
-    index = model_folder / f"search-{folder.name}-{made_by(model, tokenizer, dtype)}"
-    passages = load_or_embed(index, {layer: dim}, texts, embed)[layer]                        # (P, D)
-    scores = score(embed([question])[layer], passages, dim, model.config.similarity)[0]       # (P,)
-    for value, i in zip(*torch.topk(scores, min(5, len(rows)))):
-        print(f"{value:.3f}  {rows[i]['name']}\n       {rows[i]['query'][:110]}")
+# ---- search: ask a folder of texts, at each size --------------------------------------------------------------------
+def search(model, tokenizer, question, sizes, args, model_folder):
+    """ Print the 5 passages of --texts that answer a question best, at each size, and those of the funnel where there
+    are several. Without a question ask for some. The passages' embeddings are kept in the model's folder until the
+    model or the passages change. """
+    passages, widest = data.load_passages(args.texts), {layer: dim for layer, dim in sizes}   # sizes go upwards
+    texts = [text for _, text in passages]
+    def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
+        return embed_texts(model, tokenizer, texts, layers, args.dtype, args.batch_tokens)
+    def ready(embeddings, size):             # (texts, C) -> (texts, D), whose dot products are the scores
+        sliced = embeddings[:, :size[1]]
+        return F.normalize(sliced, dim=-1) if model.config.similarity == "cosine" else sliced
+    name = f"search-{Path(args.texts).resolve().name}-"
+    index = model_folder / f"{name}{made_by(model, tokenizer, args.dtype)}-{zlib.crc32(repr(texts).encode()):08x}"
+    for old in set(model_folder.glob(f"{name}*.npy")) - set(model_folder.glob(f"{index.name}*")):
+        old.unlink()
+    embeddings = load_or_embed(index, widest, texts, embed)                                   # {layer: (P, D)}
+    vectors = {size: ready(embeddings[size[0]], size) for size in sizes}
+    for question in [question] if question else ask():
+        for way in [*((size,) for size in sizes), *([(sizes[0], sizes[-1])] if len(sizes) > 1 else [])]:
+            start = time.perf_counter()
+            queries = embed([question], [layer for layer, _ in way])
+            encoded = time.perf_counter()
+            queries = [ready(queries[size[0]], size) for size in way]
+            scores, docs = funnel(queries, [vectors[size] for size in way], 5)                # (1, 5) each
+            if len(sizes) > 1:
+                print(f"{', then '.join(map(size_name, way))}: encoding {1000 * (encoded - start):.1f} ms, search in "
+                      f"{len(texts):,} passages {1000 * (time.perf_counter() - encoded):.1f} ms")
+            for value, i in zip(scores[0], docs[0]):
+                print(f"{value:.3f}  {passages[i][0]}\n       {texts[i][:110]}")
+
+def funnel(queries, passages, k, shortlist=100):
+    """ lists of one or two (Q, D) and (P, D), the small size first -> scores (Q, k), docs (Q, k). The first size finds
+    as many passages as the shortlist holds, the last ranks them: few numbers of all passages, all numbers of few. """
+    found = (queries[0] @ passages[0].T).topk(min(shortlist if len(queries) > 1 else k, len(passages[0])))
+    if len(queries) == 1:
+        return found
+    scores = (passages[-1][found.indices] @ queries[-1][:, :, None])[:, :, 0]                 # (Q, shortlist)
+    scores, order = scores.topk(min(k, scores.shape[1]))                                      # (Q, k)
+    return scores, found.indices.gather(1, order)
+
+def ask():
+    """ yields what the user types, until an empty line """
+    try:
+        while question := input("\nquestion (an empty line ends): ").strip():
+            yield question
+    except EOFError:
+        pass
+
+# ---- handing over: a size as a folder of its own ---------------------------------------------------------------------
+def export(model, tokenizer, name, args):
+    """ --export: write a folder for one size, or one for each of several in OUT -> the folders. Raises ValueError """
+    asked, out = args.export
+    sizes = check_sizes(named_sizes(model.config) if asked == "all" else asked, model.config, name, "--export")
+    several = asked == "all" or len(sizes) > 1
+    folders = [Path(out, size_name(size).replace(":", "-") if several else "") for size in sizes]
+    for folder in folders:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"--export {folder}: something is there already; delete it, or name another folder")
+    smaller, small_tokenizer = model, tokenizer
+    if args.vocab_size:
+        texts = [text for _, text in data.load_passages(args.texts)]
+        counts = sum(np.bincount(ids, minlength=len(tokenizer)) for ids in data.tokenize(texts, tokenizer, 10**6))
+        smaller, small_tokenizer = cut_vocabulary(model, tokenizer, counts, args.vocab_size)
+        texts = texts[::max(1, len(texts) // 1000)]   # a thousand of them show the cost
+    for size, folder in zip(sizes, folders):
+        save_pretrained(cut(smaller, size), small_tokenizer, folder)
+        megabytes = (folder / "model.safetensors").stat().st_size / 1e6
+        print(f"{size_name(size)} is in {folder}: {megabytes:.1f} MB of float32")
+        if args.vocab_size:
+            before, after = (embed_texts(*pair, texts, [size[0]], args.dtype)[size[0]][:, :size[1]]
+                             for pair in ((model, tokenizer), (smaller, small_tokenizer)))
+            print(f"  {args.vocab_size:,} of {len(tokenizer):,} vocabulary entries: the mean cosine of a text's vector "
+                  f"to that before is {F.cosine_similarity(before, after).mean():.3f}")
+    return folders
+
+MADE_HERE = "<!-- written by evaluate.py, which replaces this file as long as this line stands -->"
+
+def write_card(folder, source):
+    """ FOLDER/README.md, a model card as the hub reads it; one that the user wrote stays. source: folder of the run, for
+    what the model was trained on, and for the results where the exported folder has none of its own. """
+    card, config, trained = folder / "README.md", read_json(folder / "config.json"), read_json(source / "args.json")
+    if card.exists() and MADE_HERE not in card.read_text(encoding="utf-8"):
+        return print(f"{card} stays as it is, because evaluate.py did not write it")
+    results, sizes, name = read_json(folder / "eval.json"), list(map(tuple, config["sizes"])), folder.resolve().name
+    if not results and read_json(source / "config.json").get("vocab_size") == config["vocab_size"]:
+        results = read_json(source / "eval.json")
+    results = [r for r in results.get("results", []) if (r["layer"], r["dim"]) in sizes and r["task"] != "cost"]
+    table = {size: {"layers:dims": size_name(size), "bytes a vector": str(4 * size[1])} for size in sizes}
+    for r in results:
+        table[r["layer"], r["dim"]][f"{r['task']} {r['metric']}"] = f"{r['value']:.4f}"
+    columns = list(table[sizes[-1]])
+    def of_the_hub(names):   # without local files and folders
+        return [name for name in names if re.fullmatch(r"\w[\w.-]*/[\w.:-]+", name) and not Path(name).exists()]
+    about = {
+        "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],
+        "base_model": of_the_hub([trained.get("init_from", "")]),
+        "datasets": of_the_hub(trained.get("train_pairs", [])),
+        "model-index": [{"name": name, "results": [
+            {"task": {"type": "sentence-similarity"}, "dataset": {"name": r["task"], "type": r["task"]}, "metrics": [
+                {"type": r["metric"], "name": f"{r['metric']} at {r['layer']}:{r['dim']}", "value": r["value"]}]}
+            for r in results]}] if results else []}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in about.items() if value), "---", MADE_HERE, "",
+             f"# {name}", "", "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) to be used at several "
+             f"sizes. Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
+             *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *(
+                 [values.get(column, "") for column in columns] for values in table.values()))),
+             "", "```python", "from sentence_transformers import SentenceTransformer", "",
+             f'model = SentenceTransformer("{name}")   # this folder, or OWNER/NAME on the hub',
+             f'embeddings = model.encode(["a text", "another one"])   # (2, {sizes[-1][1]})']
+    if len(sizes) > 1:
+        (layer, dim), normalise = sizes[0], ", normalize_embeddings=True" * (config["similarity"] == "cosine")
+        lines += [f"# at another size: keep {layer} of the layers, then {dim} of the numbers",
+                  f"model[0].auto_model.encoder.layer = model[0].auto_model.encoder.layer[:{layer}]",
+                  f'small = model.encode(["a text", "another one"], truncate_dim={dim}{normalise})']
+    card.write_text("\n".join([*lines, "```"]) + "\n", encoding="utf-8")
 
 # ==== Below: what the sizes cost, how results are shown and compared, flags ===========================================
 def cost(model, sizes):
@@ -406,8 +517,18 @@ def parse_args(argv=None):
     add("--sts", nargs="+", default=[], metavar="NAME_OR_FILE",
         help=f"{', '.join(data.STS)}, or a file with sentence1, sentence2, score")
     add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]", help="docs, a BEIR folder, or a hub BEIR set")
-    add("--search", metavar="QUESTION", help="answer from this machine's documentation, with the largest size")
+    add("--query_layer", type=positive_int, metavar="LAYER",
+        help="of the queries of --retrieval, for passages of any size; by default that of the passages")
     add("--speed", action="store_true", help="time every size")
+    add = parser.add_argument_group("use").add_argument
+    add("--search", nargs="?", const="", metavar="QUESTION",
+        help="answer from --texts, with the largest size or with each of --sizes; without a question ask for some")
+    add("--texts", default="docs", metavar="PATH",
+        help="docs (this machine's documentation), or a file or folder of .txt, .md, .jsonl")
+    add("--export", nargs=2, metavar=("SIZE", "OUT"),
+        help="write a folder for sentence-transformers and transformers: of one LAYER:DIM, of several, or of all sizes")
+    add("--vocab_size", type=positive_int, metavar="N",
+        help="of --export: keep the N vocabulary entries that are most frequent in --texts")
     add = parser.add_argument_group("sizes").add_argument
     add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
@@ -430,10 +551,20 @@ def parse_args(argv=None):
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     tasks = args.sts + args.retrieval
-    if not args.models and (not args.compare or tasks or args.search):
+    searching, evaluating = args.search is not None, args.speed or args.grid or args.compare or args.out or args.plot
+    if not args.models and (not args.compare or tasks or searching or args.export):
         parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
-    if args.search and (tasks or args.speed or args.grid or args.compare or args.out or args.plot):
+    if searching and (tasks or evaluating or args.export):
         parser.error("--search answers a question and evaluates nothing; use it without the flags of an evaluation")
+    if args.export and (len(args.models) > 1 or evaluating):
+        parser.error("--export takes one MODEL, and of an evaluation --sts and --retrieval; leave the rest out")
+    if args.vocab_size and not args.export:
+        parser.error(f"--vocab_size {args.vocab_size} is for --export SIZE OUT; add it")
+    if args.export and args.export[0] != "all":
+        try:
+            args.export[0] = parse_sizes(args.export[0])
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--export {error}, or all")
     if args.out and len(args.models) > 1:
         parser.error(f"--out {args.out} takes the results of one model, not of {len(args.models)}; go one by one")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png"):
@@ -444,57 +575,71 @@ def parse_args(argv=None):
     return args
 
 def main(args):
-    """ evaluate every model, then compare and plot. Raises ValueError for what cannot be read or compared. """
+    """ search, export, or evaluate every model, then compare and plot. Raises ValueError for what cannot be read. """
     keep_freed_memory()
     files = list(args.compare or [])
-    ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
     for task in args.sts:         # a mistake in the last file should show before the first is evaluated
         data.load_sts(task)
     for task in args.retrieval:
         next(data.Collection(task).shards())
     for name in args.models:
-        start = time.time()
+        ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
         model, tokenizer = load_model(name, args.device, args.max_length, **ways)
-        names = named_sizes(model.config)
-        sizes = check_sizes(args.sizes or names, model.config, name)
-        if args.grid:
-            dims = sorted({dim for _, dim in sizes})
-            sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
-        if args.search:
-            search(model, tokenizer, args.search, sizes[-1], args.dtype, find_folder(name))
+        sizes = check_sizes(args.sizes or named_sizes(model.config), model.config, name)
+        if args.query_layer:
+            check_sizes([(args.query_layer, 1)], model.config, name, "--query_layer")
+        if args.search is not None:
+            search(model, tokenizer, args.search, sizes if args.sizes else sizes[-1:], args, find_folder(name))
             continue
-        out = args.out or (Path(name) / "eval.json" if model.config.sizes and Path(name).exists() else None)
-        for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
-            if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-                raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
-        results, per_item = [], {}
-        for task in args.sts:
-            records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
-            results += records
-        if len(args.sts) > 1:
-            for size in sizes:
-                values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]
-                results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
-        for task in args.retrieval or ([] if args.sts else ["docs"]):
-            records, per_item[data.task_name(task)] = retrieval(
-                model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
-            results += records
-        results += cost(model, sizes)
-        if args.speed:
-            results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
-        if out:
-            Path(out).write_text(json.dumps(allow_nan=False, obj={
-                "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
-                "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
-                "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
-                "results": results, "per_item": per_item}) + "\n")
-            files.append(str(out))
-        title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
-        print_table(results, title, names)
+        folders = export(model, tokenizer, name, args) if args.export else []
+        if not args.export or args.sts or args.retrieval:   # an export is evaluated after its model
+            files += evaluate_model(name, model, tokenizer, sizes, args)
+            for folder in folders:
+                exported = load_model(folder, args.device)
+                evaluate_model(folder, *exported, tuple(named_sizes(exported[0].config)), args)
+        for folder in folders or [Path(name)] * (Path(name) / "args.json").exists():
+            write_card(folder, find_folder(name))
     if len(files) > 1:
         compare(files, args.metrics)
     if args.plot and files:
         plot(files, args.plot, args.metrics)
+
+def evaluate_model(name, model, tokenizer, sizes, args):
+    """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one """
+    start = time.time()
+    if args.grid:
+        dims = sorted({dim for _, dim in sizes})
+        sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
+    ours = model.config.sizes and Path(name).exists() and not args.query_layer
+    out = args.out or (Path(name) / "eval.json" if ours else None)
+    for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
+    results, per_item = [], {}
+    for task in args.sts:
+        records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
+        results += records
+    if len(args.sts) > 1:
+        for size in sizes:
+            values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]
+            results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
+    for task in args.retrieval or ([] if args.sts else ["docs"]):
+        records, per_item[data.task_name(task)] = retrieval(
+            model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run,
+            args.query_layer)
+        results += records
+    results += cost(model, sizes)
+    if args.speed:
+        results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
+    if out:
+        Path(out).write_text(json.dumps(allow_nan=False, obj={
+            "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
+            "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
+            "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
+            "results": results, "per_item": per_item}) + "\n")
+    title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
+    print_table(results, title, named_sizes(model.config))
+    return [str(out)] if out else []
 
 if __name__ == "__main__":
     run_script(main, parse_args)

@@ -187,7 +187,7 @@ def silence_last_channels(model):
     small size can still mute common words: their vectors may lie in the channels that it does not keep. The full size
     keeps all channels. So the last sixth of its channels start with a gain of 0, and common words can hide there. """
     C = model.config.hidden_size
-    model.blocks[-1].norm2.weight.data[C - C // 6:] = 0
+    model.blocks[-1].norm2.weight.data[-C // 6:] = 0
 
 def order_channels(model, texts, sizes):
     """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose

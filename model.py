@@ -11,8 +11,8 @@ Letters for shapes, the same in all files:
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M positions that the
   encoder must guess, M' those of SMAE's decoder, V words of the vocabulary; p is dropout.
 """
-import argparse, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
-from dataclasses import asdict, dataclass, fields
+import argparse, copy, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -518,18 +518,66 @@ def load_head(name, config):
 
 def save_pretrained(model, tokenizer, folder, head=None):
     """ Write an ordinary Hugging Face folder: config.json, model.safetensors and tokenizer files, for AutoModel or,
-    with an MLMHead, for BertForMaskedLM. """
+    with an MLMHead, for BertForMaskedLM; and what sentence-transformers needs to give the embeddings of the largest
+    size (any version: the newer ones read the older names). """
     from safetensors.torch import save_file
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    config, folder = model.config, Path(folder)
+    (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
     state, kind = to_hf(model.state_dict()), "BertModel"
     if head is not None:
         state, kind = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
         state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
-    config = {"architectures": [kind], "model_type": "bert", **asdict(model.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    else:   # nothing here uses the pooler, but AutoModel warns of random weights where there is none
+        C = config.hidden_size
+        state |= {"pooler.dense.weight": torch.zeros(C, C), "pooler.dense.bias": torch.zeros(C)}
+    dim, last = config.sizes[-1][1] if config.sizes else config.hidden_size, model.blocks[-1].norm2
+    modules = {"Transformer": "", "Pooling": "1_Pooling"}
+    # sentence-transformers normalises first and slices last, which is right only where nothing is beyond the dims
+    if config.similarity == "cosine" and not last.weight[dim:].any() and not last.bias[dim:].any():
+        modules["Normalize"] = "2_Normalize"
+    files = {
+        "config.json": {"architectures": [kind], "model_type": "bert", **asdict(config)},
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{module}"}
+                         for i, (module, path) in enumerate(modules.items())],
+        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode": config.pooling},
+        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": config.similarity}
+                                             | ({"truncate_dim": dim} if dim < config.hidden_size else {}),
+        "sentence_bert_config.json": {
+            "max_seq_length": min(tokenizer.model_max_length, config.max_position_embeddings), "do_lower_case": False}}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+def cut(model, size):
+    """ -> the model of one size alone: its layers, and a last LayerNorm that gives 0 beyond its dims. Zeros change no
+    cosine and no dot product, so programs that normalise before they slice, or never slice, are right as well. """
+    layer, dim = size
+    names = (named_sizes(model.config).get(size, ""),)
+    small = Bert(replace(model.config, num_hidden_layers=layer, sizes=(size,), size_names=names))
+    small.load_state_dict(model.state_dict(), strict=False)   # leaves the blocks above out
+    small.blocks[-1].norm2.weight.data[dim:] = 0
+    small.blocks[-1].norm2.bias.data[dim:] = 0
+    return small.eval()
+
+def cut_vocabulary(model, tokenizer, counts, vocab_size):
+    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, because they can spell any word,
+    and those with the highest counts (V,) -> model, tokenizer. The ids are numbered anew in the same order.
+    Raises ValueError if vocab_size is too small or too large for that. """
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
+    if not must.sum() <= vocab_size <= len(pieces):
+        raise ValueError(f"--vocab_size {vocab_size}: {must.sum()} special tokens and single characters must stay, and "
+                         f"there are {len(pieces)} entries; give a number between")
+    kept = np.sort(np.lexsort((-counts, ~must))[:vocab_size]).tolist()   # equal counts: the lower id stays
+    model = copy.deepcopy(model)
+    model.word = nn.Embedding.from_pretrained(model.word.weight[kept], freeze=False)
+    model.config.vocab_size = vocab_size
+    vocab = {"vocab": {pieces[old]: new for new, old in enumerate(kept)}, "added_tokens_decoder": {}}
+    smaller = type(tokenizer)(**tokenizer.init_kwargs | vocab)
+    smaller.backend_tokenizer.normalizer = tokenizer.backend_tokenizer.normalizer
+    smaller.model_max_length, model.config.pad_token_id = tokenizer.model_max_length, smaller.pad_token_id
+    return model, smaller
 
 # ---- training runs, for both scripts: ranks, OUT_DIR, log, signals ---------------------------------------------------
 STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
@@ -596,7 +644,8 @@ def check_finite(step, loss, norm, terms, scaler, args):
                              f"float32. {last_checkpoint(args)}")
 
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
-             "special_tokens_map.json", "args.json", "eval.json", "log.jsonl")
+             "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
+             "sentence_bert_config.json", "args.json", "eval.json", "log.jsonl")
 
 def check_out_dir(parser, args):
     """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
@@ -626,9 +675,10 @@ def open_run(args, first_step=0):
     if args.overwrite:
         replaced.mkdir(exist_ok=True)
         moved = (replaced / "log.jsonl").exists()         # then a run without a checkpoint is what lies in out_dir
-        for path in (out_dir / name for name in RUN_FILES):
-            if path.exists():
-                path.unlink() if moved else os.replace(path, replaced / path.name)
+        (replaced / "1_Pooling").mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            if (path := out_dir / name).exists():
+                path.unlink() if moved else os.replace(path, replaced / name)
         log_file = open_locked(out_dir / "log.jsonl")
     log_file.seek(0)
     kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
@@ -695,10 +745,12 @@ def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
             save_pretrained(bert, tokenizer, part, head)
             state = {name: trained.state_dict() for name, trained in state.items()}
             torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(part, STATE))
-            for file in sorted(Path(part).iterdir(), key=lambda file: file.name == STATE):   # STATE last
+            (out_dir / "1_Pooling").mkdir(exist_ok=True)
+            files = [file for file in Path(part).rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == STATE):                  # STATE last
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
-                os.replace(file, out_dir / file.name)
+                os.replace(file, out_dir / file.relative_to(part))
             if (out_dir / "replaced").exists():
                 os.replace(out_dir / "replaced", Path(part, "replaced"))                     # goes with part
     except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap a full disk in their own
@@ -769,14 +821,14 @@ def parse_sizes(text):
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:DIM,LAYER:DIM,... such as 2:32,4:64") from None
 
-def check_sizes(sizes, config, name="the model"):
+def check_sizes(sizes, config, name="the model", flag="--sizes"):
     """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
     for layer, dim in sizes:
         if not 1 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"--sizes asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
+            raise ValueError(f"{flag} asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
                              f"use a layer between 1 and {config.num_hidden_layers}")
         if not 1 <= dim <= config.hidden_size:
-            raise ValueError(f"--sizes asks for {dim} dims but {name} has {config.hidden_size}; "
+            raise ValueError(f"{flag} asks for {dim} dims but {name} has {config.hidden_size}; "
                              f"use 1 to {config.hidden_size}")
     return tuple(sorted(set(sizes)))
 

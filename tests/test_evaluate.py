@@ -310,7 +310,6 @@ def test_bm25_finds_nothing_without_a_word_in_common(ranked_by):
                                      {"pooling_mode": "cls"}])
 def test_sentence_transformers_folder(saved, pooling):
     """ Pooling, length and lower-casing come from the folder's own files; what is not supported is refused. """
-    (saved / "1_Pooling").mkdir()
     (saved / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48} | pooling))
     (saved / "sentence_bert_config.json").write_text('{"max_seq_length": 6, "do_lower_case": true}')
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
@@ -333,6 +332,9 @@ def plain(saved):
     for key in ("sizes", "size_names", "pooling", "similarity"):
         del config[key]
     (saved / "config.json").write_text(json.dumps(config))
+    for name in ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
+                 "sentence_bert_config.json"):
+        (saved / name).unlink()
     return saved
 
 

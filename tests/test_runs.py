@@ -52,6 +52,11 @@ def run(script, flags, out, *more):
     script.main(script.parse_args([*flags, "--out_dir", str(out), *more]))
 
 
+def contents(folder):
+    """ {path below the folder: bytes} of all its files """
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def status(script, flags, out, *more):
     """ the exit status of the run, as a process would have it """
     try:
@@ -299,11 +304,11 @@ def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped
         (out / STATE).write_bytes((out / STATE).read_bytes()[:5000 if damage == "cut" else 0])
     if damage == "gone":
         (out / STATE).unlink()
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = contents(out)
     said = refused(finetune_srl, [*flags[finetune_srl], "--out_dir", str(out), "--resume",
                                   *[str(pairs) if flag == "OTHER" else flag for flag in more]])
     assert message in said and "\n" not in said
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before == contents(out)
 
 
 # ---- what is in the folder already -----------------------------------------------------------------------------------
@@ -339,10 +344,10 @@ def test_the_earlier_run_stays_until_the_first_checkpoint(script, flags, whole, 
     nothing of it passes for the new one, and the first checkpoint takes its place. """
     out, save = tmp_path / "out", model.save_pretrained
     shutil.copytree(whole[script], out)
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    files = contents(out)
     def check(*args):
-        assert {path.name: path.read_bytes() for path in (out / "replaced").iterdir()} == files
-        assert {path.name for path in out.iterdir() if path.is_file()} == {"args.json", "log.jsonl"}
+        assert contents(out / "replaced") == files
+        assert {name for name in contents(out) if not name.startswith("replaced/")} == {"args.json", "log.jsonl"}
         if dies:
             raise MemoryError
         save(*args)

@@ -440,12 +440,13 @@ def read_modules(folder):
     if unknown:
         raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
     bert_folder, settings = modules.get("Transformer", folder), {}
-    if "Pooling" in modules:
+    ours = read_json(bert_folder / "config.json")        # says both if this project wrote the folder
+    if "Pooling" in modules and "pooling" not in ours:
         said = read_json(modules["Pooling"] / "config.json")
         # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
         modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
         settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
-    if "similarity" not in read_json(bert_folder / "config.json"):   # ours says it, others' do not
+    if "similarity" not in ours:
         said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
         # the dot product of what Normalize gives is the cosine
         settings["similarity"] = "cosine" if "Normalize" in modules or not said else said

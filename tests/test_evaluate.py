@@ -308,21 +308,21 @@ def test_bm25_finds_nothing_without_a_word_in_common(ranked_by):
 
 @pytest.mark.parametrize("pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
                                      {"pooling_mode": "cls"}])
-def test_sentence_transformers_folder(saved, pooling):
+def test_sentence_transformers_folder(plain, pooling):
     """ Pooling, length and lower-casing come from the folder's own files; what is not supported is refused. """
-    (saved / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48} | pooling))
-    (saved / "sentence_bert_config.json").write_text('{"max_seq_length": 6, "do_lower_case": true}')
+    (plain / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48} | pooling))
+    (plain / "sentence_bert_config.json").write_text('{"max_seq_length": 6, "do_lower_case": true}')
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense"}
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
-    (saved / "modules.json").write_text(json.dumps(modules[:2]))
-    assert evaluate.load_model(saved, max_length=99)[1].model_max_length == 40   # its positions
-    model, tokenizer = evaluate.load_model(saved)
+    (plain / "modules.json").write_text(json.dumps(modules[:2]))
+    assert evaluate.load_model(plain, max_length=99)[1].model_max_length == 40   # its positions
+    model, tokenizer = evaluate.load_model(plain)
     assert model.config.pooling == "cls" and tokenizer.model_max_length == 6
-    assert evaluate.load_model(saved, max_length=5)[1].model_max_length == 5
+    assert evaluate.load_model(plain, max_length=5)[1].model_max_length == 5
     assert tokenizer.tokenize("The APPLE") == tokenizer.tokenize("the apple")
-    (saved / "modules.json").write_text(json.dumps(modules))
+    (plain / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="modules.json asks for Dense"):
-        evaluate.load_model(saved)
+        evaluate.load_model(plain)
 
 
 @pytest.fixture

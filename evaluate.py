@@ -304,6 +304,7 @@ def ask():
     except EOFError:
         pass
 
+# ==== Below: handing a size over, what it costs, how results are shown and compared, flags ============================
 # ---- handing over: a size as a folder of its own ---------------------------------------------------------------------
 def export(model, tokenizer, name, args):
     """ --export: write a folder for one size, or one for each of several in OUT -> the folders. Raises ValueError """
@@ -373,7 +374,7 @@ def write_card(folder, source):
                   f'small = model.encode(["a text", "another one"], truncate_dim={dim}{normalise})']
     card.write_text("\n".join([*lines, "```"]) + "\n", encoding="utf-8")
 
-# ==== Below: what the sizes cost, how results are shown and compared, flags ===========================================
+# ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks (2 FLOP an entry of a matrix) """
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)

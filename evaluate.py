@@ -598,7 +598,7 @@ def main(args):
             for folder in folders:
                 exported = load_model(folder, args.device)
                 evaluate_model(folder, *exported, tuple(named_sizes(exported[0].config)), args)
-        for folder in folders or [Path(name)] * (Path(name) / "args.json").exists():
+        for folder in folders or [Path(name)] * (not args.out and (Path(name) / "args.json").exists()):
             write_card(folder, find_folder(name))
     if len(files) > 1:
         compare(files, args.metrics)

@@ -327,7 +327,7 @@ def export(model, tokenizer, name, args):
 MADE_HERE = "<!-- written by evaluate.py, which replaces this file as long as this line stands -->"
 
 def write_card(folder, source):
-    """ FOLDER/README.md, a model card as the hub reads it; one that the user wrote stays. source: folder of the run, for
+    """ FOLDER/README.md, a model card as the hub reads it; one that the user wrote stays. source: the run's folder, for
     what the model was trained on, and for the results where the exported folder has none of its own. """
     card, config, trained = folder / "README.md", read_json(folder / "config.json"), read_json(source / "args.json")
     if card.exists() and MADE_HERE not in card.read_text(encoding="utf-8"):
@@ -352,8 +352,8 @@ def write_card(folder, source):
                 {"type": r["metric"], "name": f"{r['metric']} at {r['layer']}:{r['dim']}", "value": r["value"]}]}
             for r in results]}] if results else []}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in about.items() if value), "---", MADE_HERE, "",
-             f"# {name}", "", "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) to be used at several "
-             f"sizes. Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
+             f"# {name}", "", "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at "
+             f"several sizes. Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
              *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *(
                  [values.get(column, "") for column in columns] for values in table.values()))),
              "", "```python", "from sentence_transformers import SentenceTransformer", "",

@@ -1,4 +1,4 @@
-""" What other programs make of our folders: sentence-transformers, AutoModel, ONNX; exports, vocabulary, model card. """
+""" What other programs make of our folders: sentence-transformers, AutoModel, ONNX; exports, vocabulary, card. """
 import json
 import re
 import warnings
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from conftest import needs
+from conftest import ROOT, needs
 from model import from_pretrained, load_model, save_pretrained
 
 TEXTS = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
@@ -103,7 +103,8 @@ def test_exports_in_sentence_transformers(trained, tmp_path, caplog, capfd, pool
         loaded, want = theirs(tmp_path / "six" / f"{layer}-{dim}", caplog, capfd), ours(folder, (layer, dim))
         assert len(loaded[0].auto_model.encoder.layer) == layer and loaded.max_seq_length == 9
         torch.testing.assert_close(torch.from_numpy(loaded.encode(TEXTS)), want, rtol=0, atol=1e-5)
-        assert loaded.similarity(*loaded.encode(TEXTS[:2])).item() == pytest.approx((want[0] @ want[1]).item(), abs=1e-4)
+        score = loaded.similarity(*loaded.encode(TEXTS[:2])).item()
+        assert score == pytest.approx((want[0] @ want[1]).item(), abs=1e-4)
 
 
 @needs("sentence_transformers")
@@ -190,15 +191,16 @@ def test_vocabulary_of_an_export(trained, tmp_path, capsys):
 
 
 def test_card(trained, tmp_path, capsys):
-    """ The card has the hub's metadata, of the results what belongs to its sizes, and leaves one of the user's alone. """
-    yaml = pytest.importorskip("yaml")   # comes with huggingface_hub
+    """ The card has the hub's metadata, the results of its sizes alone, and does not replace one of the user's. """
+    import yaml   # comes with huggingface_hub
     folder = trained()
     results = [{"task": "stsb", "metric": "Spearman", "layer": n, "dim": dim, "value": n / 10, "n": 9}
                for n, dim in ((1, 8), (2, 16), (3, 48))] + [
               {"task": "stsb", "metric": "Spearman", "layer": None, "dim": None, "value": 0.9, "n": 9},
               {"task": "cost", "metric": "bytes", "layer": 1, "dim": 8, "value": 32, "n": 1}]
     (folder / "eval.json").write_text(json.dumps({"results": results, "per_item": {"stsb": {}}}))
-    (folder / "args.json").write_text(json.dumps({"init_from": "owner/bert", "train_pairs": [str(tmp_path), "a/set:x"]}))
+    about = {"init_from": "owner/bert", "train_pairs": [str(tmp_path), "a/set:x"]}
+    (folder / "args.json").write_text(json.dumps(about))
     run(folder, "--export", "2:16", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     about = yaml.safe_load(card.split("---\n")[1])
@@ -272,3 +274,22 @@ def test_queries_of_another_layer(trained, beir, tmp_path):
     line, = [line for line in (tmp_path / "runs" / "beir-2-16.run").read_text().splitlines() if "q1 Q0 d2" in line]
     assert float(line.split()[4]) == pytest.approx(F.cosine_similarity(query, passage).item(), abs=1e-5)
     assert not (folder / "eval.json").exists()
+
+
+@needs("onnxscript")
+@needs("onnxruntime")
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_onnx(trained, tmp_path, monkeypatch, pooling):
+    """ The export as ONNX gives our embeddings to 1e-5, padded texts included; int8 and int4 are smaller and close. """
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
+    import to_onnx
+    folder = trained(pooling, "cosine")
+    run(folder, "--export", "2:16", tmp_path / "out")
+    files, want = to_onnx.to_onnx(tmp_path / "out"), ours(tmp_path / "out", (2, 16))
+    for name, least in (("float32", 1 - 1e-6), ("int8", 0.95), ("int4", 0.9)):
+        found = torch.tensor(to_onnx.embedder(tmp_path / "out", files[name])(TEXTS))
+        assert F.cosine_similarity(found, want).min() > least
+        if name == "float32":
+            torch.testing.assert_close(F.normalize(found.float(), dim=-1), want, rtol=0, atol=1e-5)
+        else:
+            assert files[name].stat().st_size < files["float32"].stat().st_size

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from conftest import needs
+from conftest import ROOT, needs
 from model import from_pretrained, load_model, save_pretrained
 
 TEXTS = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
@@ -274,3 +274,22 @@ def test_queries_of_another_layer(trained, beir, tmp_path):
     line, = [line for line in (tmp_path / "runs" / "beir-2-16.run").read_text().splitlines() if "q1 Q0 d2" in line]
     assert float(line.split()[4]) == pytest.approx(F.cosine_similarity(query, passage).item(), abs=1e-5)
     assert not (folder / "eval.json").exists()
+
+
+@needs("onnxscript")
+@needs("onnxruntime")
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_onnx(trained, tmp_path, monkeypatch, pooling):
+    """ The export as ONNX gives our embeddings to 1e-5, padded texts included; int8 and int4 are smaller and close. """
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
+    import to_onnx
+    folder = trained(pooling, "cosine")
+    run(folder, "--export", "2:16", tmp_path / "out")
+    files, want = to_onnx.to_onnx(tmp_path / "out"), ours(tmp_path / "out", (2, 16))
+    for name, least in (("float32", 1 - 1e-6), ("int8", 0.95), ("int4", 0.9)):
+        found = torch.tensor(to_onnx.embedder(tmp_path / "out", files[name])(TEXTS))
+        assert F.cosine_similarity(found, want).min() > least
+        if name == "float32":
+            torch.testing.assert_close(F.normalize(found.float(), dim=-1), want, rtol=0, atol=1e-5)
+        else:
+            assert files[name].stat().st_size < files["float32"].stat().st_size

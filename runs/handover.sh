@@ -21,7 +21,7 @@ PYTHON
 # the vocabulary counted on the training texts; what it costs on the STS development set
 [ -e $out/words ] || python evaluate.py $out/six/1-32 --export 1:32 $out/words --vocab_size 10000 --texts $out/text.txt \
     --sts "$data/sts/stsb-dev.jsonl"
-[ -e $out/words/onnx ] || python runs/to_onnx.py $out/words "$data/sts/stsb-test.jsonl"
+[ -e $out/words/onnx ] || python tests/to_onnx.py $out/words "$data/sts/stsb-test.jsonl"
 python - $out "$data" "$minilm" "$model" $tests <<'PYTHON'
 # everything else: sentence-transformers alone against our embeddings, tables, funnel, queries of layer 1
 import json, sys, time
@@ -124,4 +124,4 @@ _, tokenizer = load_model(f"{out}/words")
 base = Bert(BertConfig(num_hidden_layers=2, vocab_size=len(tokenizer), sizes=((2, 32),), size_names=("Demi",)))
 save_pretrained(base, tokenizer, f"{out}/base")
 PYTHON
-python runs/to_onnx.py $out/base "$data/sts/stsb-test.jsonl"
+python tests/to_onnx.py $out/base "$data/sts/stsb-test.jsonl"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from conftest import ROOT, needs
+from conftest import needs
 from model import from_pretrained, load_model, save_pretrained
 
 TEXTS = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
@@ -279,9 +279,8 @@ def test_queries_of_another_layer(trained, beir, tmp_path):
 @needs("onnxscript")
 @needs("onnxruntime")
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_onnx(trained, tmp_path, monkeypatch, pooling):
+def test_onnx(trained, tmp_path, pooling):
     """ The export as ONNX gives our embeddings to 1e-5, padded texts included; int8 and int4 are smaller and close. """
-    monkeypatch.syspath_prepend(str(ROOT / "runs"))
     import to_onnx
     folder = trained(pooling, "cosine")
     run(folder, "--export", "2:16", tmp_path / "out")

@@ -5,7 +5,7 @@ the activations as well). sentence-transformers and transformers.js look for the
 milliseconds a query and Spearman's correlation of each, on one core.
 
     pip install onnx onnxruntime onnxscript
-    python evaluate.py out/srl --export 1:8 out/small && python runs/to_onnx.py out/small my_sts.jsonl
+    python evaluate.py out/srl --export 1:8 out/small && python tests/to_onnx.py out/small my_sts.jsonl
 
 float32 and int8 without this file, in an environment of its own, since optimum wants transformers 4:
     pip install "sentence-transformers[onnx]"

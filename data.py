@@ -9,7 +9,7 @@ Face hub); and `docs`, the corpus that needs no download, because it is the docu
 
 Letters for shapes: see model.py.
 """
-import ast, contextlib, csv, functools, gzip, itertools, json, math, os, re, shutil, string, sys, sysconfig, time
+import ast, contextlib, csv, functools, glob, gzip, itertools, json, math, os, re, shutil, string, sys, sysconfig, time
 import importlib.metadata, importlib.util, warnings, zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -206,6 +206,11 @@ def checksum(pairs):
             found = zlib.crc32(text.tobytes(), found)
     return zlib.crc32(repr(pairs.gold).encode(), found)
 
+def about_tokenizer(tokenizer):
+    """ what decides the ids of a text: the vocabulary, and what is done to a text before, lower-casing for example """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)   # None if not of Rust
+    return [sorted(tokenizer.get_vocab().items()), str(normalizer)]
+
 def token_dtype(tokenizer):
     """ the unsigned integers that hold an id and one bit: 16 bits up to a vocabulary of 2**15 (BERT's has 30,522) """
     return np.dtype(np.uint16 if len(tokenizer) <= 2**15 else np.uint32)
@@ -246,13 +251,13 @@ class TokenFile:
         return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
 
 def token_file(source, tokenizer, columns=()):
-    """ --train_text -> TokenFile. Tokenises once; found again by source, columns, vocabulary, and the path, size and
+    """ --train_text -> TokenFile. Tokenises once; found again by source, columns, tokenizer, and the path, size and
     date of each of its local files. A set of the hub is found by its name: it is taken to stay as it is. """
     path = docs_folder() if source == "docs" else Path(source)
     if not path.exists():
         path = Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
-    files = [file for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
-    about = [source, *columns, sorted(tokenizer.get_vocab().items()),
+    files = [file for file in sorted({path, *path.rglob("*"), *map(Path, glob.glob(source))}) if file.is_file()]
+    about = [source, *columns, about_tokenizer(tokenizer),
              [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
     folder = CACHE / f"text-{zlib.crc32(json.dumps(about).encode()):08x}"
     if not folder.exists():
@@ -379,6 +384,8 @@ def find_columns(where, columns, kinds, given):
             raise ValueError(f"--columns {item}: {where} has the columns {', '.join(columns)}; give KIND=COLUMN, where "
                              f"KIND is {' or '.join(kinds)}")
         named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)
+        if any(len(named.get(one, [])) > 1 for one in ("query", "score", "text")):
+            raise ValueError(f"--columns {item}: is the second {kind}, and a row has one; leave out one of them")
     return {kind: names or [column for column in columns if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
             for kind, names in named.items()}
 
@@ -387,6 +394,8 @@ def as_text(cell, where):
     """ a cell -> itself, if it is a string """
     if not isinstance(cell, str):
         raise ValueError(f"{where} is {cell!r:.60}; it must be a text")
+    if not cell.isascii() and (half := re.search("[\ud800-\udfff]", cell)):   # a tokenizer refuses it
+        raise ValueError(f"{where} holds {half[0]!r}, half of a character, such as a cut emoji leaves; take it out")
     return cell
 
 def as_texts(cell, where):
@@ -456,10 +465,10 @@ def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
     find_columns. streaming reads parquet and hub sets as they arrive; each of world_size ranks takes files of its own.
     Raises ValueError. """
     unit = "line" if LOCAL.search(source) else "row"
-    if source == "docs":
+    if source == "docs" and not streaming:
         rows = read_rows(docs_folder() / "train.jsonl")
         numbered = ((number, {"text": f"{row['query']} {row['positive']}"}) for number, row in rows)
-    elif unit == "row":
+    elif unit == "row" and source != "docs":
         rows = load_table(source, f"--train_text {source}: neither a .txt/.jsonl/.csv/.tsv/.parquet file", streaming)
         if streaming:
             from datasets.distributed import split_dataset_by_node
@@ -485,7 +494,7 @@ SHARD = 25_000   # documents in memory at a time
 
 def task_name(name):
     """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
-    return LOCAL.sub("", Path(name).name)
+    return LOCAL.sub("", Path(name).name or Path(name).resolve().name)   # of "." too
 
 def load_sts(name):
     """ A name in STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, first sentences,
@@ -550,7 +559,8 @@ class Collection:
         if not path.exists() and Path(f"{path}.gz").exists():
             path = Path(f"{path}.gz")
         if not path.exists():
-            raise ValueError(f"{self.folder} has no {file}; it needs corpus.jsonl, queries.jsonl and qrels/test.tsv")
+            raise ValueError(f"{self.folder} has no {file}; it needs corpus.jsonl, queries.jsonl and qrels/test.tsv; "
+                             "finetune_srl.py also qrels/dev.tsv, or --eval_interval 0")
         return path, read_rows(path)
 
     def texts(self, stem):

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, cut, cut_vocabulary, device_arg, find_folder,
                    git_commit, keep_freed_memory, load_model, named_sizes, pack, parse_sizes, positive_int, read_json,
-                   run_script, save_pretrained, score, size_name, text_length)
+                   readable, run_script, save_pretrained, score, size_name, text_length)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -171,7 +171,8 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
 def made_by(model, tokenizer, dtype):
     """ checksum of whatever decides the embedding of a text, for the names of files """
     weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
-    about = [weights, model.config.pooling, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, dtype]
+    config = [getattr(model.config, key) for key in ("pooling", "num_attention_heads", "hidden_act", "layer_norm_eps")]
+    about = [weights, config, data.about_tokenizer(tokenizer), tokenizer.model_max_length, dtype]
     return f"{zlib.crc32(repr(about).encode()):08x}"
 
 def load_or_embed(file, widest, texts, embed):
@@ -179,8 +180,10 @@ def load_or_embed(file, widest, texts, embed):
     if not file:
         return embed(texts)
     files = {layer: Path(f"{file}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}
-    if not all(path.exists() and np.load(path, mmap_mode="r").shape == (len(texts), widest[layer])
-               for layer, path in files.items()):
+    with readable(f"{file}...npy: embeddings that cannot be read", "delete the files, they will be made again"):
+        whole = all(path.exists() and np.load(path, mmap_mode="r").shape == (len(texts), widest[layer])
+                    for layer, path in files.items())
+    if not whole:
         for layer, embeddings in embed(texts).items():                                 # (P, C)
             write_array(files[layer], embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
@@ -251,7 +254,7 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,) texts with the word
     idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))                             # (V,)
     length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
-    norm = np.repeat(k1 * (1 - b + b * length / length.mean()), np.diff(tf.indptr))    # of each entry's text
+    norm = np.repeat(k1 * (1 - b + b * length / max(length.mean(), 1e-9)), np.diff(tf.indptr))   # of each entry
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
     return count_words(queries) @ tf.T                                                 # (Q, P)
 
@@ -276,7 +279,7 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     for question in [question] if question else ask():
         for way in [*((size,) for size in sizes), *([(sizes[0], sizes[-1])] if len(sizes) > 1 else [])]:
             start = time.perf_counter()
-            queries = embed([question], [layer for layer, _ in way])
+            queries = embed([data.as_text(question, "--search")], [layer for layer, _ in way])
             encoded = time.perf_counter()
             queries = [ready(queries[size[0]], size) for size in way]
             scores, docs = funnel(queries, [vectors[size] for size in way], 5)                # (1, 5) each
@@ -421,10 +424,12 @@ def load_results(spec):
     results, per_item = [], {}
     for file in files.split(","):
         run = read_json(Path(file))
-        if not run.get("per_item"):
+        if not run.get("per_item") or "results" not in run:
             raise ValueError(f"--compare {file}: no such file, or not one that evaluate.py wrote")
         results += run["results"]
         for task, items in run["per_item"].items():
+            if any(per_item.get(task, items).get(key) != items.get(key) for key in ("ids", "gold")):
+                raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")
             per_item[task] = per_item.get(task, {}) | items
         label = label or Path(run["model"]).name
     return label, results, per_item
@@ -442,7 +447,9 @@ def compare(specs, metrics=()):
         return per_items[file].get(task, {}).get(sizes[file][i], {}).get(metric)
     rows = [(task, metric, i) for task in per_items[0] for metric in metrics or ["Spearman", *METRICS]
             for i in range(len(sizes[0])) if all(value(file, task, metric, i) for file in range(len(specs)))]
-    comparisons = max(1, len(rows) * (len(specs) - 1))
+    if not rows:
+        raise ValueError("--compare: no task and metric is in all files; evaluate on the same data, or see --metrics")
+    comparisons = len(rows) * (len(specs) - 1)
     print("".join(f"{text:>22}" for text in ["", *labels]))
     for task, metric, i in rows:
         cells, baseline = [f"{task} {metric}"], value(0, task, metric, i)
@@ -554,7 +561,9 @@ def parse_args(argv=None):
     tasks = args.sts + args.retrieval
     searching, evaluating = args.search is not None, args.speed or args.grid or args.compare or args.out or args.plot
     if not args.models and (not args.compare or tasks or searching or args.export):
-        parser.error("nothing to do: name a MODEL, or --compare FILE.json ...")
+        parser.error("nothing to do: name a MODEL, before the flags, or --compare FILE.json ...")
+    if args.compare and len(args.compare) + len(args.models) < 2 and not args.plot:
+        parser.error(f"--compare {args.compare[0]}: is one file; name another one to compare it with")
     if searching and (tasks or evaluating or args.export):
         parser.error("--search answers a question and evaluates nothing; use it without the flags of an evaluation")
     if args.export and (len(args.models) > 1 or evaluating):
@@ -613,6 +622,10 @@ def evaluate_model(name, model, tokenizer, sizes, args):
         sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
     ours = model.config.sizes and Path(name).exists() and not args.query_layer
     out = args.out or (Path(name) / "eval.json" if ours else None)
+    if not out and (args.plot or args.compare):
+        raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
+    for folder in filter(None, (args.embeddings_dir, args.save_run)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
         if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")

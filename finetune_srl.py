@@ -209,6 +209,9 @@ def load_teacher(args, tokenizer):
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {args.teacher} has another vocabulary than --init_from {args.init_from}; choose a "
                          "teacher that reads the same tokens")
+    if teacher.config.max_position_embeddings < max(args.query_max_length, args.passage_max_length):
+        raise ValueError(f"--teacher {args.teacher} has {teacher.config.max_position_embeddings} positions; choose "
+                         "that or less as --query_max_length and --passage_max_length")
     return teacher
 
 def plan(args, sources, world_size):
@@ -218,6 +221,9 @@ def plan(args, sources, world_size):
     if batch_size < 2 * world_size:
         raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(counts)} rows: the other rows of a "
                          f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
+    if any(len(set(pairs.gold)) == 1 for pairs in sources):
+        raise ValueError("--train_pairs: every score of a source is the same, so there is no order to learn; take "
+                         "the scores out, if the texts of every pair belong together")
     _, passages, same, _ = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, 0)
     if same is not None and same.sum() == batch_size * (len(passages) - 1):
         print("warning: all queries or all positives of the first batch are the same text, so it has no negatives to "

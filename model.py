@@ -11,7 +11,7 @@ Letters for shapes, the same in all files:
   L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M positions that the
   encoder must guess, M' those of SMAE's decoder, V words of the vocabulary; p is dropout.
 """
-import argparse, copy, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
+import argparse, contextlib, copy, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def named_sizes(config):
     """ {(layer, dim): name or ""}: the sizes in the model's config; the paper's if it holds none """
     if not config.sizes:
         return paper_sizes(config)
-    return dict(zip(config.sizes, config.size_names or [""] * len(config.sizes)))
+    return dict(zip(config.sizes, [*config.size_names, *[""] * len(config.sizes)]))
 
 def size_name(size):
     """ (2, 32) -> "2:32" """
@@ -145,7 +145,7 @@ def attention(qkv, groups, H, p):
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        assert config.hidden_size % config.num_attention_heads == 0, f"{config}"
+        assert config.hidden_size % config.num_attention_heads == 0, f"{config.num_attention_heads} heads"
         self.heads = config.num_attention_heads
         self.p = config.attention_probs_dropout_prob
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -318,7 +318,7 @@ def dropout(x, p):
 def dropout_mask(size, p, dtype):
     """ (size,): 0 with probability p, else 1 / (1 - p). On a CPU F.dropout draws one random number for each entry. Here
     one 64-bit number serves 8 entries, 13 times as fast, so p is rounded to a multiple of 1/256: 0.1 to 26/256. """
-    cut = round(256 * p)
+    cut = min(255, round(256 * p))
     bits = torch.randint(-2**63, 2**63 - 1, (size // 8 + 1,)).view(torch.uint8)[:size]
     return (bits >= cut).to(dtype).mul_(256 / (256 - cut))
 
@@ -414,6 +414,15 @@ def read_json(path, kind=dict):
         raise ValueError(f"{path}: not a JSON {kind.__name__}; the file is broken, copy or download it again") from None
     return content
 
+@contextlib.contextmanager
+def readable(start, remedy):
+    """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
+    try:
+        yield
+    except Exception as error:   # zip, pickle, torch and the tokenizers have a dozen errors for files that are broken
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
+
 def load_state(folder):
     """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
     from safetensors.torch import load_file
@@ -422,14 +431,12 @@ def load_state(folder):
         path = folder / "pytorch_model.bin"
     if not path.exists():
         raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
-    try:
+    with readable(f"{path}: cannot be read", "copy or download it again"):
         state = (load_file(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:   # both libraries have several errors for a file that is cut off or no such file
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); copy or download it again") from None
-    # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
-    return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
-            for name, tensor in state.items()}
+        # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
+        return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
+                for name, tensor in state.items()}
 
 def read_modules(folder):
     """ A folder of sentence-transformers -> the folder of its BERT, and {"pooling", "similarity"}, those that its files
@@ -468,21 +475,19 @@ def from_pretrained(name, **overrides):
     for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):
         if getattr(config, key) not in choices:
             raise ValueError(f"{name}: {key} {getattr(config, key)!r} is not supported; known are {', '.join(choices)}")
-    config.sizes, config.size_names = tuple(map(tuple, config.sizes)), tuple(config.size_names)
     state = load_state(folder)
-    model = Bert(config)
-    try:
+    with readable(f"{name}: config.json and the tensors of the checkpoint are not of one BERT", "copy both again"):
+        config.sizes = tuple((int(layer), int(dim)) for layer, dim in config.sizes or ())
+        config.size_names = tuple(config.size_names or ())
+        model = Bert(config)
         model.load_state_dict(from_hf(state, model.state_dict()))
-    except KeyError as error:
-        raise ValueError(f"{name}: the checkpoint has no tensor {error}; is it a BERT?") from None
-    except RuntimeError as error:   # shapes: config.json and weights are of different models
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     return model.float().eval()
 
 def load_tokenizer(folder):
     """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
     from transformers import AutoTokenizer   # imported where it is used, because that takes a second or two
-    return AutoTokenizer.from_pretrained(folder)
+    with readable(f"{folder}: its tokenizer cannot be loaded", "copy or download its files again"):
+        return AutoTokenizer.from_pretrained(folder)
 
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
@@ -658,7 +663,8 @@ def check_out_dir(parser, args):
     if args.resume and not (out_dir / STATE).exists():
         parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
                      "checkpoint; leave --resume out to begin a run")
-    found = [name for name in (STATE, "model.safetensors") if (out_dir / name).exists()]
+    found = [name for name in (STATE, "model.safetensors", "pytorch_model.bin", "config.json")
+             if (out_dir / name).exists()]
     if found and not args.resume and not args.overwrite:
         parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
                      + (" or --resume" if STATE in found else ""))
@@ -682,7 +688,8 @@ def open_run(args, first_step=0):
                 path.unlink() if moved else os.replace(path, replaced / name)
         log_file = open_locked(out_dir / "log.jsonl")
     log_file.seek(0)
-    kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    with readable(f"{out_dir / 'log.jsonl'}: is no log of a run", "move it away, or choose another --out_dir"):
+        kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     log_file.truncate(len("".join(kept).encode()))
     about = vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -720,8 +727,8 @@ def run_script(main, parse_args):
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped")
         sys.exit(130)                                            # not 0: what needs the finished model must not go on
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if type(error) is RuntimeError and not dist.is_initialized():
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if type(error) is RuntimeError and not dist.is_initialized() and "allocate memory" not in str(error):
             raise                                                # a mistake of the program's: show where
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ValueError, OSError)) else 1)
@@ -772,12 +779,9 @@ def last_checkpoint(args):
 def load_run(args):
     """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
     path = Path(args.out_dir, STATE)
-    try:
+    with readable(f"--resume: {path} cannot be read", "begin the run again with --overwrite"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["args"]
-    except Exception as error:   # zip, pickle and torch have a dozen errors for a damaged file
-        raise ValueError(f"--resume: {path} cannot be read ({str(error).partition(chr(10))[0]}); begin the run again "
-                         "with --overwrite") from None
+        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer", "scaler"))
     free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
     if (saved.keys() ^ vars(args).keys()) - free:
         raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
@@ -790,9 +794,9 @@ def load_run(args):
 def check_about(args, state, about):
     """ Raises ValueError when data or ranks are not those of the run to resume. """
     for name, value in about.items():
-        if state["about"][name] != value:
+        if state["about"].get(name) != value:
             raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
-                             f"({value} for {state['about'][name]}); resume with the same, or begin another run")
+                             f"({value} for {state['about'].get(name)}); resume with the same, or begin another run")
 
 # ---- flags of both training scripts ----------------------------------------------------------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -867,7 +871,8 @@ def training_flags(parser):
     add("--grad_clip", type=nonneg_float, default=1.0, help="largest norm of the gradient; 0 does not clip")
     add("--epochs", type=positive_float, help="passes over the data")
     add("--max_steps", type=nonneg_int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
-    add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
+    add("--seed", type=number(int, "0 or more and below 2**63", lambda value: 0 <= value < 2**63), default=1,
+        help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False,

@@ -23,8 +23,8 @@ import data
 from model import (STATE, Bert, BertConfig, HelpFormatter, MLMHead, as_contiguous, average, catch_signals, check_about,
                    check_finite, check_out_dir, check_sizes, configure_optimizer, dropout, fraction, interrupted,
                    keep_freed_memory, load_head, load_model, load_run, log, named_sizes, nonneg_int, number, open_run,
-                   pack, positive_float, positive_int, run_script, save_run, size_name, start_ranks, sum_over_ranks,
-                   training_flags)
+                   pack, positive_float, positive_int, readable, run_script, save_run, size_name, start_ranks,
+                   sum_over_ranks, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), M masked positions, V vocabulary
@@ -216,9 +216,10 @@ def build_model(args, saved):
     model = SMAE(bert, head).to(args.device).train()
     bert.gradient_checkpointing = args.gradient_checkpointing
     if (Path(init_from) / STATE).exists():   # continue with the decoder of that run
-        earlier = saved or torch.load(Path(init_from) / STATE, map_location="cpu", weights_only=True)
-        if "objective" in earlier["args"]:   # else a stopped fine-tuning, which has no decoder
-            model.load_state_dict(earlier["model"])
+        with readable(f"{Path(init_from, STATE)}: does not fit the model there", "delete it, for a new decoder"):
+            earlier = saved or torch.load(Path(init_from) / STATE, map_location="cpu", weights_only=True)
+            if "objective" in earlier["args"]:   # else a stopped fine-tuning, which has no decoder
+                model.load_state_dict(earlier["model"])
     return model, tokenizer, sizes
 
 def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
@@ -246,6 +247,10 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
     if rank == 0 and world_size > 1:
         dist.barrier()
     shuffled = np.random.default_rng(0).permutation(len(text))
+    longest = min(np.diff(text.ends, prepend=0).max(), args.max_length - 2)
+    if round(args.encoder_mask * longest) == 0:
+        raise ValueError(f"--encoder_mask {args.encoder_mask}: hides none of the {longest} tokens that the longest "
+                         f"document of {args.train_text} has; choose more, or longer documents")
     held_out, train = np.split(shuffled, [min(HELD_OUT, (len(text) + 9) // 10)])
     if args.batch_size > len(train):
         raise ValueError(f"--batch_size {args.batch_size}: {args.train_text} has {len(train)} documents to train "

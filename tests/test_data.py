@@ -147,6 +147,8 @@ REFUSED = [   # file, its content, what is said
     ("p.jsonl", pair(query=["q", "r"]), r"line 1: query is \['q', 'r'\]; it must be a text"),
     ("p.jsonl", pair(query=5), "line 1: query is 5; it must be a text"),
     ("p.jsonl", pair(query={"text": "q"}), "line 1: query is {'text': 'q'}; it must be a text"),
+    ("p.jsonl", pair() + pair(query="cut \ud83d"), r"line 2: query holds '\\ud83d', half of a character"),
+    ("p.jsonl", pair(positive=[{"text": "\ud83d"}]), "line 1: positive text holds .*, half of a character"),
     ("p.jsonl", pair(positive=0), "line 1: positive is 0; it must be a text"),
     ("p.jsonl", pair(positive=["p", 5]), "line 1: positive is 5; it must be a text"),
     ("p.jsonl", pair(positive={"title": "t"}), "line 1: positive text is None; it must be a text"),
@@ -222,6 +224,9 @@ def test_columns_that_are_not_there(tmp_path, refused):
     for item in ("query=body", "question=query", "text=question", "question"):
         flags = ["--train_pairs", str(path), "--out_dir", str(tmp_path / "out"), "--retrieval=", "--columns", item]
         assert f"--columns {item}: {path} has the columns question, answer, reply; " in refused(finetune_srl, flags)
+    flags = ["--train_pairs", str(path), "--out_dir", str(tmp_path / "out"), "--retrieval=", "--columns"]
+    said = refused(finetune_srl, [*flags, "query=question", "positive=reply", "positive=answer", "query=answer"])
+    assert "--columns query=answer: is the second query" in said   # positives may be several
     for item in ("text=body", "query=question"):
         flags = ["--train_text", str(path), "--out_dir", str(tmp_path / "out"), "--columns", item]
         assert f"--columns {item}: {path}, line 1 has the columns question, answer; " in refused(pretrain_smae, flags)
@@ -233,8 +238,10 @@ def first_text(source, tokenizer, columns=()):
 
 
 def test_tokenised_text_is_that_of_the_source(tmp_path, tokenizer, monkeypatch):
-    """ Another column, another file in a folder, and another working directory give another token file. """
+    """ Another column, another file in a folder or of a pattern, another working directory and another way to lower
+    case give another token file. """
     import datasets
+    from transformers import BertTokenizer
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     def fill(folder, text, body):
         path = tmp_path / folder / "train-00000-of-00001.parquet"
@@ -253,6 +260,11 @@ def test_tokenised_text_is_that_of_the_source(tmp_path, tokenizer, monkeypatch):
     assert first_text("set", tokenizer) == first_text("set::train", tokenizer) == "garden engine"
     made = len(os.listdir(data.CACHE))
     assert first_text("set", tokenizer) == "garden engine" and len(os.listdir(data.CACHE)) == made == 6
+    cased = BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
+    about = {data.token_file(str(tmp_path / "a" / "set" / "*.parquet"), which).about for which in (tokenizer, cased)}
+    fill("a/set", "bridge kitchen", "dragon")
+    about.add(data.token_file(str(tmp_path / "a" / "set" / "*.parquet"), tokenizer).about)
+    assert len(about) == 3
 
 
 @pytest.mark.parametrize("file, spoil", [

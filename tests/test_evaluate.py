@@ -404,6 +404,7 @@ def test_flags_of_pooling_and_similarity(saved, beir, tmp_path):
 
 BROKEN = [   # files, what is said
     ({"tokenizer.json": None}, "0 words in the tokenizer"),
+    ({"tokenizer.json": {"version": "1.0"}}, "its tokenizer cannot be loaded"),
     ({"tokenizer.json": None, "tokenizer_config.json": None}, "0 words in the tokenizer"),
     *(({file: text}, f"{file}: not a JSON {kind}") for file, kind in (
         ("config.json", "dict"), ("modules.json", "list"), ("sentence_bert_config.json", "dict"), (SIMILARITY, "dict"),
@@ -462,6 +463,15 @@ def test_embeddings_of_another_vocabulary_or_shape_are_made_again(saved, beir, t
     other = type(tokenizer)(vocab={word: i for i, word in enumerate(words[:5] + words[:4:-1])})
     other.model_max_length = tokenizer.model_max_length
     assert run(other)[1] == 2
+    model.config.num_attention_heads = 6
+    assert run(tokenizer)[1] == 2
+    cased = type(tokenizer)(vocab=tokenizer.get_vocab(), do_lower_case=False)
+    cased.model_max_length = tokenizer.model_max_length
+    assert run(cased)[1] == 2
+    for file in (tmp_path / "e").glob("*.npy"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="npy: embeddings that cannot be read .* delete the files"):
+        run(tokenizer)
 
 
 def test_constant_cosines_count_as_0(saved, sts_file, tmp_path, capsys):
@@ -501,7 +511,11 @@ def test_no_nan_in_the_results(saved, sts_file, tmp_path, monkeypatch):
     (["--retrieval", "BEIR", "NO_CORPUS"], "has no corpus.jsonl"),
     (["--sts", "STS", "--out", "FOLDER"], "no file can be written there; choose another --out or --plot"),
     (["--sts", "STS", "--out", "FOLDER/missing/o.json"], "no file can be written there"),
-    (["--sts", "STS", "--plot", "FOLDER/missing/f.svg"], "no file can be written there")])
+    (["--sts", "STS", "--plot", "FOLDER/missing/f.svg"], "no file can be written there"),
+    (["--retrieval", "BEIR", "--save_run", "STS"], "File exists"),
+    (["--retrieval", "BEIR", "--embeddings_dir", "STS"], "File exists"),
+    (["--sts", "STS", "--query_layer", "1", "--compare", "STS"], "--compare and --plot: this model's results go into"),
+    (["--sts", "STS", "--query_layer", "1", "--plot", "FOLDER/f.svg"], "add --out FILE.json")])
 def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_path, monkeypatch, flags, message):
     """ A second task that is broken, and a file that cannot be written, are refused before a text is embedded. """
     (tmp_path / "bad.jsonl").write_text('{"sentence1": "a"}\n')
@@ -515,7 +529,7 @@ def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_pa
     monkeypatch.setattr(evaluate, "embed_texts", lambda *args: pytest.fail("an evaluation began"))
     for name, path in paths.items():
         flags = [re.sub(rf"^{name}\b", str(path), flag) for flag in flags]
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
         evaluate.main(evaluate.parse_args([str(saved), *flags]))
 
 
@@ -599,6 +613,38 @@ def test_compare_pairs_sizes_by_order(results_file, capsys):
     assert second.replace("*", "").split() == ["set", "MRR@10", "10:8", "0.4000", "12:8", "0.5000"]
     with pytest.raises(ValueError, match="--compare: 2, 1 sizes"):
         evaluate.compare([base, small])
+    with pytest.raises(ValueError, match="--compare: no task and metric is in all files"):
+        evaluate.compare([small, large], ["Spearman"])
+
+
+def test_compare_what_cannot_be_compared(results_file, tmp_path, refused):
+    """ One file alone, a file without results, and files of other queries joined by a comma are refused. """
+    a, b = results_file("a", {"1:8": [0.25] * 200}), results_file("b", {"2:4": [0.5] * 200})
+    assert f"--compare {a}: is one file" in refused(evaluate, ["--compare", a])
+    content = json.loads(open(b).read())
+    content["per_item"]["set"]["ids"][0] = "another"
+    for name, other in (("other", content), ("empty", {"per_item": 5})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(other))
+    assert "set is not the same set in all" in refused(evaluate, ["--compare", a, f"x={b},{tmp_path / 'other.json'}"])
+    assert "not one that evaluate.py wrote" in refused(evaluate, ["--compare", a, str(tmp_path / "empty.json")])
+
+
+def test_bm25_of_no_words(recwarn):
+    """ A corpus without a word scores 0, without a warning. """
+    assert not evaluate.bm25(["...", ""], ["?", "a"]).toarray().any() and not recwarn.list
+
+
+def test_the_folder_here_has_a_name(beir, monkeypatch):
+    """ --retrieval . is called as the folder is. """
+    monkeypatch.chdir(beir)
+    assert data.Collection(".").task == "beir"
+
+
+def test_a_question_that_is_no_text(saved, tmp_path, refused):
+    """ A byte of the command line that is no UTF-8 is refused. """
+    (tmp_path / "t.txt").write_text("apple\n")
+    flags = [str(saved), "--texts", str(tmp_path / "t.txt"), "--search", "bad \udcff byte"]
+    assert "--search holds" in refused(evaluate, flags)
 
 
 def test_compare_tests_the_chosen_metrics_alone(results_file, capsys):

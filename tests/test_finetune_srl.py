@@ -16,7 +16,8 @@ import finetune_srl
 import model
 from conftest import NOUNS, make_beir, needs, refused_process
 from finetune_srl import cached_backward, cosent, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
-from model import Bert, BertConfig, average, from_pretrained, load_tokenizer, named_sizes, pack
+from model import (Bert, BertConfig, average, from_pretrained, load_model, load_tokenizer, named_sizes, pack,
+                   save_pretrained)
 
 ROOT = Path(finetune_srl.__file__).parent
 
@@ -453,6 +454,8 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     (["--init_from", "nowhere"], "nowhere: neither a folder nor a model of the hub"),
     (["--retrieval", "nowhere"], "--retrieval nowhere: neither docs, nor a folder in BEIR layout"),
     (["--device", "cuda:9"], "--device: cuda:9"),
+    (["--seed", "-1"], "--seed: -1: must be 0 or more and below 2**63"),
+    (["--seed", str(2**70)], "must be 0 or more and below 2**63"),
 ])
 def test_bad_flags_say_what_and_why(pairs_file, tmp_path, refused, flags, message):
     """ A wrong flag ends the run with a line that names flag, value and rule, and nothing is written. """
@@ -593,6 +596,32 @@ def test_the_teacher_flag(bert_folder, pairs_file, tmp_path, refused):
     said = refused(finetune_srl, ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "c"), *SMALL, "--vocab_size",
                                   "110", "--teacher", bert_folder])
     assert "--teacher" in said and "vocabulary" in said
+    said = refused(finetune_srl, ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "c"), *SMALL, *flags,
+                                  "--teacher", short_teacher(bert_folder, tmp_path / "t")])
+    assert "has 63 positions; choose that or less" in said
+
+
+def short_teacher(bert_folder, folder):
+    """ the model with one position less """
+    bert, tokenizer = load_model(bert_folder)
+    bert.config.max_position_embeddings = 63
+    bert.position = torch.nn.Embedding.from_pretrained(bert.position.weight[:63])
+    save_pretrained(bert, tokenizer, folder)
+    return str(folder)
+
+
+def test_equal_scores_are_refused(tmp_path, refused):
+    """ Pairs whose scores are all the same have no order to learn. """
+    (tmp_path / "p.csv").write_text("sentence1,sentence2,score\n" + "a,b,1\nc,d,1.0\n" * 9)
+    flags = ["--train_pairs", str(tmp_path / "p.csv"), "--out_dir", str(tmp_path / "out"), *SMALL]
+    assert "every score of a source is the same" in refused(finetune_srl, flags)
+
+
+def test_retrieval_without_dev(pairs_file, beir, tmp_path, refused):
+    """ A collection without dev judgements is refused with the flag that does without. """
+    (beir / "qrels" / "dev.tsv").unlink()
+    flags = ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "out"), *SMALL, "--retrieval", str(beir)]
+    assert "has no qrels/dev.tsv" in (said := refused(finetune_srl, flags)) and "--eval_interval 0" in said
 
 
 def test_permuted_channels_are_the_same_function(model_with_every_weight, texts):

@@ -284,7 +284,11 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
                                              ({"hidden_act": "mish"}, "hidden_act 'mish'"),
                                              ({"pooling": "median"}, "pooling 'median' .* known are mean, cls"),
                                              ({"similarity": "l2"}, "similarity 'l2' .* known are cosine, dot"),
-                                             ({"num_hidden_layers": 5}, "has no tensor 'encoder.layer.4"),
+                                             ({"num_hidden_layers": 5}, "KeyError: 'encoder.layer.4"),
+                                             ({"num_attention_heads": 5}, "are not of one BERT .AssertionError: 5 heads"),
+                                             ({"num_attention_heads": None}, "are not of one BERT"),
+                                             ({"hidden_size": "48"}, "are not of one BERT"),
+                                             ({"sizes": [[1]]}, "are not of one BERT"),
                                              ({"vocab_size": 98}, "word.weight")])
 def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
     """ A folder that is no BERT of ours is refused with a clear line. """
@@ -293,6 +297,21 @@ def test_refuses_what_is_not_bert(model, tokenizer, tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         from_pretrained(tmp_path)
+
+
+def test_what_a_hand_may_write_in_config_json(model, tokenizer, tmp_path):
+    """ A size that was added without a name counts, and null for the sizes is none. """
+    save_pretrained(model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, want in (({"sizes": [[1, 8], [4, 48]], "size_names": ["S"]}, {(1, 8): "S", (4, 48): ""}),
+                         ({"sizes": None, "size_names": None}, paper_sizes(model.config))):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        assert named_sizes(from_pretrained(tmp_path).config) == want
+
+
+def test_dropout_below_1_is_finite():
+    """ The largest share that the flag takes leaves some entries. """
+    assert model_file.dropout_mask(9, 0.999, torch.float32).isfinite().all()
 
 
 def test_sizes_keep_their_names(model, tokenizer, tmp_path):

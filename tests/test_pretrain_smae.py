@@ -754,6 +754,8 @@ class TestText:
     (["--batch_size", "500", "--train_text", "TEXT"], "--batch_size 500"),
     (["--batch_size", "8", "--micro_batch", "3", "--train_text", "TEXT"], "--micro_batch 3"),
     (["--init_from", "nowhere", "--train_text", "TEXT"], "nowhere: neither a folder"),
+    (["--streaming", "--max_steps", "1", "--train_text", "docs"], "--streaming with docs"),
+    (["--encoder_mask", "0.01", "--train_text", "TEXT"], "--encoder_mask 0.01: hides none of the"),
 ])
 def test_bad_input(flags, message, text_file, tmp_path, refused):
     """ Bad input ends the run with a line that names flag, value and rule. """

@@ -286,6 +286,8 @@ def test_every_step_has_dropout_of_its_own(flags, tmp_path, monkeypatch):
     ("script", [], "is of another script, or of another version of this one"),
     ("cut", [], "cannot be read"),
     ("empty", [], "cannot be read"),
+    ("old", [], "cannot be read (KeyError: 'about')"),
+    ("log", [], "log.jsonl: is no log of a run"),
     ("gone", [], "--resume: there is no"),
 ])
 def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped, pairs_file, tmp_path, refused):
@@ -303,6 +305,12 @@ def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped
         shutil.copy(stopped[pretrain_smae][0] / STATE, out)
     if damage in ("cut", "empty"):
         (out / STATE).write_bytes((out / STATE).read_bytes()[:5000 if damage == "cut" else 0])
+    if damage == "old":
+        state = torch.load(out / STATE)
+        del state["about"]
+        torch.save(state, out / STATE)
+    if damage == "log":
+        (out / "log.jsonl").write_text("\0\0\n")
     if damage == "gone":
         (out / STATE).unlink()
     before = contents(out)
@@ -326,6 +334,33 @@ def test_the_folder_of_the_other_script_is_refused(script, flags, whole, refused
     """ A folder with a run of any script is refused without --overwrite. """
     other, = set(whole) - {script}
     assert "holds a run" in refused(script, [*flags[script], "--out_dir", str(whole[other])])
+
+
+@BOTH
+def test_the_folder_of_another_model_is_refused(script, flags, tmp_path, refused):
+    """ Files that a run would write over are refused without --overwrite, whoever wrote them. """
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds a run" in refused(script, [*flags[script], "--out_dir", str(tmp_path)])
+
+
+def test_the_state_beside_another_model(flags, bert_folder, tmp_path, refused):
+    """ Pre-training that begins from a folder whose training_state.pt is cut off or of another model says so. """
+    shutil.copytree(bert_folder, tmp_path / "bert")
+    for content in (b"", {"args": {"objective": "smae"}, "model": {}}):
+        torch.save(content, tmp_path / "bert" / STATE) if content else (tmp_path / "bert" / STATE).write_bytes(b"")
+        said = refused(pretrain_smae, [*flags[pretrain_smae], "--init_from", str(tmp_path / "bert"), "--out_dir",
+                                       str(tmp_path / "out")])
+        assert f"{tmp_path / 'bert' / STATE}: does not fit the model there" in said
+
+
+@BOTH
+def test_too_little_memory_is_one_line(script, flags, tmp_path, capsys):
+    """ What the machine has no memory for ends with status 1 and the size that was asked for. """
+    more = ["--init_from", "scratch", "--hidden_size", "640000000", "--num_layers", "1", "--vocab_size", "150"]
+    if script == finetune_srl:
+        more += ["--sizes", "1:8"]
+    assert status(script, flags[script], tmp_path / "out", *more) == 1
+    assert "can't allocate memory" in warnings(capsys)[-1]
 
 
 @BOTH

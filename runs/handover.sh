@@ -24,7 +24,7 @@ PYTHON
 [ -e $out/words/onnx ] || python tests/to_onnx.py $out/words "$data/sts/stsb-test.jsonl"
 python - $out "$data" "$minilm" "$model" $tests <<'PYTHON'
 # everything else: sentence-transformers alone against our embeddings, tables, funnel, queries of layer 1
-import json, sys, time
+import json, sys, time, zlib
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -75,10 +75,10 @@ model, tokenizer = load_model(run, max_length=256)
 for task in (scifact, "docs"):
     collection = data.Collection(task)
     (ids, texts), = collection.shards()
-    queries = evaluate.embed_texts(model, tokenizer, list(collection.queries.values()), [1, 2, 3, 4, 5, 6])
-    file = f"{out}/embeddings/{collection.task}-all"
-    passages = evaluate.load_or_embed(file, {n: C for n in range(1, 7)}, texts, lambda texts: evaluate.embed_texts(
-        model, tokenizer, texts, [1, 2, 3, 4, 5, 6]))
+    queries = evaluate.embed_texts(model, tokenizer, list(collection.queries.values()), list(range(1, 7)))
+    about = f"{evaluate.made_by(model, tokenizer, 'float32')}-{zlib.crc32(repr(texts).encode()):08x}"
+    passages = evaluate.load_or_embed(f"{out}/embeddings/{collection.task}-0000-{about}", dict(SIZES), texts,   # as above
+                                      lambda texts: evaluate.embed_texts(model, tokenizer, texts, list(range(1, 7))))
     def ndcg(scores, docs):
         rankings = evaluate.rank(scores.numpy(), docs.numpy(), ids)
         return float(np.mean([evaluate.ndcg_at_10(ranked, grades)

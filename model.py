@@ -554,6 +554,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode)   # safetensors lets no others read
 
 def cut(model, size):
     """ -> the model of one size alone: its layers, and a last LayerNorm that gives 0 beyond its dims. Zeros change no

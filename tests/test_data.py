@@ -323,6 +323,17 @@ def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path, monkeypatch
     assert sorted(len(grades) for grades in collection.qrels.values()) == [1, 2]
 
 
+def test_every_positive_of_a_held_out_row_is_an_answer(tmp_path, monkeypatch):
+    """ A held-out row with several positives becomes a query with as many documents. """
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    _, folder = data.hold_out([(f"q{i}", [f"a{i}", f"b{i}", f"c{i}"], [], None) for i in range(6)], 2)
+    collection = data.Collection(str(folder))
+    (ids, texts), = collection.shards()
+    corpus = dict(zip(ids, texts))
+    found = {collection.queries[query]: {corpus[key] for key in grades} for query, grades in collection.qrels.items()}
+    assert len(found) == 2 and found == {query: {f"{letter}{query[1]}" for letter in "abc"} for query in found}
+
+
 @pytest.mark.parametrize("rows, n, message", [(10, 1, "--hold_out 1: "), (10, 9, "--hold_out 9: leaves 1 of 10 pairs"),
                                               (10, 50, "--hold_out 50: leaves 0 of 10"), (0, 2, "leaves 0 of 0")])
 def test_hold_out_leaves_two_on_each_side(tmp_path, monkeypatch, rows, n, message):
@@ -572,6 +583,18 @@ def test_windows_of_long_passages():
     queries, passages, same, _ = data.srl_batch([pairs], 4, 1, 8, 1, 0)
     assert [len(q) for q in queries] == [20] * 4 and [len(p) for p in passages] == [8] * 8
     assert same.sum() == 4 * 8 - 4 and len({p.tobytes() for p in passages}) > 1   # copies, cut to different windows
+
+
+def test_checksum_of_pairs(pairs):
+    """ The checksum, by which --resume knows its data, changes with any text or score and with the order of the rows. """
+    def changed(field, row, value):
+        values = list(getattr(pairs, field))
+        values[row] = value
+        return pairs._replace(**{field: values})
+    one, found = np.array([1000]), {data.checksum(pairs), data.checksum(pairs._replace(gold=[0.5] * 10))}
+    found |= {data.checksum(other) for other in (changed("queries", 9, one), changed("positives", 9, [one]),
+                                                 changed("negatives", 9, [one]), type(pairs)(*(p[::-1] for p in pairs)))}
+    assert len(found) == 6 and data.checksum(pairs) == data.checksum(changed("queries", 9, pairs.queries[9].copy()))
 
 
 def test_tokenize_pairs(pairs_file, tokenizer):

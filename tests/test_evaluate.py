@@ -90,6 +90,12 @@ def test_embed_ids_ignores_batches_and_order(model, texts):
         torch.testing.assert_close(turned[layer].flip(0), one[layer], rtol=0, atol=1e-12)
 
 
+def test_an_evaluation_has_no_dropout(model, texts):
+    """ In the middle of training, too, embeddings are made without dropout, and the training goes on with it. """
+    want, model.config.hidden_dropout_prob = embed_ids(model, texts, [4])[4], 0.5
+    assert torch.equal(embed_ids(model.train(), texts, [4])[4], want) and model.training
+
+
 def test_batches_are_full_and_no_fuller(model, texts, monkeypatch):
     """ As many texts as fit batch_tokens if all were as long as the longest; a longer text goes alone. """
     batches, pack = [], evaluate.pack
@@ -241,6 +247,8 @@ def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monk
     tokenizer.model_max_length = 5
     evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e")
     assert len(calls) == 16   # another length
+    evaluate.retrieval(model, tokenizer, str(beir), sizes, "bfloat16", embeddings_dir=tmp_path / "e")
+    assert len(calls) == 21   # another dtype
     run = (tmp_path / "runs" / "beir-1-8.run").read_text().splitlines()
     assert len(run) == 8 and run[0].split()[0::2][:2] == ["q1", run[0].split()[2]] and run[0].split()[3] == "1"
 

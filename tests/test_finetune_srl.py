@@ -251,6 +251,31 @@ def test_micro_batch_trains_as_the_whole_batch(pairs_file, tmp_path, dtype):
     assert losses("c", "--micro_batch", "16", "--dropout", "0.1") == losses("d", "--dropout", "0.1")
 
 
+def texts_at_a_time(pairs, out_dir, monkeypatch, *flags):
+    """ [number of texts that each pass of the encoder takes] in one step of a run """
+    found = []
+    monkeypatch.setattr(finetune_srl, "pack", lambda texts, *rest, **named: found.append(len(texts))
+                        or pack(texts, *rest, **named))
+    run(pairs, out_dir, "--max_steps", "1", *flags)
+    return found
+
+
+def test_micro_batch_is_the_most_that_is_encoded_at_a_time(pairs_file, tmp_path, monkeypatch):
+    """ --micro_batch 5 never takes more than 5 queries and their passages, and all 16 of a batch, twice. """
+    found = texts_at_a_time(pairs_file, tmp_path / "a", monkeypatch, "--micro_batch", "5")
+    assert max(found) <= 2 * 5 and sum(found) == 2 * (16 + 16)
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_the_negatives_flag(tmp_path, monkeypatch, negatives):
+    """ --negatives is how many of a row's three hard negatives a step takes. """
+    (path := tmp_path / "pairs.jsonl").write_text("".join(
+        json.dumps({"query": f"the {a}", "positive": f"a {a} {b}", "negatives": [f"{b} {i}" for i in range(3)]}) + "\n"
+        for a, b in zip(NOUNS, NOUNS[::-1])))
+    found = texts_at_a_time(str(path), tmp_path / "a", monkeypatch, "--negatives", str(negatives), "--vocab_size", "110")
+    assert found == [16 * (2 + negatives)]
+
+
 def test_overfits_one_batch(pairs_file, tokenizer):
     """ 60 steps on 8 pairs bring the loss of three sizes, KL included, from above 1.5 to below 0.01. """
     torch.manual_seed(0)
@@ -289,7 +314,8 @@ def test_embeddings_have_a_rate_of_their_own():
 
 
 def test_a_run_end_to_end(trained):
-    """ A run writes model, log, arguments and evaluation. """
+    """ A run writes model, log, arguments and evaluation, and when it is finished nothing is left to resume. """
+    assert not (trained / model.STATE).exists()
     bert = from_pretrained(trained)
     assert bert.config.sizes == ((1, 8), (3, 64)) and bert.config.pooling == "mean"
     assert [r["step"] for r in logged(trained, "step")] == [1, 2, 2, 3, 4]
@@ -545,6 +571,17 @@ def test_cosent_by_hand():
         assert nce[f"{layer}:{dim}"].item() == pytest.approx(cosent(own, gold).item(), rel=1e-5)
 
 
+def test_every_size_has_a_cosent_of_its_own():
+    """ With gold scores each size has the CoSENT of its own scores. """
+    torch.manual_seed(0)
+    taps, gold = {n: torch.randn(8, 6) for n in (1, 2)}, torch.tensor([3.0, 1.0, 2.0, 2.0])
+    q, p = split(taps, 4)
+    _, found, _ = srl_loss(q, p, ((1, 3), (2, 6)), "dot", 0.5, 1.0, gold=gold)
+    for n, d in ((1, 3), (2, 6)):
+        want = cosent((q[n][:, :d] * p[n][:, :d]).sum(-1) / 0.5, gold)
+        assert found[f"{n}:{d}"].item() == pytest.approx(want.item(), rel=1e-5)
+
+
 @needs("sentence_transformers")
 def test_cosent_is_that_of_sentence_transformers(monkeypatch):
     """ srl_loss with gold scores and one size equals CoSENTLoss on the same embeddings, scale 20. """
@@ -634,6 +671,21 @@ def test_retrieval_without_dev(pairs_file, beir, tmp_path, refused):
     (beir / "qrels" / "dev.tsv").unlink()
     flags = ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "out"), *SMALL, "--retrieval", str(beir)]
     assert "has no qrels/dev.tsv" in (said := refused(finetune_srl, flags)) and "--eval_interval 0" in said
+
+
+def test_a_teacher_scores_in_its_own_way(bert_folder, cls_dot_folder, pairs_file, tmp_path):
+    """ The KL of a run is from the teacher's scores by its own pooling and similarity, at the run's temperature. """
+    run(pairs_file, tmp_path / "a", "--init_from", bert_folder, "--teacher", cls_dot_folder, "--sizes", "1:8,3:48",
+        "--max_length", "64", "--temperature", "2", "--max_steps", "1")
+    pairs = data.tokenize_pairs(data.load_pairs(pairs_file), load_tokenizer(bert_folder), 32, 64)
+    queries, passages, *_ = data.srl_batch([pairs], 16, 1, 64, 1, 0)
+    def log_probs(bert):
+        with torch.no_grad():
+            rows = bert.encode(pack(queries + passages), [3])[3]
+        return (model.score(rows[:16], rows[16:], 48, bert.config.similarity) / 2).log_softmax(-1)
+    ours, its = log_probs(from_pretrained(bert_folder)), log_probs(from_pretrained(cls_dot_folder))
+    want = (its.exp() * (its - ours)).sum(-1).mean().item()
+    assert logged(tmp_path / "a")[0]["kl"]["3:48"] == pytest.approx(want, rel=1e-4)
 
 
 def test_permuted_channels_are_the_same_function(model_with_every_weight, texts):

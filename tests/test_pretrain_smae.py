@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -398,7 +399,7 @@ def plain_loop(start, text_file, lrs, embedding_scale, weight_decay, clip, p):
         for piece in (0, 1):                                               # of 4 documents; an epoch has 3 batches
             at = 8 * (step % 3) + 4 * piece
             rows = train[data.epoch_order(len(train), 1, step // 3)[at:at + 4]]
-            masked = data.smae_batch([text[i] for i in rows], 24, (0.2, 0.4), tokenizer, [1, step, piece])
+            masked = data.smae_batch([text[i] for i in rows], 24, (0.3, 0.5), tokenizer, [1, step, piece])
             torch.manual_seed(hash((1, step, piece)))                      # of dropout
             loss = loss_and_terms(smae, pack(masked.texts), masked, ((1, 8), (2, 64)))[0] / 2
             loss.backward()
@@ -416,7 +417,8 @@ def plain_loop(start, text_file, lrs, embedding_scale, weight_decay, clip, p):
 def test_a_run_equals_a_plain_loop(text_file, tmp_path):
     """ Four steps of main give the weights, losses and norms of a plain loop, with every option on. """
     flags = ["--max_steps", "4", "--micro_batch", "4", "--sizes", "1:8,2:64", "--dropout", "0.25", "--warmup", "0.5",
-             "--word_lr_scale", "4", "--weight_decay", "0.3", "--grad_clip", "2"]
+             "--word_lr_scale", "4", "--weight_decay", "0.3", "--grad_clip", "2", "--encoder_mask", "0.3",
+             "--decoder_mask", "0.5"]
     train(text_file, tmp_path / "start", *flags, "--learning_rate", "1e-30")
     train(text_file, tmp_path / "run", *flags, "--learning_rate", "0.004")
     lrs = [0.002, 0.004, 0.004, 0.002]                                     # two steps up, then a cosine to 0 over two
@@ -430,6 +432,17 @@ def test_a_run_equals_a_plain_loop(text_file, tmp_path):
         if name.endswith("qkv.bias"):   # softmax ignores the bias of the keys: its gradient is rounding error
             got, want = (torch.cat([bias[:64], bias[128:]]) for bias in (got, want))
         torch.testing.assert_close(got, want, rtol=0, atol=2e-5, msg=name)
+
+
+def test_figures_of_the_log_are_those_of_a_step(text_file, tmp_path, monkeypatch):
+    """ With two steps a line of the log, each in two pieces, ms is the time of a step, and tokens are those of all. """
+    tokens, make = [], data.smae_batch
+    monkeypatch.setattr(data, "smae_batch", lambda *args: tokens.append(sum(map(len, (m := make(*args)).texts))) or m)
+    monkeypatch.setattr(pretrain_smae, "time", SimpleNamespace(time=itertools.count().__next__))   # a second a call
+    train(text_file, tmp_path / "out", "--micro_batch", "4", "--max_steps", "4", "--log_interval", "2")
+    found = logged(tmp_path / "out")
+    assert [r["ms"] for r in found] == [500, 500]
+    assert [r["tokens_per_second"] for r in found] == [sum(tokens[:4]), sum(tokens[4:8])]
 
 
 def test_dropout_of_the_bottlenecks_share(smae, batch):
@@ -587,10 +600,11 @@ def test_checkpoint(text_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("objective, names", [("smae", [name for name, *_ in NAMED]), ("mlm", [])])
 def test_which_sizes_a_run_saves(text_file, tmp_path, objective, names):
-    """ A run of SMAE saves the paper's six sizes with their names, a run of MLM none. """
+    """ A run of SMAE saves the paper's six sizes with their names, and that it trained [CLS]; a run of MLM neither. """
     train(text_file, tmp_path / "out", "--max_steps", "1", "--objective", objective)
     config = from_pretrained(tmp_path / "out").config
     assert list(config.size_names) == names and len(config.sizes) == len(names)
+    assert config.pooling == ("cls" if objective == "smae" else "mean")
     assert list(named_sizes(config).items()) == [((1, 3), "Demi"), ((1, 5), "Short"), ((1, 11), "Tall"),
                                                  ((1, 21), "Grande"), ((2, 43), "Venti"), ((2, 64), "Trenta")]
 

@@ -237,6 +237,16 @@ def test_a_stopped_run_goes_on_exactly(script, flags, stopped, whole, tmp_path, 
     assert "step 4/8" not in capsys.readouterr().out
 
 
+@BOTH
+def test_a_checkpoint_counts_once_it_is_whole(script, flags, tmp_path, monkeypatch):
+    """ training_state.pt comes into the folder last: where it is, the files that --resume reads beside it are. """
+    put, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: put.append(str(target)) or replace(source, target))
+    run(script, flags[script], tmp_path / "out", "--max_steps", "1")
+    put = [name.removeprefix(f"{tmp_path / 'out'}/") for name in put if name.startswith(str(tmp_path / "out"))]
+    assert put[-1] == STATE and {"model.safetensors", "config.json", "tokenizer.json"} <= set(put[:-1])
+
+
 def test_ctrl_c_ends_an_evaluation(flags, tmp_path, monkeypatch):
     """ Ctrl-C in the evaluation after the last step ends it at once; --resume then makes it again. """
     out, evaluation = tmp_path / "out", evaluate.main

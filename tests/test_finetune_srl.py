@@ -272,7 +272,8 @@ def test_the_negatives_flag(tmp_path, monkeypatch, negatives):
     (path := tmp_path / "pairs.jsonl").write_text("".join(
         json.dumps({"query": f"the {a}", "positive": f"a {a} {b}", "negatives": [f"{b} {i}" for i in range(3)]}) + "\n"
         for a, b in zip(NOUNS, NOUNS[::-1])))
-    found = texts_at_a_time(str(path), tmp_path / "a", monkeypatch, "--negatives", str(negatives), "--vocab_size", "110")
+    flags = ["--negatives", str(negatives), "--vocab_size", "110"]
+    found = texts_at_a_time(str(path), tmp_path / "a", monkeypatch, *flags)
     assert found == [16 * (2 + negatives)]
 
 

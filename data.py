@@ -53,9 +53,9 @@ def duplicates(queries, passages):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
     query, passage = number(queries), number(passages)                                    # (Q,), (P,)
-    is_pair = np.zeros((len(queries), len(passages)), bool)   # by these numbers: has this query this positive?
-    is_pair[query, passage[:len(query)]] = True
-    same = is_pair[query][:, passage]                                                     # (Q, P)
+    known = np.zeros((len(queries), len(passages)), bool)     # True where this query has this positive, by number
+    known[query, passage[:len(query)]] = True
+    same = known[query][:, passage]                                                       # (Q, P)
     np.fill_diagonal(same, False)
     return same if same.any() else None
 
@@ -79,7 +79,8 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
             for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
     queries = [pairs.queries[row] for row in rows]
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
-    same = None if pairs.gold else duplicates(queries, positives + hard)   # before copies are cut to different windows
+    # Looked for before copies are cut to different windows. With gold scores no text of a pair is a right answer.
+    same = None if pairs.gold else duplicates(queries, positives + hard)
     return queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ value a query, or one cosine a sentence pair; beside the sizes are the queries' 
 Metrics are those of trec_eval, and Spearman's rank correlation of the cosine for STS. Search is exact, in shards, so
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
-Reading order: from texts to embeddings; metrics; STS; retrieval, which is search_corpus -> rank -> METRICS -> records;
-search; handing over; cost, table, comparison, figure.
+Reading order: embed_ids, from texts to embeddings; METRICS; sts; retrieval, which is search_corpus -> rank -> METRICS.
+What lies below the double line uses these.
 Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
 """
 import argparse, json, os, re, statistics, sys, time, zlib
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, cut, cut_vocabulary, device_arg, find_folder,
                    git_commit, keep_freed_memory, load_model, named_sizes, pack, parse_sizes, positive_int, read_json,
-                   readable, run_script, save_pretrained, score, size_name, text_length)
+                   readable, run_script, save_pretrained, score, shorten, size_name, text_length)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -108,7 +108,7 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     embeddings = embed_texts(model, tokenizer, texts, {layer for layer, _ in sizes}, dtype, batch_tokens, task)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
-        x = F.normalize(embeddings[layer][:, :dim], dim=-1)   # (texts, D)
+        x = shorten(embeddings[layer], dim, "cosine")         # (texts, D)
         cosine = (x[first] * x[second]).sum(-1).numpy()       # (n,)
         if np.ptp(cosine) == 0:
             print(f"{task} {layer}:{dim}: the cosine of every pair is {cosine[0]:.4f}; Spearman counts as 0")
@@ -168,6 +168,37 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
         doc_ids += ids
     return best, doc_ids
 
+def own_documents(queries, ids):
+    """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
+    column = {key: column for column, key in enumerate(ids)}
+    return {row: column[key] for row, key in enumerate(queries) if key in column}
+
+def keep_best(best, rows, scores, first_doc, own_column):
+    """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
+    (rows, P): of these queries and the documents first_doc, first_doc + 1, ... own_column: see own_documents """
+    best_scores, best_docs = best
+    for row, column in own_column.items():
+        if rows.start <= row < rows.stop:
+            scores[row - rows.start, column] = -np.inf
+    new_scores, columns = scores.topk(min(K, scores.shape[1]))                 # (rows, K), or (rows, P) if P < K
+    both_scores = torch.cat([best_scores[rows], new_scores], dim=1)            # (rows, K + K)
+    both_docs = torch.cat([best_docs[rows], first_doc + columns], dim=1)       # (rows, K + K)
+    best_scores[rows], kept = both_scores.topk(K)                              # (rows, K)
+    best_docs[rows] = both_docs.gather(1, kept)
+
+def rank(scores, docs, doc_ids):
+    """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
+    by descending id, as in trec_eval """
+    id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
+    order = np.lexsort((-id_rank[docs], -scores), axis=-1)   # (Q, K) columns, sorted by score, then by id
+    rankings = []
+    for row in range(len(scores)):
+        columns = [column for column in order[row] if scores[row, column] > -np.inf][:100]
+        rankings.append(([doc_ids[i] for i in docs[row, columns]], scores[row, columns].tolist()))
+    return rankings
+
+# ==== Below: files, BM25, asking a model, handing a size over, its cost, tables and figures, flags ====================
+# ---- files of embeddings and of runs, BM25 ---------------------------------------------------------------------------
 def made_by(model, tokenizer, dtype):
     """ checksum of whatever decides the embedding of a text, for the names of files """
     weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
@@ -188,44 +219,6 @@ def load_or_embed(file, widest, texts, embed):
             write_array(files[layer], embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
 
-def own_documents(queries, ids):
-    """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
-    column = {key: column for column, key in enumerate(ids)}
-    return {row: column[key] for row, key in enumerate(queries) if key in column}
-
-def keep_best(best, rows, scores, first_doc, own_column):
-    """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
-    (rows, P): of these queries and the documents first_doc, first_doc + 1, ... own_column: see own_documents """
-    best_scores, best_docs = best
-    for row, column in own_column.items():
-        if rows.start <= row < rows.stop:
-            scores[row - rows.start, column] = -np.inf
-    new_scores, columns = scores.topk(min(K, scores.shape[1]))                 # (rows, K), or (rows, P) if P < K
-    both_scores = torch.cat([best_scores[rows], new_scores], dim=1)            # (rows, K + K)
-    both_docs = torch.cat([best_docs[rows], first_doc + columns], dim=1)       # (rows, K + K)
-    best_scores[rows], kept = both_scores.topk(K)                              # (rows, K)
-    best_docs[rows] = both_docs.gather(1, kept)
-
-def search_bm25(collection):
-    """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
-    (ids, texts), = collection.shards()
-    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())    # (Q, P)
-    scores[scores == 0] = -np.inf                                              # not a word in common: not found
-    best = torch.full((len(scores), K), -np.inf, dtype=scores.dtype), torch.zeros(len(scores), K, dtype=torch.long)
-    keep_best(best, slice(0, len(scores)), scores, 0, own_documents(collection.queries, ids))
-    return best
-
-def rank(scores, docs, doc_ids):
-    """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
-    by descending id, as in trec_eval """
-    id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
-    order = np.lexsort((-id_rank[docs], -scores), axis=-1)   # (Q, K) columns, sorted by score, then by id
-    rankings = []
-    for row in range(len(scores)):
-        columns = [column for column in order[row] if scores[row, column] > -np.inf][:100]
-        rankings.append(([doc_ids[i] for i in docs[row, columns]], scores[row, columns].tolist()))
-    return rankings
-
 def write_run(folder, label, queries, rankings):
     """ FOLDER/LABEL.run, one line a hit, in the format of trec_eval """
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,6 +231,15 @@ def write_array(path, array):
     """ a .npy file, never half of one """
     with data.atomic_write(path) as part, open(part, "wb") as file:
         np.save(file, array)
+
+def search_bm25(collection):
+    """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
+    (ids, texts), = collection.shards()
+    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())    # (Q, P)
+    scores[scores == 0] = -np.inf                                              # not a word in common: not found
+    best = torch.full((len(scores), K), -np.inf, dtype=scores.dtype), torch.zeros(len(scores), K, dtype=torch.long)
+    keep_best(best, slice(0, len(scores)), scores, 0, own_documents(collection.queries, ids))
+    return best
 
 def bm25(texts, queries, k1=1.2, b=0.75):
     """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
@@ -267,21 +269,20 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     texts = [text for _, text in passages]
     def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, layers, args.dtype, args.batch_tokens)
-    def ready(embeddings, size):             # (texts, C) -> (texts, D), whose dot products are the scores
-        sliced = embeddings[:, :size[1]]
-        return F.normalize(sliced, dim=-1) if model.config.similarity == "cosine" else sliced
     name = f"search-{Path(args.texts).resolve().name}-"
     index = model_folder / f"{name}{made_by(model, tokenizer, args.dtype)}-{zlib.crc32(repr(texts).encode()):08x}"
     for old in set(model_folder.glob(f"{name}*.npy")) - set(model_folder.glob(f"{index.name}*")):
         old.unlink()
     embeddings = load_or_embed(index, widest, texts, embed)                                   # {layer: (P, D)}
-    vectors = {size: ready(embeddings[size[0]], size) for size in sizes}
+    similarity = model.config.similarity
+    vectors = {(layer, dim): shorten(embeddings[layer], dim, similarity) for layer, dim in sizes}   # (P, D) each
     for question in [question] if question else ask():
-        for way in [*((size,) for size in sizes), *([(sizes[0], sizes[-1])] if len(sizes) > 1 else [])]:
+        ways = [(size,) for size in sizes] + [(sizes[0], sizes[-1])] * (len(sizes) > 1)       # the funnel last
+        for way in ways:
             start = time.perf_counter()
             queries = embed([data.as_text(question, "--search")], [layer for layer, _ in way])
             encoded = time.perf_counter()
-            queries = [ready(queries[size[0]], size) for size in way]
+            queries = [shorten(queries[layer], dim, similarity) for layer, dim in way]        # (1, D) each
             scores, docs = funnel(queries, [vectors[size] for size in way], 5)                # (1, 5) each
             if len(sizes) > 1:
                 print(f"{', then '.join(map(size_name, way))}: encoding {1000 * (encoded - start):.1f} ms, search in "
@@ -307,7 +308,6 @@ def ask():
     except EOFError:
         pass
 
-# ==== Below: handing a size over, what it costs, how results are shown and compared, flags ============================
 # ---- handing over: a size as a folder of its own ---------------------------------------------------------------------
 def export(model, tokenizer, name, args):
     """ --export: write a folder for one size, or one for each of several in OUT -> the folders. Raises ValueError """
@@ -592,8 +592,8 @@ def main(args):
         data.load_sts(task)
     for task in args.retrieval:
         next(data.Collection(task).shards())
+    ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
     for name in args.models:
-        ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
         model, tokenizer = load_model(name, args.device, args.max_length, **ways)
         sizes = check_sizes(args.sizes or named_sizes(model.config), model.config, name)
         if args.query_layer:
@@ -607,7 +607,9 @@ def main(args):
             for folder in folders:
                 exported = load_model(folder, args.device)
                 evaluate_model(folder, *exported, tuple(named_sizes(exported[0].config)), args)
-        for folder in folders or [Path(name)] * (not args.out and (Path(name) / "args.json").exists()):
+        if model.config.sizes and not args.export and not args.out and (Path(name) / "args.json").exists():
+            folders = [Path(name)]                          # a run, whose results are new
+        for folder in folders:
             write_card(folder, find_folder(name))
     if len(files) > 1:
         compare(files, args.metrics)

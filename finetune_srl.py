@@ -72,7 +72,8 @@ def cosent(scores, gold):
     return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
 
 def step_sizes(method, sizes, seed, step):
-    """ The sizes that one step trains, the full size last. This is all that the two methods differ in:
+    """ The sizes that one step trains, the full size last. The methods differ in nothing else here: both have InfoNCE
+    and KL at each of these sizes.
     srl     the same few sizes in every step
     2dmse   2D Matryoshka (arXiv 2402.14776): the full size, one smaller layer and one smaller dim of the list, drawn at
             random, and what they combine to. In time every layer is trained with every dim, but each pair rarely. """
@@ -91,7 +92,7 @@ def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, w
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        tokens = sum(map(len, texts)) // pieces        # of a batch: as many batches as pieces, for the ranks to share
+        tokens = sum(map(len, texts)) // pieces        # of a batch: one for about each piece, so every rank has a share
         rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype, tokens)[layer].to(args.device)   # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
     same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))

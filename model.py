@@ -100,13 +100,15 @@ def pool(hidden, batch, pooling):
     """ tap (N, C) -> (B, C) embeddings, float32 or better: scores of bfloat16 vectors lose digits """
     return POOLINGS[pooling](hidden.to(torch.promote_types(hidden.dtype, torch.float32)), batch)
 
+def shorten(embeddings, dim, similarity):
+    """ (B, C) -> (B, D), the vectors of a size, whose dot products are the scores. Slice first, then normalise: whoever
+    stores D numbers a text can only normalise those D. """
+    embeddings = embeddings[:, :dim]
+    return F.normalize(embeddings, dim=-1) if similarity == "cosine" else embeddings
+
 def score(queries, passages, dim, similarity):
-    """ (Q, C), (P, C) -> (Q, P): similarity of the first dim coordinates. Slice first, then normalise: whoever stores
-    D numbers a text can only normalise those D. The product (Q, D) x (D, P) never builds a (Q, P, C) tensor. """
-    queries, passages = queries[:, :dim], passages[:, :dim]   # (Q, D), (P, D)
-    if similarity == "cosine":
-        queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
-    return queries @ passages.T
+    """ (Q, C), (P, C) -> (Q, P). The product (Q, D) x (D, P) never builds a (Q, P, C) tensor. """
+    return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 # `dropout` and `fast_attention`, defined below the double line, are F.dropout and `attention`, faster on a CPU.

@@ -27,7 +27,8 @@ from model import (STATE, Bert, BertConfig, HelpFormatter, MLMHead, as_contiguou
                    sum_over_ranks, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
-# B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), M masked positions, V vocabulary
+# B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), V vocabulary;
+# M positions that the encoder must guess, M' those of the decoder
 
 class SMAE(nn.Module):
     """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. """
@@ -51,13 +52,13 @@ def bottleneck(model, sliced, batch):
     return torch.stack([model.head.transform(tap[batch.starts]) for tap in sliced.values()])
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
-    """ (N, C), (S, B, C), masked positions (M,) -> (S, M, C): what the decoder makes of the positions it must guess.
+    """ (N, C), (S, B, C), masked positions (M',) -> (S, M', C): what the decoder makes of the positions it must guess.
     To read; training uses `fast_decode`, which equals it. So change both, or pass this one in `forward`. """
     decoded = []
     for vectors in bottlenecks:                                           # (B, C), one size
-        # The bottleneck replaces [CLS]. Like the other rows it comes from a LayerNorm, but it has no position.
+        # The bottleneck replaces [CLS]. It has no position: it stands at 0 in every text.
         inputs = embeddings.index_copy(0, batch.starts, vectors)          # (N, C)
-        decoded.append(decoder(inputs, batch.groups)[positions])          # (M, C)
+        decoded.append(decoder(inputs, batch.groups)[positions])          # (M', C)
     return torch.stack(decoded)
 
 def vocabulary_loss(model, hidden, labels):

@@ -264,6 +264,14 @@ def test_funnel_by_hand():
     assert docs.tolist() == [[0, 1]] and scores.tolist() == [[3.0, 2.0]]
 
 
+def test_a_run_without_sizes_has_no_card(trained, beir):
+    """ A run of plain MLM has no sizes of its own; it is evaluated, and no card is written. """
+    folder = trained(sizes=())
+    (folder / "args.json").write_text("{}")
+    run(folder, "--retrieval", beir)
+    assert not (folder / "README.md").exists()
+
+
 def test_queries_of_another_layer(trained, beir, tmp_path):
     """ --query_layer 1 scores layer 1 of the queries against the passages' own layers, and writes no eval.json. """
     folder = trained()

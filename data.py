@@ -47,8 +47,8 @@ def window(text, length, rng):
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
 def duplicates(queries, passages):
-    """ Q queries, P passages, (T,) ids -> (Q, P) bool: passage j, other than i, is the same text as a positive of query
-    i, its own or that of an equal query, and so no negative. None if there is no such pair. """
+    """ Q queries, P passages, (T,) ids -> (Q, P) bool: True where passage j is no negative of query i, because its text
+    is that of a positive of query i or of an identical query. Passage i itself is False. None if nothing is True. """
     def number(texts):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
@@ -79,7 +79,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
             for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
     queries = [pairs.queries[row] for row in rows]
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
-    # Looked for before copies are cut to different windows. With gold scores no text of a pair is a right answer.
+    # Before windows are cut, because copies of a text may get different ones. Scored pairs have no positives.
     same = None if pairs.gold else duplicates(queries, positives + hard)
     return queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold
 

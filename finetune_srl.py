@@ -75,8 +75,9 @@ def step_sizes(method, sizes, seed, step):
     """ The sizes that one step trains, the full size last. The methods differ in nothing else here: both have InfoNCE
     and KL at each of these sizes.
     srl     the same few sizes in every step
-    2dmse   2D Matryoshka (arXiv 2402.14776): the full size, one smaller layer and one smaller dim of the list, drawn at
-            random, and what they combine to. In time every layer is trained with every dim, but each pair rarely. """
+    2dmse   2D Matryoshka (arXiv 2402.14776): draw any layer below the full one, and a smaller dim of the list; train
+            all four combinations of these two with the full layer and the full dim. In time every layer is trained
+            with every dim, but each pair rarely. """
     if method == "srl":
         return sizes
     (full_layer, full_dim), rng = sizes[-1], np.random.default_rng([seed, step, data.SIZE_SEED])
@@ -92,7 +93,7 @@ def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, w
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        tokens = sum(map(len, texts)) // pieces        # of a batch: one for about each piece, so every rank has a share
+        tokens = sum(map(len, texts)) // pieces        # about as many batches of the teacher as pieces, for all ranks
         rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype, tokens)[layer].to(args.device)   # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
     same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))
@@ -113,7 +114,7 @@ def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_si
       2. compute the loss and its gradient with respect to the embeddings, the same on every rank;
       3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
     The activations of several pieces would fill the memory, so 1. runs without a graph and 3. embeds again. Piece k is
-    texts[k::pieces]; it draws its dropout from (*seed, k), so the same both times and on any number of ranks.
+    texts[k::pieces]; it draws its dropout from (*seed, k), so it is the same in both passes and on any number of ranks.
     embed: list of B texts -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all texts -> (loss, ...), which is returned.
     scale: GradScaler.scale. """
     mine, all_rows = range(rank, pieces, world_size), {}

@@ -155,8 +155,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        # In training always the fast one, with or without a graph: finetune_srl.cached_backward embeds a text in both
-        # ways, and gets the same dropout only from the same function.
+        # In training always the fast one: finetune_srl.cached_backward embeds each text twice, without and with a
+        # graph, and both must draw the same dropout.
         fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
         attend = fast_attention if fast else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))

@@ -53,17 +53,18 @@ def bottleneck(model, sliced, batch):
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M',) -> (S, M', C): what the decoder makes of the positions it must guess.
-    To read; training uses `fast_decode`, which equals it. So change both, or pass this one in `forward`. """
+    For reading; training uses `fast_decode`, which equals it without dropout. Change both, or pass this one in
+    `forward`. """
     decoded = []
     for vectors in bottlenecks:                                           # (B, C), one size
-        # The bottleneck replaces [CLS]. It has no position: it stands at 0 in every text.
+        # The bottleneck replaces [CLS]. No position is added to it, because it is always at position 0.
         inputs = embeddings.index_copy(0, batch.starts, vectors)          # (N, C)
         decoded.append(decoder(inputs, batch.groups)[positions])          # (M', C)
     return torch.stack(decoded)
 
 def vocabulary_loss(model, hidden, labels):
     """ {term: (M, C)}, {term: (M,) true ids} -> mean over the terms of their CE, {term: CE}, {term: accuracy}.
-    To read; training uses `fast_vocabulary_loss`, which equals it. """
+    For reading; training uses `fast_vocabulary_loss`, which equals it. """
     ce, accuracy = {}, {}
     for term in hidden:
         logits = hidden[term] @ model.bert.word.weight.T + model.head.bias         # (M, V)
@@ -74,9 +75,9 @@ def vocabulary_loss(model, hidden, labels):
 def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, vocabulary_loss=vocabulary_loss):
     """ For every size (layer, dim), with E the word embeddings (V, C) and the functions above:
       h   = the first dim coordinates of the encoder's output at that layer
-      MLM = CE( E transform(h), words hidden from the encoder )
+      MLM = CE( E transform(h) + bias, words hidden from the encoder )
       x   = layer 0 of the decoder's ids, with x[CLS] replaced by the bottleneck transform(h[CLS])
-      MAE = CE( E transform(decoder(x)), words hidden from the decoder )
+      MAE = CE( E transform(decoder(x)) + bias, words hidden from the decoder )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
     The bottleneck is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it can only do
     well if dim numbers say what the text is about. All sizes share the head and the decoder.
@@ -100,8 +101,8 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
 
 # ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
 def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
-    """ Equals `decode`. The S inputs of the decoder differ at position 0 alone. So the attention among all other
-    positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
+    """ Equals `decode` without dropout. The S inputs of the decoder differ at position 0 alone. So the attention among
+    all other positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
     With s_0 the score of the bottleneck and s_j the scores of the other positions,
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
     Dropout is drawn once for that shared attention. This function needs a decoder of one layer, and no [CLS] among the

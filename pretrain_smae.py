@@ -102,7 +102,8 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
 # ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
 def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     """ Equals `decode` without dropout. The S inputs of the decoder differ at position 0 alone. So the attention among
-    all other positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax gives it.
+    all other positions is computed once, and each size then mixes in its bottleneck with the weight that the softmax
+    gives it.
     With s_0 the score of the bottleneck and s_j the scores of the other positions,
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
     Dropout is drawn once for that shared attention. This function needs a decoder of one layer, and no [CLS] among the

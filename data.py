@@ -30,7 +30,7 @@ class Pairs(NamedTuple):
     negatives: list   # of lists of such arrays: its hard negatives, maybe none
     gold: list        # of numbers: how similar the two texts of a row are; empty for pairs without a score
 
-# the last number of a seed says what is drawn, so that no two draws are alike; SIZE_SEED is finetune_srl.step_sizes'
+# the last number of a seed, another for each kind of draw, so that no two are alike; step_sizes uses SIZE_SEED
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
 @functools.lru_cache(maxsize=64)
@@ -48,12 +48,12 @@ def window(text, length, rng):
 
 def duplicates(queries, passages):
     """ Q queries, P passages, (T,) ids -> (Q, P) bool: True where passage j is no negative of query i, because its text
-    is that of a positive of query i or of an identical query. Passage i itself is False. None if nothing is True. """
+    is a positive of query i, or of a query with the same text. Passage i itself is False. None if nothing is True. """
     def number(texts):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
     query, passage = number(queries), number(passages)                                    # (Q,), (P,)
-    known = np.zeros((len(queries), len(passages)), bool)     # True where this query has this positive, by number
+    known = np.zeros((len(queries), len(passages)), bool)     # known[query's number, its positive's number] is True
     known[query, passage[:len(query)]] = True
     same = known[query][:, passage]                                                       # (Q, P)
     np.fill_diagonal(same, False)
@@ -79,14 +79,14 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
             for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
     queries = [pairs.queries[row] for row in rows]
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
-    # Before windows are cut, because copies of a text may get different ones. Scored pairs have no positives.
+    # Compares whole texts, because windows of copies may differ. Scored pairs have no positives.
     same = None if pairs.gold else duplicates(queries, positives + hard)
     return queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
-    """ B texts masked twice. The texts are sorted, short ones first, so model.pack(texts) keeps their order, and the
-    positions here are those of its row of N tokens (behind which pack may add fillers). """
+    """ B texts masked twice. They are sorted by length, as in model.pack, so positions here are positions in its row
+    of N tokens. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
     encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: about 20 %
@@ -97,9 +97,9 @@ def whole_word_mask(begins, special, text_ids, rates, rng):
     """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
     -> one (N,) bool mask for each rate; a smaller rate's mask lies inside a larger rate's.
     The words of each text are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a
-    budget of round(rate * tokens without [CLS] and [SEP]). A word that the budget ends in is masked if its middle lies
-    within the budget: the budget is rounded to the nearest word, so long words are masked as often as short ones. The
-    middles of [CLS] and [SEP] lie behind every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
+    budget of round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked
+    if its middle lies within the budget, so long words are masked as often as short ones. The middles of [CLS] and
+    [SEP] lie behind every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
       text                   0                                      1
       tokens                 [CLS]  the  dra ##gon  sleeps  [SEP]   [CLS]  a    cat  [SEP]
       shuffled words         dragon  sleeps  the  [CLS]  [SEP]      a    cat  [CLS]  [SEP]
@@ -218,8 +218,8 @@ def token_dtype(tokenizer):
 
 def tokenize_documents(texts, tokenizer):
     """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0. The top bit of each says
-    whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 32773 at the beginning of
-    a word and as 5 inside one. """
+    whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 5 + 32768 where a
+    word begins and as 5 inside one. """
     dtype = token_dtype(tokenizer)
     begins = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
     stored = np.arange(len(tokenizer), dtype=dtype) | (begins.astype(dtype) << dtype.type(8 * dtype.itemsize - 1))
@@ -522,14 +522,15 @@ def load_sts(name):
 
 class Collection:
     """ NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact,
-    msmarco with the splits validation = dev and test = DL19, ...). For DL20 put its qrels file into a folder's qrels/.
+    msmarco, whose test is DL19, ...). For DL20 put its qrels file into a folder's qrels/.
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards() reads the
     corpus. Raises ValueError naming file and line for what is missing, broken, unknown or there twice. """
     def __init__(self, name):
         self.task = task_name(name)
         self.name, _, split = name.partition(":")
         self.folder = docs_folder() if self.name == "docs" else Path(self.name)
-        self.qrels_file, judgements = self.open(f"qrels/{split or 'test'}.tsv", f"{self.name}-qrels::{split or 'test'}")
+        hub_split = "validation" if split == "dev" else split or "test"   # the hub calls it so
+        self.qrels_file, judgements = self.open(f"qrels/{split or 'test'}.tsv", f"{self.name}-qrels::{hub_split}")
         texts = dict(self.texts("queries"))
         self.qrels, self.lines = {}, {}   # lines {document id: the first line that judges it}, for shards()
         for line, row in judgements:

@@ -7,7 +7,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
 
-Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, at the end, the evaluation in eval.json.
+Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, where there is a test set, eval.json.
 Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
 """
 import argparse, math, os, sys, time
@@ -33,10 +33,10 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
-    positive of query i; passages from Q on are hard negatives. For query i every passage but i is a negative, unless it
-    is left out by same (Q, P), see data.duplicates. sizes: (layer, dim) pairs; the last is the full size, the teacher.
+    positive of query i; passages from Q on are hard negatives. All passages but i are the negatives of query i, except
+    where same (Q, P) is True, see data.duplicates. sizes: (layer, dim) pairs; the last is the full size, the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
-    then CoSENT takes the place of InfoNCE, and the KL still compares all passages of the batch.
+    CoSENT then replaces InfoNCE, and the KL stays.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
     -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
     assert sizes[-1] == (max(layer for layer, _ in sizes), max(dim for _, dim in sizes)), f"no full size last: {sizes}"
@@ -44,7 +44,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
               for layer, dim in sizes}                             # (Q, P) each
     if teacher_scores is None:
         teacher_scores = scores[sizes[-1]].detach()   # detached: the full size must not move towards the others
-    if same is not None:                              # probability 0; -inf would make the KL 0 * inf
+    if same is not None:                              # -1e9 gives probability 0; -inf would make the KL NaN
         teacher_scores = teacher_scores.masked_fill(same, -1e9)
         scores = {size: values.masked_fill(same, -1e9) for size, values in scores.items()}
     teacher_probs = teacher_scores.softmax(-1)                                          # (Q, P)
@@ -52,7 +52,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     for size in sizes:
         log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
         nce[size_name(size)] = info_nce(log_probs) if gold is None else cosent(scores[size].diagonal(), gold)
-        kl[size_name(size)] = kl_divergence(teacher_probs, log_probs)      # 0 for a full size that teaches
+        kl[size_name(size)] = kl_divergence(teacher_probs, log_probs)      # 0 for the teacher itself
     return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
 
 def info_nce(log_probs):
@@ -62,7 +62,7 @@ def info_nce(log_probs):
 
 def kl_divergence(teacher_probs, log_probs):
     """ (Q, P) probabilities of the teacher, (Q, P) log-probabilities of a size -> mean KL(teacher || size) """
-    return F.kl_div(log_probs, teacher_probs, reduction="batchmean")   # torch takes the teacher as second argument
+    return F.kl_div(log_probs, teacher_probs, reduction="batchmean")   # torch's order: student, teacher
 
 def cosent(scores, gold):
     """ (Q,) scores of pairs of texts, (Q,) their gold scores -> log(1 + sum of exp(s_j - s_i) over all i, j with
@@ -75,9 +75,9 @@ def step_sizes(method, sizes, seed, step):
     """ The sizes that one step trains, the full size last. The methods differ in nothing else here: both have InfoNCE
     and KL at each of these sizes.
     srl     the same few sizes in every step
-    2dmse   2D Matryoshka (arXiv 2402.14776): draw any layer below the full one, and a smaller dim of the list; train
+    2dmse   2D Matryoshka (arXiv 2402.14776): draw any layer below the full one, and a smaller dim of --sizes; train
             all four combinations of these two with the full layer and the full dim. In time every layer is trained
-            with every dim, but each pair rarely. """
+            with every dim, most pairs rarely. """
     if method == "srl":
         return sizes
     (full_layer, full_dim), rng = sizes[-1], np.random.default_rng([seed, step, data.SIZE_SEED])
@@ -86,14 +86,13 @@ def step_sizes(method, sizes, seed, step):
 
 # ---- one step --------------------------------------------------------------------------------------------------------
 def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
-    """ One batch, as srl_batch gives it. Adds to the parameters' gradients -> what srl_loss returns. pieces, seed, rank
-    and world_size: see cached_backward. """
+    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. """
     queries, passages, same, gold = batch
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        tokens = sum(map(len, texts)) // pieces        # about as many batches of the teacher as pieces, for all ranks
+        tokens = sum(map(len, texts)) // pieces        # about one batch of the teacher a piece
         rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype, tokens)[layer].to(args.device)   # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
     same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))
@@ -104,8 +103,10 @@ def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, w
         return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
                         {layer: rows[Q:] for layer, rows in embeddings.items()},
                         sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold, same)
+    # loss, nce, kl = loss_of(embed(texts)); loss.backward()   but in `pieces`, and shared by several ranks:
     return cached_backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
 
+# ==== Below is the training around the method: large batches and ranks, model, loop, flags ============================
 def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
     """ With one piece and one process this is loss_of(embed(texts))[0].backward(). It gives the same gradient with
     several processes, or for a batch that is too large for the memory. The texts of a batch depend on each other only
@@ -113,8 +114,8 @@ def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_si
       1. embed the pieces of the batch that are this rank's, and gather the embeddings of all ranks;
       2. compute the loss and its gradient with respect to the embeddings, the same on every rank;
       3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
-    The activations of several pieces would fill the memory, so 1. runs without a graph and 3. embeds again. Piece k is
-    texts[k::pieces]; it draws its dropout from (*seed, k), so it is the same in both passes and on any number of ranks.
+    The activations of several pieces would fill the memory, so step 1 keeps no graph and step 3 embeds again. Piece k
+    is texts[k::pieces]; its dropout is drawn from (*seed, k), the same in both passes and on any number of ranks.
     embed: list of B texts -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all texts -> (loss, ...), which is returned.
     scale: GradScaler.scale. """
     mine, all_rows = range(rank, pieces, world_size), {}
@@ -139,7 +140,6 @@ def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_si
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
-# ==== Below is the training around the method: model, teacher, loop, flags ============================================
 def get_lr(step, max_steps, args):
     """ linear warm-up, then linear decay to 0 """
     warmup_steps = max(1, round(args.warmup * max_steps))
@@ -187,7 +187,7 @@ def build_model(args, sources):
 def silence_last_channels(model):
     """ LayerNorm gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. A
     small size can still mute common words: their vectors may lie in the channels that it does not keep. The full size
-    keeps all channels. So the last sixth of its channels start with a gain of 0, and common words can hide there. """
+    keeps all channels. So its last sixth starts with a gain of 0, and common words can hide there. """
     C = model.config.hidden_size
     model.blocks[-1].norm2.weight.data[-C // 6:] = 0
 
@@ -217,7 +217,7 @@ def load_teacher(args, tokenizer):
     return teacher
 
 def plan(args, sources, world_size):
-    """ list of Pairs -> queries of a batch, pieces of a batch, steps. Raises ValueError if there are no negatives. """
+    """ list of Pairs -> queries of a batch, pieces of a batch, steps. Raises ValueError if nothing can be learned. """
     counts = [len(pairs.queries) for pairs in sources]
     batch_size = min([args.batch_size, *counts])
     if batch_size < 2 * world_size:
@@ -358,10 +358,10 @@ def parse_args(argv=None):
              "forward pass; 0 encodes the whole batch at once")
     add("--query_max_length", type=text_length, default=32, help="tokens, [CLS] and [SEP] included")
     add("--passage_max_length", type=text_length, default=64,
-        help="tokens of a passage in a step; a longer passage gives its beginning or, as often, any window")
+        help="tokens of a passage in a step; of a longer one its beginning or, half of the time, a random window")
     add("--max_length", type=text_length, default=256,
         help="tokens that the finished model reads of a text, if it has so many positions. Training on short windows "
-             "is faster, and although no step saw the later positions, a model that reads more finds more")
+             "is faster, and reading more finds more, although the later positions are untrained")
     add = parser.add_argument_group("loss and embeddings").add_argument
     add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the loaded model's own, from scratch mean")
     add("--similarity", choices=SIMILARITIES,
@@ -382,7 +382,7 @@ def parse_args(argv=None):
     add("--hold_out", type=nonneg_int, default=0, help="measure on so many of the pairs, which are not trained on")
     add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")
     training_flags(parser)
-    # for the docs from random weights; 3.6 epochs are 544 steps, as many as 5 minutes allow
+    # for the docs from random weights; 3.6 epochs are 544 steps, about 5 minutes
     parser.set_defaults(learning_rate=5e-4, warmup=0.1, weight_decay=0.1, epochs=3.6, out_dir="out/srl")
 
     args = parser.parse_args(argv)

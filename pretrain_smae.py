@@ -4,11 +4,11 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
     python pretrain_smae.py                    # from scratch, on the docs of this machine; about 25 minutes on 2 cores
     python pretrain_smae.py --objective mlm --out_dir out/mlm                  # the control: MLM on the same tokens
     python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine     # a line is a document
-    torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...     # the paper's run: see the README
+    torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...     # the paper's run: runs/paper.sh
 
 Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM, whose pooling is cls, for finetune_srl.py --init_from;
 training_state.pt, which --resume takes and which holds the decoder; args.json and log.jsonl.
-Paper: arXiv 2410.13230. smae_loss holds both halves of its loss.
+Paper: arXiv 2410.13230. smae_loss is its loss, MLM and MAE.
 """
 import argparse, copy, itertools, math, time
 from pathlib import Path
@@ -38,7 +38,7 @@ class SMAE(nn.Module):
         self.decoder = copy.deepcopy(bert.blocks[0])   # starts as a copy of the encoder's first block
 
 def with_ids(batch, ids):
-    """ Pack, masked ids (N,) -> the same Pack, showing the masked ids """
+    """ Pack, masked ids (N,) -> the Pack with these ids """
     ids = torch.from_numpy(ids).to(batch.input_ids.device)
     return batch._replace(input_ids=F.pad(ids, (0, len(batch.input_ids) - len(ids))))   # fillers have the id 0
 
@@ -54,10 +54,10 @@ def bottleneck(model, sliced, batch):
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M',) -> (S, M', C): what the decoder makes of the positions it must guess.
     For reading; training uses `fast_decode`, which equals it without dropout. Change both, or pass this one in
-    `forward`. """
+    `batch_loss`. """
     decoded = []
     for vectors in bottlenecks:                                           # (B, C), one size
-        # The bottleneck replaces [CLS]. No position is added to it, because it is always at position 0.
+        # The bottleneck replaces [CLS]. It needs no position embedding, because it is always at position 0.
         inputs = embeddings.index_copy(0, batch.starts, vectors)          # (N, C)
         decoded.append(decoder(inputs, batch.groups)[positions])          # (M', C)
     return torch.stack(decoded)
@@ -81,7 +81,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
     The bottleneck is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it can only do
     well if dim numbers say what the text is about. All sizes share the head and the decoder.
-    batch, masked: Pack and Masked of the same texts. decode, vocabulary_loss: training passes their fast equals.
+    batch, masked: Pack and Masked of the same texts. decode, vocabulary_loss: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     device, hidden, labels = batch.input_ids.device, {}, {}
     positions = torch.from_numpy(masked.encoder_positions).to(device)                                    # (M,)
@@ -97,7 +97,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, voca
         for name, states in zip(sliced, model.head.transform(decoded)):                                  # (S, M', C)
             hidden[f"mae {name}"] = states                                                               # (M', C)
             labels[f"mae {name}"] = batch.input_ids[positions]                                           # (M',)
-    return vocabulary_loss(model, hidden, labels)   # the mean over S MLM and S MAE terms is L
+    return vocabulary_loss(model, hidden, labels)   # L is the mean of its 2S terms
 
 # ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
 def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
@@ -113,7 +113,7 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     qkv = attention.qkv(embeddings).view(N, 3, H, C // H)
     kv_first = F.linear(bottlenecks, attention.qkv.weight[C:], attention.qkv.bias[C:])   # (S, B, 2C)
     k_first, v_first = kv_first.view(S, -1, 2, H, C // H).unbind(2)                      # (S, B, H, C / H) each
-    q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M, H, C / H), (M,)
+    q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M', H, C / H), (M',)
     with torch.autocast(embeddings.device.type, enabled=False):
         others, logsumexp = [], []
         for (G, T), rows in zip(batch.groups, qkv.split([G * T for G, T in batch.groups])):
@@ -123,15 +123,15 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
             mixed = dropout(scores.softmax(-1), p) @ v[:, :, 1:]                         # (G, H, T, C / H)
             others.append(mixed.transpose(1, 2).reshape(G * T, H, C // H))
             logsumexp.append(scores.logsumexp(-1).transpose(1, 2).reshape(G * T, H, 1))
-        others, logsumexp = torch.cat(others)[positions], torch.cat(logsumexp)[positions]   # (M, H, C / H), (M, H, 1)
+        others, logsumexp = torch.cat(others)[positions], torch.cat(logsumexp)[positions]   # (M', H, C / H), (M', H, 1)
         s_first = (q_masked * k_first[:, text_ids]).sum(-1, keepdim=True, dtype=others.dtype) * q_masked.shape[-1]**-0.5
-        weight = (s_first - logsumexp).sigmoid()                                         # (S, M, H, 1)
-        mixed = (1 - weight) * others + dropout(weight, p) * v_first[:, text_ids]        # (S, M, H, C / H)
+        weight = (s_first - logsumexp).sigmoid()                                         # (S, M', H, 1)
+        mixed = (1 - weight) * others + dropout(weight, p) * v_first[:, text_ids]        # (S, M', H, C / H)
     return decoder.after_attention(embeddings[positions], attention.out(mixed.flatten(2)))
 
 def fast_vocabulary_loss(model, hidden, labels):
-    """ Equals `vocabulary_loss`: all terms in one call. A row's weight, 1 / (terms * rows of its term), turns the sum
-    over all rows into the mean over terms of means. """
+    """ Equals `vocabulary_loss`: all terms in one call. With the row weights 1 / (terms * rows of the term) the sum
+    over all rows is the mean over terms of their means. """
     rows = [len(label) for label in labels.values()]
     word = model.bert.word.weight                                                       # (V, C)
     weights = torch.cat([word.new_full((M,), 1 / (len(rows) * max(1, M))) for M in rows])
@@ -145,7 +145,7 @@ class VocabularyLoss(torch.autograd.Function):
     """ hidden (M, C), weight (V, C), bias (V,), labels (M,), row_weights (M,), needs_grad
     -> sum of row_weights * CE, CE (M,), hit (M,). needs_grad: forward itself cannot see whether it runs under no_grad.
     The logits (M, V) never exist as a whole: ROWS rows are multiplied out, turned into their own gradient on the spot
-    and overwritten by the next. That takes three products, as in any training step; checkpointing takes four. """
+    and overwritten by the next. That takes three products, as any training step; checkpointing would take four. """
     ROWS = 1024   # rows: 50 MB of buffers with a vocabulary of 8,192, 190 MB with 30,522
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, row_weights, needs_grad):
@@ -227,8 +227,8 @@ def build_model(args, saved):
 
 def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
     """ --train_text -> held-out documents, max_steps, an iterator over the steps from first_step on, and the TokenFile
-    (None when streaming). A batch consists of micro-batches, numbered by `piece`; the iterator yields for each step
-    [(piece, its documents), ...], the pieces of this rank. Raises ValueError when there are too few documents. """
+    (None when streaming). A batch consists of numbered pieces of micro_batch documents; the iterator yields for each
+    step [(number, documents), ...], the pieces of this rank. Raises ValueError when there are too few documents. """
     mine = range(rank, args.batch_size // micro_batch, world_size)   # numbers of this rank's pieces
     if args.streaming:
         texts = data.load_texts(args.train_text, True, rank, world_size, args.columns)
@@ -276,11 +276,11 @@ def set_bias(head, text):
     with torch.no_grad():
         head.bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
-def forward(model, documents, tokenizer, sizes, args, seed):
+def batch_loss(model, documents, tokenizer, sizes, args, seed):
     """ documents -> what smae_loss returns, number of tokens """
     rates = (args.encoder_mask, args.decoder_mask)
     masked = data.smae_batch(documents, args.max_length, rates, tokenizer, seed)
-    # Gradient checkpointing must not cache the casts of the weights: a cached cast lives until the forward pass ends.
+    # A cached cast of a weight lives until the forward pass ends: memory that gradient checkpointing is to save.
     with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32",
                         cache_enabled=not args.gradient_checkpointing):
         losses = smae_loss(model, pack(masked.texts, args.device, multiple=128), masked, sizes, args.objective,
@@ -291,7 +291,7 @@ def validate(model, held_out, tokenizer, sizes, args):
     """ what smae_loss returns, on the held-out documents, with the same windows and masks every time, as floats """
     model.eval()
     with torch.no_grad():
-        losses = [forward(model, held_out[i:i + 50], tokenizer, sizes, args, [0, i])[0]
+        losses = [batch_loss(model, held_out[i:i + 50], tokenizer, sizes, args, [0, i])[0]
                   for i in range(0, len(held_out), 50)]
     model.train()
     loss, ce, accuracy = zip(*losses)
@@ -316,7 +316,7 @@ def main(args):
     pieces = args.batch_size // max(1, micro_batch)
     if micro_batch == 0 or args.batch_size % micro_batch or pieces % world_size:
         raise ValueError(f"--batch_size {args.batch_size} --micro_batch {args.micro_batch}: {world_size} ranks cannot "
-                         "share pieces of that size equally; choose a batch that is a multiple of both")
+                         f"share pieces of that size equally; choose a multiple of {world_size} x --micro_batch")
     saved = load_run(args) if args.resume else None
     first_step = saved["step"] if saved else 0
     model, tokenizer, sizes = build_model(args, saved)
@@ -356,7 +356,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         for piece, documents in documents_of_pieces:
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
-            (loss, ce, accuracy), N = forward(model, documents, tokenizer, sizes, args, [args.seed, step, piece])
+            (loss, ce, accuracy), N = batch_loss(model, documents, tokenizer, sizes, args, [args.seed, step, piece])
             scaler.scale(loss / pieces).backward()
             tokens += N * world_size
             losses.append(({"loss": loss}, ce, accuracy))

@@ -490,10 +490,10 @@ def test_dropout_among_the_decoders_other_positions(smae, batch):
 def test_validation_sees_every_held_out_document_once(monkeypatch):
     """ The validation loss takes all held-out documents, fifty at a time, each fifty with masks of its own. """
     seen, seeds = [], []
-    def forward(model, documents, tokenizer, sizes, args, seed):
+    def batch_loss(model, documents, tokenizer, sizes, args, seed):
         seen.extend(documents), seeds.append(tuple(seed))
         return (torch.tensor(7.0 * len(seeds)), {"mlm": torch.tensor(float(len(seeds)))}, {"mlm": torch.tensor(0.5)}), 0
-    monkeypatch.setattr(pretrain_smae, "forward", forward)
+    monkeypatch.setattr(pretrain_smae, "batch_loss", batch_loss)
     model = torch.nn.Linear(1, 1)
     assert pretrain_smae.validate(model, list(range(120)), None, None, None) == (14.0, {"mlm": 2.0}, {"mlm": 0.5})
     assert seen == list(range(120)) and len(set(seeds)) == 3 and model.training

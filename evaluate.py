@@ -351,8 +351,8 @@ def write_card(folder, source):
     for r in results:
         table[r["layer"], r["dim"]][f"{r['task']} {r['metric']}"] = f"{r['value']:.4f}"
     columns = list(table[sizes[-1]])
-    def of_the_hub(names):   # without local files and folders
-        return [name for name in names if re.fullmatch(r"\w[\w.-]*/[\w.:-]+", name) and not Path(name).exists()]
+    def of_the_hub(names):   # NAME:CONFIG -> NAME; the hub rejects a card with names that are not its own
+        return list(dict.fromkeys(name.split(":")[0] for name in names if name in trained.get("from_hub", [])))
     about = {
         "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],

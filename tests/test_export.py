@@ -1,6 +1,7 @@
 """ What other programs make of our folders: sentence-transformers, AutoModel, ONNX; exports, vocabulary, card. """
 import json
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import finetune_srl
 from conftest import needs
-from model import from_pretrained, load_model, save_pretrained
+from model import from_pretrained, load_model, open_run, save_pretrained
 
 TEXTS = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
 
@@ -199,19 +201,38 @@ def test_card(trained, tmp_path, capsys):
               {"task": "stsb", "metric": "Spearman", "layer": None, "dim": None, "value": 0.9, "n": 9},
               {"task": "cost", "metric": "bytes", "layer": 2, "dim": 16, "value": 64, "n": 1}]
     (folder / "eval.json").write_text(json.dumps({"results": results, "per_item": {"stsb": {}}}))
-    about = {"init_from": "owner/bert", "train_pairs": [str(tmp_path), "a/set:x"]}
-    (folder / "args.json").write_text(json.dumps(about))
     run(folder, "--export", "2:16", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     about = yaml.safe_load(card.split("---\n")[1])
-    assert about["library_name"] == "sentence-transformers" and about["base_model"] == ["owner/bert"]
-    assert about["datasets"] == ["a/set:x"] and "sentence-similarity" in about["tags"]
+    assert about["library_name"] == "sentence-transformers" and "sentence-similarity" in about["tags"]
     found, = about["model-index"][0]["results"]
     assert found["dataset"]["name"] == "stsb" and found["metrics"][0]["value"] == 0.2
     assert "| 2:16 | 64 | 0.2000 |" in card and "1:8" not in card
     (tmp_path / "out" / "README.md").write_text("mine")
     evaluate.write_card(tmp_path / "out", folder)
     assert (tmp_path / "out" / "README.md").read_text() == "mine" and "stays as it is" in capsys.readouterr().out
+
+
+def test_card_names_what_the_run_had_from_the_hub(trained, tmp_path, monkeypatch):
+    """ Files and folders that the run read are not names of the hub, even if they are gone later, resumed or not. """
+    import yaml
+    monkeypatch.chdir(tmp_path)
+    for hub_model, base_model in (("out/smae", None), ("owner/bert", ["owner/bert"]), ("bert", ["bert"])):
+        for gone in ("out/smae", "data/set"):
+            (tmp_path / gone).mkdir(parents=True)
+        args = finetune_srl.parse_args(["--init_from", hub_model, "--out_dir", "run", "--train_pairs", "docs",
+                                        "data/set:x", "data/pairs.csv", "a/set:x:train", "a/set:y"])
+        (tmp_path / "data/pairs.csv").touch()
+        args.out_dir = str(folder := trained())
+        open_run(args).close()
+        shutil.rmtree("out")
+        shutil.rmtree("data")
+        for args.resume in (False, True):
+            if args.resume:
+                open_run(args).close()
+            evaluate.write_card(folder, folder)
+            about = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+            assert about.get("base_model") == base_model and about["datasets"] == ["a/set"]
 
 
 def test_an_export_is_evaluated_after_its_model(trained, tmp_path, capsys):

@@ -607,9 +607,9 @@ def main(args):
             for folder in folders:
                 exported = load_model(folder, args.device)
                 evaluate_model(folder, *exported, tuple(named_sizes(exported[0].config)), args)
-        if model.config.sizes and not args.export and not args.out and (Path(name) / "args.json").exists():
+        if not args.export and not args.out and (Path(name) / "args.json").exists():
             folders = [Path(name)]                          # a run, whose results are new
-        for folder in folders:
+        for folder in folders if model.config.sizes else []:   # the card says: trained with Starbucks
             write_card(folder, find_folder(name))
     if len(files) > 1:
         compare(files, args.metrics)

@@ -286,11 +286,13 @@ def test_funnel_by_hand():
 
 
 def test_a_run_without_sizes_has_no_card(trained, beir):
-    """ A run of plain MLM has no sizes of its own; it is evaluated, and no card is written. """
+    """ A run of plain MLM has no sizes of its own; it is evaluated and exported, and no card
+    says that it was trained at several. """
     folder = trained(sizes=())
     (folder / "args.json").write_text("{}")
     run(folder, "--retrieval", beir)
-    assert not (folder / "README.md").exists()
+    run(folder, "--export", "1:8", folder / "small")
+    assert not [*folder.rglob("README.md")]
 
 
 def test_queries_of_another_layer(trained, beir, tmp_path):

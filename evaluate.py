@@ -324,7 +324,11 @@ def export(model, tokenizer, name, args):
         counts = sum(np.bincount(ids, minlength=len(tokenizer)) for ids in data.tokenize(texts, tokenizer, 10**6))
         smaller, small_tokenizer = cut_vocabulary(model, tokenizer, counts, args.vocab_size)
         texts = texts[::max(1, len(texts) // 1000)]   # a thousand of them show the cost
+    trained = model.config.sizes or ((model.config.num_hidden_layers, model.config.hidden_size),)
     for size, folder in zip(sizes, folders):
+        if size not in trained:
+            print(f"warning: {name} has the sizes {', '.join(map(size_name, trained))}; {size_name(size)} may be worse",
+                  file=sys.stderr)
         save_pretrained(cut(smaller, size), small_tokenizer, folder)
         megabytes = (folder / "model.safetensors").stat().st_size / 1e6
         print(f"{size_name(size)} is in {folder}: {megabytes:.1f} MB of float32")

@@ -140,6 +140,15 @@ def test_exports_are_read_back(trained, tmp_path, similarity):
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["1-8", "3-48"]
 
 
+def test_export_warns_of_other_sizes(trained, tmp_path, capsys):
+    """ A size that the model was not trained at is exported with a warning; its own sizes without one. """
+    folder = trained()
+    run(folder, "--export", "2:16,3:17", tmp_path / "out")
+    assert capsys.readouterr().err == f"warning: {folder} has the sizes 1:8, 2:16, 3:48; 3:17 may be worse\n"
+    run(tmp_path / "out" / "2-16", "--export", "2:20", tmp_path / "wider")   # 0 from the 17th number on
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'out' / '2-16'} has the sizes 2:16; 2:20 may be worse\n"
+
+
 def test_export_refuses(trained, beir, tmp_path, refused):
     """ A size that is not there, a folder that is not empty, and flags that do not fit are refused in one line. """
     folder, full = trained(), tmp_path / "full"

@@ -372,7 +372,7 @@ def write_card(folder, source):
              *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *(
                  [values.get(column, "") for column in columns] for values in table.values()))),
              "", "```python", "from sentence_transformers import SentenceTransformer", "",
-             f'model = SentenceTransformer("{name}")   # this folder, or OWNER/NAME on the hub',
+             f'model = SentenceTransformer("{name}")   # the path of this folder, or OWNER/NAME on the hub',
              f'embeddings = model.encode(["a text", "another one"])   # (2, {sizes[-1][1]})']
     if len(sizes) > 1:
         (layer, dim), normalise = sizes[0], ", normalize_embeddings=True" * (config["similarity"] == "cosine")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import evaluate
 import finetune_srl
 from conftest import needs
-from model import from_pretrained, load_model, open_run, save_pretrained
+from model import MLMHead, from_pretrained, load_model, open_run, save_pretrained
 
 TEXTS = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
 
@@ -76,6 +76,23 @@ def test_a_largest_size_below_all_channels(trained, caplog, capfd, similarity):
     want = evaluate.embed_texts(model, tokenizer, TEXTS, [3])[3][:, :16]   # whose length is for the reader to divide by
     found = torch.from_numpy(theirs(folder, caplog, capfd).encode(TEXTS))
     torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+
+
+@needs("sentence_transformers")
+@pytest.mark.parametrize("pooling, similarity", [("mean", "cosine"), ("cls", "dot")])
+def test_folder_with_an_mlm_head(trained, pooling, similarity):
+    """ For BertForMaskedLM nothing is missing or unexpected, AutoModel finds all of the encoder, and
+    sentence-transformers gives our embeddings to 1e-5. """
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoModelForMaskedLM
+    model, tokenizer = load_model(folder := trained(pooling, similarity))
+    save_pretrained(model, tokenizer, folder, MLMHead(model.config))
+    _, masked = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    _, plain = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(masked.values()) and plain["missing_keys"] == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert all(key.startswith("cls.predictions.") for key in plain["unexpected_keys"])
+    found = torch.from_numpy(SentenceTransformer(str(folder), device="cpu").encode(TEXTS))
+    torch.testing.assert_close(found, ours(folder, (3, 48)), rtol=0, atol=1e-5)
 
 
 def test_the_files_are_read_without_our_config(trained):

@@ -324,7 +324,11 @@ def export(model, tokenizer, name, args):
         counts = sum(np.bincount(ids, minlength=len(tokenizer)) for ids in data.tokenize(texts, tokenizer, 10**6))
         smaller, small_tokenizer = cut_vocabulary(model, tokenizer, counts, args.vocab_size)
         texts = texts[::max(1, len(texts) // 1000)]   # a thousand of them show the cost
+    trained = model.config.sizes or ((model.config.num_hidden_layers, model.config.hidden_size),)
     for size, folder in zip(sizes, folders):
+        if size not in trained:
+            print(f"warning: {name} has the sizes {', '.join(map(size_name, trained))}; {size_name(size)} may be worse",
+                  file=sys.stderr)
         save_pretrained(cut(smaller, size), small_tokenizer, folder)
         megabytes = (folder / "model.safetensors").stat().st_size / 1e6
         print(f"{size_name(size)} is in {folder}: {megabytes:.1f} MB of float32")
@@ -351,8 +355,8 @@ def write_card(folder, source):
     for r in results:
         table[r["layer"], r["dim"]][f"{r['task']} {r['metric']}"] = f"{r['value']:.4f}"
     columns = list(table[sizes[-1]])
-    def of_the_hub(names):   # without local files and folders
-        return [name for name in names if re.fullmatch(r"\w[\w.-]*/[\w.:-]+", name) and not Path(name).exists()]
+    def of_the_hub(names):   # NAME:CONFIG -> NAME; the hub rejects a card with names that are not its own
+        return list(dict.fromkeys(name.split(":")[0] for name in names if name in trained.get("from_hub", [])))
     about = {
         "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],
@@ -368,7 +372,7 @@ def write_card(folder, source):
              *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *(
                  [values.get(column, "") for column in columns] for values in table.values()))),
              "", "```python", "from sentence_transformers import SentenceTransformer", "",
-             f'model = SentenceTransformer("{name}")   # this folder, or OWNER/NAME on the hub',
+             f'model = SentenceTransformer("{name}")   # the path of this folder, or OWNER/NAME on the hub',
              f'embeddings = model.encode(["a text", "another one"])   # (2, {sizes[-1][1]})']
     if len(sizes) > 1:
         (layer, dim), normalise = sizes[0], ", normalize_embeddings=True" * (config["similarity"] == "cosine")
@@ -607,9 +611,9 @@ def main(args):
             for folder in folders:
                 exported = load_model(folder, args.device)
                 evaluate_model(folder, *exported, tuple(named_sizes(exported[0].config)), args)
-        if model.config.sizes and not args.export and not args.out and (Path(name) / "args.json").exists():
+        if not args.export and not args.out and (Path(name) / "args.json").exists():
             folders = [Path(name)]                          # a run, whose results are new
-        for folder in folders:
+        for folder in folders if model.config.sizes else []:   # the card says: trained with Starbucks
             write_card(folder, find_folder(name))
     if len(files) > 1:
         compare(files, args.metrics)

@@ -694,7 +694,11 @@ def open_run(args, first_step=0):
     with readable(f"{out_dir / 'log.jsonl'}: is no log of a run", "move it away, or choose another --out_dir"):
         kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     log_file.truncate(len("".join(kept).encode()))
-    about = vars(args) | {"commit": git_commit(), "torch": torch.__version__}
+    inputs = [args.init_from, *getattr(args, "train_pairs", [])]
+    begun = read_json(out_dir / "args.json") if args.resume else {   # files and folders may be gone later
+        "from_hub": [name for name in inputs if name not in ("scratch", "docs") and not Path(name).exists()
+                     and not Path(name.split(":")[0]).exists()]}
+    about = begun | vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     return log_file
 

@@ -1,6 +1,7 @@
 """ What other programs make of our folders: sentence-transformers, AutoModel, ONNX; exports, vocabulary, card. """
 import json
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import finetune_srl
 from conftest import needs
-from model import from_pretrained, load_model, save_pretrained
+from model import MLMHead, from_pretrained, load_model, open_run, save_pretrained
 
 TEXTS = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
 
@@ -76,6 +78,23 @@ def test_a_largest_size_below_all_channels(trained, caplog, capfd, similarity):
     torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
 
 
+@needs("sentence_transformers")
+@pytest.mark.parametrize("pooling, similarity", [("mean", "cosine"), ("cls", "dot")])
+def test_folder_with_an_mlm_head(trained, pooling, similarity):
+    """ For BertForMaskedLM nothing is missing or unexpected, AutoModel finds all of the encoder, and
+    sentence-transformers gives our embeddings to 1e-5. """
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoModelForMaskedLM
+    model, tokenizer = load_model(folder := trained(pooling, similarity))
+    save_pretrained(model, tokenizer, folder, MLMHead(model.config))
+    _, masked = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    _, plain = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(masked.values()) and plain["missing_keys"] == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert all(key.startswith("cls.predictions.") for key in plain["unexpected_keys"])
+    found = torch.from_numpy(SentenceTransformer(str(folder), device="cpu").encode(TEXTS))
+    torch.testing.assert_close(found, ours(folder, (3, 48)), rtol=0, atol=1e-5)
+
+
 def test_the_files_are_read_without_our_config(trained):
     """ Pooling and similarity come back from the files for sentence-transformers alone. """
     for pooling, similarity in (("mean", "cosine"), ("cls", "dot")):
@@ -136,6 +155,15 @@ def test_exports_are_read_back(trained, tmp_path, similarity):
     assert truncated == 16 and ("Normalize" in kinds) == (similarity == "cosine")
     run(folder, "--export", "1:8,3:48", tmp_path / "two")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["1-8", "3-48"]
+
+
+def test_export_warns_of_other_sizes(trained, tmp_path, capsys):
+    """ A size that the model was not trained at is exported with a warning; its own sizes without one. """
+    folder = trained()
+    run(folder, "--export", "2:16,3:17", tmp_path / "out")
+    assert capsys.readouterr().err == f"warning: {folder} has the sizes 1:8, 2:16, 3:48; 3:17 may be worse\n"
+    run(tmp_path / "out" / "2-16", "--export", "2:20", tmp_path / "wider")   # 0 from the 17th number on
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'out' / '2-16'} has the sizes 2:16; 2:20 may be worse\n"
 
 
 def test_export_refuses(trained, beir, tmp_path, refused):
@@ -199,19 +227,38 @@ def test_card(trained, tmp_path, capsys):
               {"task": "stsb", "metric": "Spearman", "layer": None, "dim": None, "value": 0.9, "n": 9},
               {"task": "cost", "metric": "bytes", "layer": 2, "dim": 16, "value": 64, "n": 1}]
     (folder / "eval.json").write_text(json.dumps({"results": results, "per_item": {"stsb": {}}}))
-    about = {"init_from": "owner/bert", "train_pairs": [str(tmp_path), "a/set:x"]}
-    (folder / "args.json").write_text(json.dumps(about))
     run(folder, "--export", "2:16", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     about = yaml.safe_load(card.split("---\n")[1])
-    assert about["library_name"] == "sentence-transformers" and about["base_model"] == ["owner/bert"]
-    assert about["datasets"] == ["a/set:x"] and "sentence-similarity" in about["tags"]
+    assert about["library_name"] == "sentence-transformers" and "sentence-similarity" in about["tags"]
     found, = about["model-index"][0]["results"]
     assert found["dataset"]["name"] == "stsb" and found["metrics"][0]["value"] == 0.2
     assert "| 2:16 | 64 | 0.2000 |" in card and "1:8" not in card
     (tmp_path / "out" / "README.md").write_text("mine")
     evaluate.write_card(tmp_path / "out", folder)
     assert (tmp_path / "out" / "README.md").read_text() == "mine" and "stays as it is" in capsys.readouterr().out
+
+
+def test_card_names_what_the_run_had_from_the_hub(trained, tmp_path, monkeypatch):
+    """ Files and folders that the run read are not names of the hub, even if they are gone later, resumed or not. """
+    import yaml
+    monkeypatch.chdir(tmp_path)
+    for hub_model, base_model in (("out/smae", None), ("owner/bert", ["owner/bert"]), ("bert", ["bert"])):
+        for gone in ("out/smae", "data/set"):
+            (tmp_path / gone).mkdir(parents=True)
+        args = finetune_srl.parse_args(["--init_from", hub_model, "--out_dir", "run", "--train_pairs", "docs",
+                                        "data/set:x", "data/pairs.csv", "a/set:x:train", "a/set:y"])
+        (tmp_path / "data/pairs.csv").touch()
+        args.out_dir = str(folder := trained())
+        open_run(args).close()
+        shutil.rmtree("out")
+        shutil.rmtree("data")
+        for args.resume in (False, True):
+            if args.resume:
+                open_run(args).close()
+            evaluate.write_card(folder, folder)
+            about = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+            assert about.get("base_model") == base_model and about["datasets"] == ["a/set"]
 
 
 def test_an_export_is_evaluated_after_its_model(trained, tmp_path, capsys):
@@ -265,11 +312,13 @@ def test_funnel_by_hand():
 
 
 def test_a_run_without_sizes_has_no_card(trained, beir):
-    """ A run of plain MLM has no sizes of its own; it is evaluated, and no card is written. """
+    """ A run of plain MLM has no sizes of its own; it is evaluated and exported, and no card
+    says that it was trained at several. """
     folder = trained(sizes=())
     (folder / "args.json").write_text("{}")
     run(folder, "--retrieval", beir)
-    assert not (folder / "README.md").exists()
+    run(folder, "--export", "1:8", folder / "small")
+    assert not [*folder.rglob("README.md")]
 
 
 def test_queries_of_another_layer(trained, beir, tmp_path):

@@ -433,9 +433,11 @@ def load_state(folder):
         path = folder / "pytorch_model.bin"
     if not path.exists():
         raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
-    with readable(f"{path}: cannot be read", "copy or download it again"):
+    with readable(f"{path}: cannot be read", "copy or download it again, unquantised"):
         state = (load_file(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
+        for name, tensor in state.items():   # old checkpoints list their position_ids, too
+            assert tensor.is_floating_point() or name.endswith("_ids"), f"{name} is {tensor.dtype}, no float"
         # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
         return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
                 for name, tensor in state.items()}

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import data
@@ -352,6 +353,8 @@ def write_files(folder, files):
         (folder / name).parent.mkdir(exist_ok=True)
         if content is None:
             (folder / name).unlink()
+        elif isinstance(content, bytes):
+            (folder / name).write_bytes(content)
         else:
             (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
@@ -410,6 +413,11 @@ def test_flags_of_pooling_and_similarity(saved, beir, tmp_path):
     assert flags == same != own
 
 
+def weights(dtype):
+    """ a model.safetensors with one weight """
+    return safetensors.torch.save({"encoder.layer.0.output.dense.weight": torch.zeros(2, 2, dtype=dtype)})
+
+
 BROKEN = [   # files, what is said
     ({"tokenizer.json": None}, "0 words in the tokenizer"),
     ({"tokenizer.json": {"version": "1.0"}}, "its tokenizer cannot be loaded"),
@@ -419,7 +427,9 @@ BROKEN = [   # files, what is said
         ("tokenizer.json", "dict"), ("tokenizer_config.json", "dict"), ("special_tokens_map.json", "dict"))
       for text in ('{"half": ', '"a string"')),
     ({"model.safetensors": "no weights"}, "model.safetensors: cannot be read"),
-    ({"model.safetensors": None, "pytorch_model.bin": "no weights"}, "pytorch_model.bin: cannot be read")]
+    ({"model.safetensors": None, "pytorch_model.bin": "no weights"}, "pytorch_model.bin: cannot be read"),
+    *(({"model.safetensors": weights(dtype)}, f"layer.0.output.dense.weight is {dtype}, no float); copy or download it")
+      for dtype in (torch.int8, torch.bool, torch.complex64))]
 
 
 @pytest.mark.parametrize("files, message", BROKEN)

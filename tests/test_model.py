@@ -266,7 +266,8 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
     state = load_file(tmp_path / "model.safetensors")
     if form == "head":
         state = {f"bert.{name}": t for name, t in state.items()}
-        state |= {"cls.predictions.bias": torch.ones(97), "bert.pooler.dense.weight": torch.ones(48, 48)}
+        state |= {"cls.predictions.bias": torch.ones(97), "bert.pooler.dense.weight": torch.ones(48, 48),
+                  "bert.embeddings.position_ids": torch.arange(40)}
     if form == "old names":
         state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
                  for name, t in state.items()}

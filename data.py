@@ -413,7 +413,7 @@ def as_score(cell, where):
     try:
         score = float(cell)
         assert math.isfinite(score)
-    except (TypeError, ValueError, AssertionError):
+    except (TypeError, ValueError, OverflowError, AssertionError):
         raise ValueError(f"{where} {cell!r:.60} is not a finite number") from None
     return score
 

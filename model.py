@@ -813,8 +813,8 @@ def number(kind, rule, holds):
     """ an argparse type: an int or float for which holds(value). argparse names the flag, this the value and rule. """
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and holds(value)):
-            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
+        if not (holds(value) and value < 2**63):   # false for what is not a number, too
+            raise argparse.ArgumentTypeError(f"{text}: must be {'below 2**63' if holds(value) else rule}")
         return value
     parse.__name__ = kind.__name__   # for argparse's "invalid int value"
     return parse
@@ -845,8 +845,8 @@ def check_sizes(sizes, config, name="the model", flag="--sizes"):
 def device_arg(text):
     """ an argparse type: a device that torch can use """
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=text).item()   # "meta" holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
     return text
 
@@ -867,8 +867,8 @@ def training_flags(parser):
     add("--num_layers", type=positive_int, default=6, help="blocks")
     add("--hidden_size", type=number(int, "a multiple of 64, the width of an attention head",
                                      lambda value: value > 0 and value % 64 == 0), default=192, help="channels")
-    add("--vocab_size", type=number(int, "100 or more, to spell English", lambda value: value >= 100), default=8192,
-        help="WordPiece vocabulary, trained on the text")
+    add("--vocab_size", type=number(int, "100, to spell English, to 1,000,000", lambda value: 100 <= value <= 10**6),
+        default=8192, help="WordPiece vocabulary, trained on the text")
     add = parser.add_argument_group("optimisation").add_argument
     add("--learning_rate", type=positive_float, help="peak, of AdamW")
     add("--warmup", type=fraction, help="share of the steps in which the rate rises; then it falls to 0")
@@ -876,8 +876,7 @@ def training_flags(parser):
     add("--grad_clip", type=nonneg_float, default=1.0, help="largest norm of the gradient; 0 does not clip")
     add("--epochs", type=positive_float, help="passes over the data")
     add("--max_steps", type=nonneg_int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
-    add("--seed", type=number(int, "0 or more and below 2**63", lambda value: 0 <= value < 2**63), default=1,
-        help="of weights, order, windows, masks and dropout")
+    add("--seed", type=nonneg_int, default=1, help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False,

@@ -147,8 +147,8 @@ def attention(qkv, groups, H, p):
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        assert config.hidden_size % config.num_attention_heads == 0, f"{config.num_attention_heads} heads"
         self.heads = config.num_attention_heads
+        assert self.heads > 0 and config.hidden_size % self.heads == 0, f"{self.heads} heads"
         self.p = config.attention_probs_dropout_prob
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
@@ -412,7 +412,7 @@ def read_json(path, kind=dict):
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
         assert isinstance(content, kind)
-    except (ValueError, AssertionError):   # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, AssertionError, RecursionError, IsADirectoryError):   # what is not UTF-8 is a ValueError
         raise ValueError(f"{path}: not a JSON {kind.__name__}; the file is broken, copy or download it again") from None
     return content
 
@@ -445,8 +445,9 @@ def load_state(folder):
 def read_modules(folder):
     """ A folder of sentence-transformers -> the folder of its BERT, and {"pooling", "similarity"}, those that its files
     decide. Any other folder is its own BERT's. Raises ValueError for modules such as Dense. """
-    modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"]
-               for module in read_json(folder / "modules.json", list)}
+    content = read_json(folder / "modules.json", list)
+    with readable(f"{folder / 'modules.json'}: a module without type or path", "copy or download the file again"):
+        modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in content}
     unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
@@ -477,7 +478,7 @@ def from_pretrained(name, **overrides):
     known = {field.name for field in fields(BertConfig)}
     config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
     for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):
-        if getattr(config, key) not in choices:
+        if str(getattr(config, key)) not in choices:   # a list cannot be looked up
             raise ValueError(f"{name}: {key} {getattr(config, key)!r} is not supported; known are {', '.join(choices)}")
     state = load_state(folder)
     with readable(f"{name}: config.json and the tensors of the checkpoint are not of one BERT", "copy both again"):
@@ -491,7 +492,9 @@ def load_tokenizer(folder):
     """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
     from transformers import AutoTokenizer   # imported where it is used, because that takes a second or two
     with readable(f"{folder}: its tokenizer cannot be loaded", "copy or download its files again"):
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("\N{SNOWMAN}")   # fails without [UNK], now rather than at the first rare word
+        return tokenizer
 
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
@@ -503,7 +506,7 @@ def load_model(name, device="cpu", max_length=None, **overrides):
     content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
     tokenizer = load_tokenizer(folder)
     # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
-    words = len(tokenizer) if content[0] or (folder / "vocab.txt").exists() else 0
+    words = 1 + max(tokenizer.get_vocab().values(), default=-1) if content[0] or (folder / "vocab.txt").exists() else 0
     message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
     if not 0 < words <= model.config.vocab_size:
         raise ValueError(message)
@@ -515,7 +518,9 @@ def load_model(name, device="cpu", max_length=None, **overrides):
         backend = tokenizer.backend_tokenizer
         backend.normalizer = Sequence([Lowercase(), backend.normalizer])
     length = max_length or st_config.get("max_seq_length") or tokenizer.model_max_length
-    tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
+    with readable(f"{name}: its max_seq_length is {length!r}", "write 3 or more tokens there, or give --max_length"):
+        tokenizer.model_max_length = min(int(length), model.config.max_position_embeddings)
+        assert tokenizer.model_max_length >= 3, "[CLS], a token and [SEP]"
     return model, tokenizer
 
 def load_head(name, config):
@@ -523,7 +528,8 @@ def load_head(name, config):
     state, head = load_state(find_folder(name)), MLMHead(config)
     theirs = {ours: state.get(f"cls.predictions.{hf}") for ours, hf in HEAD.items()}
     if all(tensor is not None for tensor in theirs.values()):
-        head.load_state_dict(theirs)
+        with readable(f"{name}: its MLM head does not fit its BERT", "copy or download the weights again"):
+            head.load_state_dict(theirs)
     return head.float()
 
 def save_pretrained(model, tokenizer, folder, head=None):

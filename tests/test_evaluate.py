@@ -425,7 +425,14 @@ BROKEN = [   # files, what is said
     *(({file: text}, f"{file}: not a JSON {kind}") for file, kind in (
         ("config.json", "dict"), ("modules.json", "list"), ("sentence_bert_config.json", "dict"), (SIMILARITY, "dict"),
         ("tokenizer.json", "dict"), ("tokenizer_config.json", "dict"), ("special_tokens_map.json", "dict"))
-      for text in ('{"half": ', '"a string"')),
+      for text in ('{"half": ', '"a string"', "[" * 10**5)),
+    *(({"modules.json": [module]}, "modules.json: a module without type or path")
+      for module in (1, {}, {"type": "s.Transformer"}, {"type": 5, "path": ""}, {"type": "s.Pooling", "path": None})),
+    *(({"sentence_bert_config.json": {"max_seq_length": length}}, f"its max_seq_length is {length!r}")
+      for length in ("many", -5, 2, [5], True)),
+    ({"tokenizer_config.json": {"model_max_length": "many"}}, "its tokenizer cannot be loaded (TypeError: "),
+    ({"vocab.txt": "apple\n", "tokenizer.json": None}, "Missing [UNK]"),
+    ({"vocab.txt": "[UNK]\n" + "apple\n" * 9999, "tokenizer.json": None}, "words in the tokenizer"),
     ({"model.safetensors": "no weights"}, "model.safetensors: cannot be read"),
     ({"model.safetensors": None, "pytorch_model.bin": "no weights"}, "pytorch_model.bin: cannot be read"),
     *(({"model.safetensors": weights(dtype)}, f"layer.0.output.dense.weight is {dtype}, no float); copy or download it")

@@ -423,15 +423,23 @@ def load_results(spec):
     label, _, files = spec.rpartition("=")
     results, per_item = [], {}
     for file in files.split(","):
-        run = read_json(Path(file))
-        if not run.get("per_item") or "results" not in run:
-            raise ValueError(f"--compare {file}: no such file, or not one that evaluate.py wrote")
-        results += run["results"]
+        with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
+            run = json.loads(Path(file).read_text(encoding="utf-8"))
+            label = label or Path(run["model"]).name
+            results += [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
+                        for r in run["results"]]
+            for task, items in run["per_item"].items():
+                sizes = [size for size in items if ":" in size and parse_sizes(size)]
+                values = [items[size][metric] for size in sizes for metric in items[size]]
+                shape = len(values), len(items.get("gold", items.get("ids", [])))
+                assert np.isfinite(np.array(values, float).reshape(shape)).all(), f"a value of {task} is no number"
         for task, items in run["per_item"].items():
-            if any(per_item.get(task, items).get(key) != items.get(key) for key in ("ids", "gold")):
+            known = per_item.setdefault(task, {})
+            if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")
-            per_item[task] = per_item.get(task, {}) | items
-        label = label or Path(run["model"]).name
+            if twice := [size for size in items if ":" in size and size in known]:
+                raise ValueError(f"--compare {spec}: two files have {task} at {twice[0]}; leave one of them out")
+            known.update(items)
     return label, results, per_item
 
 def compare(specs, metrics=()):
@@ -499,6 +507,9 @@ def plot(specs, path, metrics=()):
             return np.mean([r["value"] for r in chosen if (r["layer"], r["dim"]) == size])
         sizes = sorted({(r["layer"], r["dim"]) for r in chosen} - {BM25})
         mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
+        if not chosen or set(metrics) - {r["metric"] for r in chosen} or set(sizes) - mflop.keys():
+            raise ValueError(f"--plot: {spec} lacks {' or '.join(metrics) or 'Spearman and nDCG@10'}, or the cost of a "
+                             "size; choose other --metrics, or evaluate again")
         x = [mflop[size] for size in sizes]
         axes.plot(x, [mean(size) for size in sizes], "o-", color=color, label=label)
         if spec == specs[0]:

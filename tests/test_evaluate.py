@@ -651,7 +651,56 @@ def test_compare_what_cannot_be_compared(results_file, tmp_path, refused):
     for name, other in (("other", content), ("empty", {"per_item": 5})):
         (tmp_path / f"{name}.json").write_text(json.dumps(other))
     assert "set is not the same set in all" in refused(evaluate, ["--compare", a, f"x={b},{tmp_path / 'other.json'}"])
-    assert "not one that evaluate.py wrote" in refused(evaluate, ["--compare", a, str(tmp_path / "empty.json")])
+    assert "no file that evaluate.py wrote" in refused(evaluate, ["--compare", a, str(tmp_path / "empty.json")])
+
+
+def change(key, value):
+    """ a function that sets results[key], or what is at per_item["set"][key]; None deletes it """
+    def do(content):
+        place = content["per_item"]["set"] if key in ("ids", "1:8", "a:8") else content
+        place.pop(key, None)
+        if value is not None:
+            place[key] = value
+    return do
+
+
+@pytest.mark.parametrize("spoil, flags, message", [
+    *((change(key, value), ["A", "B"], "--compare B: 'B' is no file that evaluate.py wrote")
+      for key, value in (("model", None), ("model", 5), ("results", None), ("results", ["a"]), ("results", [{"n": 1}]),
+                         ("per_item", [1]), ("per_item", "text"), ("per_item", {"set": [1]}), ("ids", None),
+                         ("1:8", 5), ("a:8", {"MRR@10": [0.5] * 200}), ("1:8", {"MRR@10": [None] * 200}),
+                         ("1:8", {"MRR@10": ["a"] * 200}), ("1:8", {"MRR@10": [0.5] * 9}))),
+    (None, ["A", ""], "--compare : '' is no file that evaluate.py wrote"),
+    (None, ["A", "x=B,"], "--compare x=B,: '' is no file"),
+    (None, ["A", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+    (None, ["A", "FOLDER"], "Is a directory"),
+    (None, ["A", "x=B,B"], "--compare x=B,B: two files have set at 1:8; leave one of them out"),
+])
+def test_results_that_a_hand_wrote(results_file, tmp_path, refused, spoil, flags, message):
+    """ A file of results that lacks something, or that joins the same size twice, is refused. """
+    paths = {name: results_file(name.lower(), {"1:8": [0.25, 0.5] * 100}) for name in "AB"}
+    if spoil:
+        spoil(content := json.loads(open(paths["B"]).read()))
+        (tmp_path / "b.json").write_text(json.dumps(content))
+    for name, path in [*paths.items(), ("FOLDER", str(tmp_path))]:
+        flags, message = [re.sub(rf"\b{name}\b", path, flag) for flag in flags], re.sub(rf"\b{name}\b", path, message)
+    said = refused(evaluate, ["--compare", *flags])
+    assert message in said and "\n" not in said
+
+
+@needs("matplotlib")
+def test_plot_of_what_is_not_there(results_file, tmp_path, refused):
+    """ --plot refuses results without one of --metrics or without a cost, and draws nothing. """
+    file, svg = results_file("a", {"1:8": [0.25] * 200}), tmp_path / "f.svg"
+    for metrics, lacks in ((["Spearman"], "Spearman"), (["MRR@10", "Spearman"], "MRR@10 or Spearman")):
+        said = refused(evaluate, ["--compare", file, "--plot", str(svg), "--metrics", *metrics])
+        assert f"--plot: {file} lacks {lacks}, or the cost of a size" in said
+    content = json.loads(open(file).read())
+    for kept in ("cost", "set"):
+        rows = [r for r in content["results"] if r["task"] == kept]
+        (tmp_path / "a.json").write_text(json.dumps(content | {"results": rows}))
+        assert "lacks Spearman and nDCG@10, or the cost of a" in refused(evaluate, ["--compare", file, "--plot", str(svg)])
+    assert not svg.exists()
 
 
 def test_bm25_of_no_words(recwarn):

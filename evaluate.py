@@ -602,7 +602,11 @@ def main(args):
     for task in args.sts:         # a mistake in the last file should show before the first is evaluated
         data.load_sts(task)
     for task in args.retrieval:
-        next(data.Collection(task).shards())
+        collection = data.Collection(task)
+        for ids, _ in collection.shards() if args.save_run else [next(collection.shards())]:
+            for key in (collection.task, *collection.queries, *ids):
+                if args.save_run and len(key.split()) != 1:
+                    raise ValueError(f"--save_run: {key!r} of {task} is not one word, as a run needs; rename it")
     ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
     for name in args.models:
         model, tokenizer = load_model(name, args.device, args.max_length, **ways)
@@ -637,6 +641,8 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     out = args.out or (Path(name) / "eval.json" if ours else None)
     if not out and (args.plot or args.compare):
         raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
+    if out and Path(out).is_file() and not re.search(r'"per_item"|^\s*$', Path(out).read_text(errors="replace")):
+        raise ValueError(f"--out {out}: holds what evaluate.py did not write; choose another file")
     for folder in filter(None, (args.embeddings_dir, args.save_run)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation

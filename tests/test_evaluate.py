@@ -522,11 +522,11 @@ def test_bootstrap_of_very_few_pairs():
 def test_no_nan_in_the_results(saved, sts_file, tmp_path, monkeypatch):
     """ A value that is not a number is an error, and the file of an earlier evaluation stays. """
     out = tmp_path / "o.json"
-    out.write_text("earlier")
+    out.write_text('{"per_item": "earlier"}')
     monkeypatch.setattr(evaluate, "spearman", lambda x, y: math.nan)
     with pytest.raises(ValueError, match="JSON compliant"):
         evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--out", str(out)]))
-    assert out.read_text() == "earlier"
+    assert out.read_text() == '{"per_item": "earlier"}'
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -540,7 +540,11 @@ def test_no_nan_in_the_results(saved, sts_file, tmp_path, monkeypatch):
     (["--retrieval", "BEIR", "--save_run", "STS"], "File exists"),
     (["--retrieval", "BEIR", "--embeddings_dir", "STS"], "File exists"),
     (["--sts", "STS", "--query_layer", "1", "--compare", "STS"], "--compare and --plot: this model's results go into"),
-    (["--sts", "STS", "--query_layer", "1", "--plot", "FOLDER/f.svg"], "add --out FILE.json")])
+    (["--sts", "STS", "--query_layer", "1", "--plot", "FOLDER/f.svg"], "add --out FILE.json"),
+    (["--sts", "STS", "--out", "STS"], "holds what evaluate.py did not write; choose another file"),
+    (["--sts", "STS", "--out", "BROKEN"], "holds what evaluate.py did not write"),
+    (["--retrieval", "MY SET", "--save_run", "FOLDER/run"], "--save_run: 'my set' of"),
+    (["--retrieval", "BLANKS", "--save_run", "FOLDER/run"], "--save_run: 'd 4' of")])
 def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_path, monkeypatch, flags, message):
     """ A second task that is broken, and a file that cannot be written, are refused before a text is embedded. """
     (tmp_path / "bad.jsonl").write_text('{"sentence1": "a"}\n')
@@ -549,9 +553,15 @@ def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_pa
     (tmp_path / "nothing").mkdir()
     shutil.copytree(beir, tmp_path / "no_corpus")
     (tmp_path / "no_corpus" / "corpus.jsonl.gz").unlink()
+    for name in ("my set", "blanks"):
+        shutil.copytree(tmp_path / "no_corpus", tmp_path / name)
+        (tmp_path / name / "corpus.jsonl").write_text("".join(
+            f'{{"_id": "{key}", "text": "text"}}\n' for key in ("d1", "d2", "d3", "d 4" if name == "blanks" else "d4")))
     paths = {"STS": sts_file, "BROKEN": tmp_path / "bad.jsonl", "CONSTANT": tmp_path / "same.jsonl", "BEIR": beir,
-             "NOTHING": tmp_path / "nothing", "NO_CORPUS": tmp_path / "no_corpus", "FOLDER": tmp_path}
+             "NOTHING": tmp_path / "nothing", "NO_CORPUS": tmp_path / "no_corpus", "FOLDER": tmp_path,
+             "MY SET": tmp_path / "my set", "BLANKS": tmp_path / "blanks"}
     monkeypatch.setattr(evaluate, "embed_texts", lambda *args: pytest.fail("an evaluation began"))
+    monkeypatch.setattr(data, "SHARD", 2)   # the blank is not in the first shard
     for name, path in paths.items():
         flags = [re.sub(rf"^{name}\b", str(path), flag) for flag in flags]
     with pytest.raises((ValueError, OSError), match=re.escape(message)):

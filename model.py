@@ -662,7 +662,7 @@ def check_finite(step, loss, norm, terms, scaler, args):
 
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
-             "sentence_bert_config.json", "args.json", "eval.json", "log.jsonl")
+             "sentence_bert_config.json", "eval.json", "args.json", "log.jsonl")   # the last two alone: nothing saved
 
 def check_out_dir(parser, args):
     """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
@@ -674,8 +674,7 @@ def check_out_dir(parser, args):
     if args.resume and not (out_dir / STATE).exists():
         parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
                      "checkpoint; leave --resume out to begin a run")
-    found = [name for name in (STATE, "model.safetensors", "pytorch_model.bin", "config.json")
-             if (out_dir / name).exists()]
+    found = [name for name in (*RUN_FILES[:-2], "pytorch_model.bin") if (out_dir / name).exists()]
     if found and not args.resume and not args.overwrite:
         parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
                      + (" or --resume" if STATE in found else ""))

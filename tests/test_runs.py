@@ -349,8 +349,11 @@ def test_the_folder_of_the_other_script_is_refused(script, flags, whole, refused
 @BOTH
 def test_the_folder_of_another_model_is_refused(script, flags, tmp_path, refused):
     """ Files that a run would write over are refused without --overwrite, whoever wrote them. """
-    (tmp_path / "config.json").write_text("{}")
-    assert "holds a run" in refused(script, [*flags[script], "--out_dir", str(tmp_path)])
+    for name in ("config.json", "pytorch_model.bin", "tokenizer.json", "1_Pooling/config.json", "eval.json"):
+        (tmp_path / name / "..").resolve().mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        assert "holds a run" in refused(script, [*flags[script], "--out_dir", str(tmp_path)])
+        (tmp_path / name).unlink()
 
 
 def test_the_state_beside_another_model(flags, bert_folder, tmp_path, refused):

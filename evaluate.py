@@ -577,6 +577,8 @@ def parse_args(argv=None):
         parser.error(f"--compare {args.compare[0]}: is one file; name another one to compare it with")
     if searching and (tasks or evaluating or args.export):
         parser.error("--search answers a question and evaluates nothing; use it without the flags of an evaluation")
+    if args.search == "" and not sys.stdin:
+        parser.error("--search without a QUESTION reads some from stdin, which is closed; add the question")
     if args.export and (len(args.models) > 1 or evaluating):
         parser.error("--export takes one MODEL, and of an evaluation --sts and --retrieval; leave the rest out")
     if args.vocab_size and not args.export:

@@ -731,6 +731,12 @@ def test_a_question_that_is_no_text(saved, tmp_path, refused):
     assert "--search holds" in refused(evaluate, flags)
 
 
+def test_no_question_and_no_stdin(refused, monkeypatch):
+    """ --search without a question is refused at once where stdin is closed. """
+    monkeypatch.setattr("sys.stdin", None)
+    assert "--search without a QUESTION reads some from stdin, which is closed" in refused(evaluate, ["m", "--search"])
+
+
 def test_compare_tests_the_chosen_metrics_alone(results_file, capsys):
     """ --metrics chooses the lines, and Bonferroni's correction counts these alone. """
     rng = np.random.default_rng(0)

@@ -298,6 +298,7 @@ def test_every_step_has_dropout_of_its_own(flags, tmp_path, monkeypatch):
     ("empty", [], "cannot be read"),
     ("old", [], "cannot be read (KeyError: 'about')"),
     ("log", [], "log.jsonl: is no log of a run"),
+    ("model", [], f"is not that of {STATE}"),
     ("gone", [], "--resume: there is no"),
 ])
 def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped, pairs_file, tmp_path, refused):
@@ -321,6 +322,8 @@ def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped
         torch.save(state, out / STATE)
     if damage == "log":
         (out / "log.jsonl").write_text("\0\0\n")
+    if damage == "model":
+        torch.save(torch.load(out / STATE) | {"model": {}}, out / STATE)
     if damage == "gone":
         (out / STATE).unlink()
     before = contents(out)

@@ -644,7 +644,7 @@ def load_passages(source):
         if re.search(r"\.jsonl(\.gz)?$", file.name):
             for line, row in read_rows(file):
                 passages += [(f"{file}:{line}", text) for text in as_texts(row, f"{file}, line {line}:")]
-        elif re.search(r"\.(txt|md)(\.gz)?$", file.name) and file.exists():
+        elif re.search(r"\.(txt|md)(\.gz)?$", file.name) and file.is_file():
             numbered = enumerate(read_lines(file), start=1)
             for filled, group in itertools.groupby(numbered, key=lambda row: bool(row[1].strip())):
                 if filled:

@@ -413,7 +413,7 @@ def as_score(cell, where):
     try:
         score = float(cell)
         assert math.isfinite(score)
-    except (TypeError, ValueError, AssertionError):
+    except (TypeError, ValueError, OverflowError, AssertionError):
         raise ValueError(f"{where} {cell!r:.60} is not a finite number") from None
     return score
 
@@ -645,7 +645,7 @@ def load_passages(source):
         if re.search(r"\.jsonl(\.gz)?$", file.name):
             for line, row in read_rows(file):
                 passages += [(f"{file}:{line}", text) for text in as_texts(row, f"{file}, line {line}:")]
-        elif re.search(r"\.(txt|md)(\.gz)?$", file.name) and file.exists():
+        elif re.search(r"\.(txt|md)(\.gz)?$", file.name) and file.is_file():
             numbered = enumerate(read_lines(file), start=1)
             for filled, group in itertools.groupby(numbered, key=lambda row: bool(row[1].strip())):
                 if filled:

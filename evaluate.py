@@ -427,15 +427,23 @@ def load_results(spec):
     label, _, files = spec.rpartition("=")
     results, per_item = [], {}
     for file in files.split(","):
-        run = read_json(Path(file))
-        if not run.get("per_item") or "results" not in run:
-            raise ValueError(f"--compare {file}: no such file, or not one that evaluate.py wrote")
-        results += run["results"]
+        with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
+            run = json.loads(Path(file).read_text(encoding="utf-8"))
+            label = label or Path(run["model"]).name
+            results += [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
+                        for r in run["results"]]
+            for task, items in run["per_item"].items():
+                sizes = [size for size in items if ":" in size and parse_sizes(size)]
+                values = [items[size][metric] for size in sizes for metric in items[size]]
+                shape = len(values), len(items.get("gold", items.get("ids", [])))
+                assert np.isfinite(np.array(values, float).reshape(shape)).all(), f"a value of {task} is no number"
         for task, items in run["per_item"].items():
-            if any(per_item.get(task, items).get(key) != items.get(key) for key in ("ids", "gold")):
+            known = per_item.setdefault(task, {})
+            if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")
-            per_item[task] = per_item.get(task, {}) | items
-        label = label or Path(run["model"]).name
+            if twice := [size for size in items if ":" in size and size in known]:
+                raise ValueError(f"--compare {spec}: two files have {task} at {twice[0]}; leave one of them out")
+            known.update(items)
     return label, results, per_item
 
 def compare(specs, metrics=()):
@@ -503,6 +511,9 @@ def plot(specs, path, metrics=()):
             return np.mean([r["value"] for r in chosen if (r["layer"], r["dim"]) == size])
         sizes = sorted({(r["layer"], r["dim"]) for r in chosen} - {BM25})
         mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
+        if not chosen or set(metrics) - {r["metric"] for r in chosen} or set(sizes) - mflop.keys():
+            raise ValueError(f"--plot: {spec} lacks {' or '.join(metrics) or 'Spearman and nDCG@10'}, or the cost of a "
+                             "size; choose other --metrics, or evaluate again")
         x = [mflop[size] for size in sizes]
         axes.plot(x, [mean(size) for size in sizes], "o-", color=color, label=label)
         if spec == specs[0]:
@@ -570,6 +581,8 @@ def parse_args(argv=None):
         parser.error(f"--compare {args.compare[0]}: is one file; name another one to compare it with")
     if searching and (tasks or evaluating or args.export):
         parser.error("--search answers a question and evaluates nothing; use it without the flags of an evaluation")
+    if args.search == "" and not sys.stdin:
+        parser.error("--search without a QUESTION reads some from stdin, which is closed; add the question")
     if args.export and (len(args.models) > 1 or evaluating):
         parser.error("--export takes one MODEL, and of an evaluation --sts and --retrieval; leave the rest out")
     if args.vocab_size and not args.export:
@@ -595,7 +608,11 @@ def main(args):
     for task in args.sts:         # a mistake in the last file should show before the first is evaluated
         data.load_sts(task)
     for task in args.retrieval:
-        next(data.Collection(task).shards())
+        collection = data.Collection(task)
+        for ids, _ in collection.shards() if args.save_run else [next(collection.shards())]:
+            for key in (collection.task, *collection.queries, *ids):
+                if args.save_run and len(key.split()) != 1:
+                    raise ValueError(f"--save_run: {key!r} of {task} is not one word, as a run needs; rename it")
     ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
     for name in args.models:
         model, tokenizer = load_model(name, args.device, args.max_length, **ways)
@@ -630,6 +647,8 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     out = args.out or (Path(name) / "eval.json" if ours else None)
     if not out and (args.plot or args.compare):
         raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
+    if out and Path(out).is_file() and not re.search(r'"per_item"|^\s*$', Path(out).read_text(errors="replace")):
+        raise ValueError(f"--out {out}: holds what evaluate.py did not write; choose another file")
     for folder in filter(None, (args.embeddings_dir, args.save_run)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation

@@ -23,8 +23,8 @@ import evaluate
 from model import (POOLINGS, SIMILARITIES, STATE, Bert, BertConfig, HelpFormatter, average, catch_signals, check_about,
                    check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, interrupted,
                    keep_freed_memory, load_model, load_run, log, named_sizes, nonneg_float, nonneg_int, open_run, pack,
-                   permute_channels, positive_float, positive_int, run_script, save_run, score, size_name, start_ranks,
-                   sum_over_ranks, text_length, training_flags)
+                   permute_channels, positive_float, positive_int, readable, run_script, save_run, score, size_name,
+                   start_ranks, sum_over_ranks, text_length, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -278,8 +278,9 @@ def main(args):
              "--teacher": teacher and evaluate.made_by(teacher, tokenizer, args.dtype)}
     if saved:
         check_about(args, saved, about)
-        for name, part in trained.items():
-            part.load_state_dict(saved[name])
+        with readable(f"--resume: the model in {args.out_dir} is not that of {STATE}", "begin again with --overwrite"):
+            for name, part in trained.items():
+                part.load_state_dict(saved[name])
         first_step = saved["step"]
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch

@@ -147,8 +147,8 @@ def attention(qkv, groups, H, p):
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        assert config.hidden_size % config.num_attention_heads == 0, f"{config.num_attention_heads} heads"
         self.heads = config.num_attention_heads
+        assert self.heads > 0 and config.hidden_size % self.heads == 0, f"{self.heads} heads"
         self.p = config.attention_probs_dropout_prob
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
@@ -412,7 +412,7 @@ def read_json(path, kind=dict):
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
         assert isinstance(content, kind)
-    except (ValueError, AssertionError):   # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, AssertionError, RecursionError, IsADirectoryError):   # what is not UTF-8 is a ValueError
         raise ValueError(f"{path}: not a JSON {kind.__name__}; the file is broken, copy or download it again") from None
     return content
 
@@ -433,9 +433,11 @@ def load_state(folder):
         path = folder / "pytorch_model.bin"
     if not path.exists():
         raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
-    with readable(f"{path}: cannot be read", "copy or download it again"):
+    with readable(f"{path}: cannot be read", "copy or download it again, unquantised"):
         state = (load_file(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
+        for name, tensor in state.items():   # old checkpoints list their position_ids, too
+            assert tensor.is_floating_point() or name.endswith("_ids"), f"{name} is {tensor.dtype}, no float"
         # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
         return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
                 for name, tensor in state.items()}
@@ -443,8 +445,9 @@ def load_state(folder):
 def read_modules(folder):
     """ A folder of sentence-transformers -> the folder of its BERT, and {"pooling", "similarity"}, those that its files
     decide. Any other folder is its own BERT's. Raises ValueError for modules such as Dense. """
-    modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"]
-               for module in read_json(folder / "modules.json", list)}
+    content = read_json(folder / "modules.json", list)
+    with readable(f"{folder / 'modules.json'}: a module without type or path", "copy or download the file again"):
+        modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in content}
     unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
@@ -475,7 +478,7 @@ def from_pretrained(name, **overrides):
     known = {field.name for field in fields(BertConfig)}
     config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
     for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):
-        if getattr(config, key) not in choices:
+        if str(getattr(config, key)) not in choices:   # a list cannot be looked up
             raise ValueError(f"{name}: {key} {getattr(config, key)!r} is not supported; known are {', '.join(choices)}")
     state = load_state(folder)
     with readable(f"{name}: config.json and the tensors of the checkpoint are not of one BERT", "copy both again"):
@@ -489,7 +492,9 @@ def load_tokenizer(folder):
     """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
     from transformers import AutoTokenizer   # imported where it is used, because that takes a second or two
     with readable(f"{folder}: its tokenizer cannot be loaded", "copy or download its files again"):
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("\N{SNOWMAN}")   # fails without [UNK], now rather than at the first rare word
+        return tokenizer
 
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
@@ -501,7 +506,7 @@ def load_model(name, device="cpu", max_length=None, **overrides):
     content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
     tokenizer = load_tokenizer(folder)
     # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
-    words = len(tokenizer) if content[0] or (folder / "vocab.txt").exists() else 0
+    words = 1 + max(tokenizer.get_vocab().values(), default=-1) if content[0] or (folder / "vocab.txt").exists() else 0
     message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
     if not 0 < words <= model.config.vocab_size:
         raise ValueError(message)
@@ -513,7 +518,9 @@ def load_model(name, device="cpu", max_length=None, **overrides):
         backend = tokenizer.backend_tokenizer
         backend.normalizer = Sequence([Lowercase(), backend.normalizer])
     length = max_length or st_config.get("max_seq_length") or tokenizer.model_max_length
-    tokenizer.model_max_length = min(length, model.config.max_position_embeddings)
+    with readable(f"{name}: its max_seq_length is {length!r}", "write 3 or more tokens there, or give --max_length"):
+        tokenizer.model_max_length = min(int(length), model.config.max_position_embeddings)
+        assert tokenizer.model_max_length >= 3, "[CLS], a token and [SEP]"
     return model, tokenizer
 
 def load_head(name, config):
@@ -521,7 +528,8 @@ def load_head(name, config):
     state, head = load_state(find_folder(name)), MLMHead(config)
     theirs = {ours: state.get(f"cls.predictions.{hf}") for ours, hf in HEAD.items()}
     if all(tensor is not None for tensor in theirs.values()):
-        head.load_state_dict(theirs)
+        with readable(f"{name}: its MLM head does not fit its BERT", "copy or download the weights again"):
+            head.load_state_dict(theirs)
     return head.float()
 
 def save_pretrained(model, tokenizer, folder, head=None):
@@ -654,7 +662,7 @@ def check_finite(step, loss, norm, terms, scaler, args):
 
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
-             "sentence_bert_config.json", "args.json", "eval.json", "log.jsonl")
+             "sentence_bert_config.json", "eval.json", "args.json", "log.jsonl")   # the last two alone: nothing saved
 
 def check_out_dir(parser, args):
     """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
@@ -666,8 +674,7 @@ def check_out_dir(parser, args):
     if args.resume and not (out_dir / STATE).exists():
         parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
                      "checkpoint; leave --resume out to begin a run")
-    found = [name for name in (STATE, "model.safetensors", "pytorch_model.bin", "config.json")
-             if (out_dir / name).exists()]
+    found = [name for name in (*RUN_FILES[:-2], "pytorch_model.bin") if (out_dir / name).exists()]
     if found and not args.resume and not args.overwrite:
         parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
                      + (" or --resume" if STATE in found else ""))
@@ -815,8 +822,8 @@ def number(kind, rule, holds):
     """ an argparse type: an int or float for which holds(value). argparse names the flag, this the value and rule. """
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and holds(value)):
-            raise argparse.ArgumentTypeError(f"{text}: must be {rule}")
+        if not (holds(value) and value < 2**63):   # false for what is not a number, too
+            raise argparse.ArgumentTypeError(f"{text}: must be {'below 2**63' if holds(value) else rule}")
         return value
     parse.__name__ = kind.__name__   # for argparse's "invalid int value"
     return parse
@@ -847,8 +854,8 @@ def check_sizes(sizes, config, name="the model", flag="--sizes"):
 def device_arg(text):
     """ an argparse type: a device that torch can use """
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=text).item()   # "meta" holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
     return text
 
@@ -869,8 +876,8 @@ def training_flags(parser):
     add("--num_layers", type=positive_int, default=6, help="blocks")
     add("--hidden_size", type=number(int, "a multiple of 64, the width of an attention head",
                                      lambda value: value > 0 and value % 64 == 0), default=192, help="channels")
-    add("--vocab_size", type=number(int, "100 or more, to spell English", lambda value: value >= 100), default=8192,
-        help="WordPiece vocabulary, trained on the text")
+    add("--vocab_size", type=number(int, "100, to spell English, to 1,000,000", lambda value: 100 <= value <= 10**6),
+        default=8192, help="WordPiece vocabulary, trained on the text")
     add = parser.add_argument_group("optimisation").add_argument
     add("--learning_rate", type=positive_float, help="peak, of AdamW")
     add("--warmup", type=fraction, help="share of the steps in which the rate rises; then it falls to 0")
@@ -878,8 +885,7 @@ def training_flags(parser):
     add("--grad_clip", type=nonneg_float, default=1.0, help="largest norm of the gradient; 0 does not clip")
     add("--epochs", type=positive_float, help="passes over the data")
     add("--max_steps", type=nonneg_int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
-    add("--seed", type=number(int, "0 or more and below 2**63", lambda value: 0 <= value < 2**63), default=1,
-        help="of weights, order, windows, masks and dropout")
+    add("--seed", type=nonneg_int, default=1, help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False,

@@ -206,6 +206,8 @@ def build_model(args, saved):
     else:
         bert, tokenizer = load_model(init_from, **dropout)
         head = load_head(init_from, bert.config)
+        if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id):
+            raise ValueError(f"{init_from}: its tokenizer has no [CLS], [SEP] or [MASK]; copy a BERT's files there")
     config = bert.config
     if args.max_length > config.max_position_embeddings:
         raise ValueError(f"--max_length {args.max_length}: {init_from} has {config.max_position_embeddings} positions; "

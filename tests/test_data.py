@@ -156,6 +156,7 @@ REFUSED = [   # file, its content, what is said
     ("p.csv", STS + "a,b,1\na,b,high\n", "p.csv, line 3: the score 'high' is not a finite number"),
     ("p.csv", STS + "a,b,nan\n", "line 2: the score 'nan' is not a finite number"),
     ("p.csv", STS + "a,b,\n", "line 2: the score '' is not a finite number"),
+    ("p.jsonl", f'{{"sentence1": "a", "sentence2": "b", "score": {"9" * 400}}}\n', "line 1: the score 9+ is not a"),
     ("p.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1}\n{"sentence1": "a", "sentence2": "b"}\n',
      "line 2: the score None is not a finite number"),
     ("p.parquet", [{"query": "q", "positive": "p"}, {"query": None, "positive": "p"}],

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import data
@@ -352,6 +353,8 @@ def write_files(folder, files):
         (folder / name).parent.mkdir(exist_ok=True)
         if content is None:
             (folder / name).unlink()
+        elif isinstance(content, bytes):
+            (folder / name).write_bytes(content)
         else:
             (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
@@ -410,6 +413,11 @@ def test_flags_of_pooling_and_similarity(saved, beir, tmp_path):
     assert flags == same != own
 
 
+def weights(dtype):
+    """ a model.safetensors with one weight """
+    return safetensors.torch.save({"encoder.layer.0.output.dense.weight": torch.zeros(2, 2, dtype=dtype)})
+
+
 BROKEN = [   # files, what is said
     ({"tokenizer.json": None}, "0 words in the tokenizer"),
     ({"tokenizer.json": {"version": "1.0"}}, "its tokenizer cannot be loaded"),
@@ -417,9 +425,18 @@ BROKEN = [   # files, what is said
     *(({file: text}, f"{file}: not a JSON {kind}") for file, kind in (
         ("config.json", "dict"), ("modules.json", "list"), ("sentence_bert_config.json", "dict"), (SIMILARITY, "dict"),
         ("tokenizer.json", "dict"), ("tokenizer_config.json", "dict"), ("special_tokens_map.json", "dict"))
-      for text in ('{"half": ', '"a string"')),
+      for text in ('{"half": ', '"a string"', "[" * 10**5)),
+    *(({"modules.json": [module]}, "modules.json: a module without type or path")
+      for module in (1, {}, {"type": "s.Transformer"}, {"type": 5, "path": ""}, {"type": "s.Pooling", "path": None})),
+    *(({"sentence_bert_config.json": {"max_seq_length": length}}, f"its max_seq_length is {length!r}")
+      for length in ("many", -5, 2, [5], True)),
+    ({"tokenizer_config.json": {"model_max_length": "many"}}, "its tokenizer cannot be loaded (TypeError: "),
+    ({"vocab.txt": "apple\n", "tokenizer.json": None}, "Missing [UNK]"),
+    ({"vocab.txt": "[UNK]\n" + "apple\n" * 9999, "tokenizer.json": None}, "words in the tokenizer"),
     ({"model.safetensors": "no weights"}, "model.safetensors: cannot be read"),
-    ({"model.safetensors": None, "pytorch_model.bin": "no weights"}, "pytorch_model.bin: cannot be read")]
+    ({"model.safetensors": None, "pytorch_model.bin": "no weights"}, "pytorch_model.bin: cannot be read"),
+    *(({"model.safetensors": weights(dtype)}, f"layer.0.output.dense.weight is {dtype}, no float); copy or download it")
+      for dtype in (torch.int8, torch.bool, torch.complex64))]
 
 
 @pytest.mark.parametrize("files, message", BROKEN)
@@ -505,11 +522,11 @@ def test_bootstrap_of_very_few_pairs():
 def test_no_nan_in_the_results(saved, sts_file, tmp_path, monkeypatch):
     """ A value that is not a number is an error, and the file of an earlier evaluation stays. """
     out = tmp_path / "o.json"
-    out.write_text("earlier")
+    out.write_text('{"per_item": "earlier"}')
     monkeypatch.setattr(evaluate, "spearman", lambda x, y: math.nan)
     with pytest.raises(ValueError, match="JSON compliant"):
         evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, "--out", str(out)]))
-    assert out.read_text() == "earlier"
+    assert out.read_text() == '{"per_item": "earlier"}'
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -523,7 +540,11 @@ def test_no_nan_in_the_results(saved, sts_file, tmp_path, monkeypatch):
     (["--retrieval", "BEIR", "--save_run", "STS"], "File exists"),
     (["--retrieval", "BEIR", "--embeddings_dir", "STS"], "File exists"),
     (["--sts", "STS", "--query_layer", "1", "--compare", "STS"], "--compare and --plot: this model's results go into"),
-    (["--sts", "STS", "--query_layer", "1", "--plot", "FOLDER/f.svg"], "add --out FILE.json")])
+    (["--sts", "STS", "--query_layer", "1", "--plot", "FOLDER/f.svg"], "add --out FILE.json"),
+    (["--sts", "STS", "--out", "STS"], "holds what evaluate.py did not write; choose another file"),
+    (["--sts", "STS", "--out", "BROKEN"], "holds what evaluate.py did not write"),
+    (["--retrieval", "MY SET", "--save_run", "FOLDER/run"], "--save_run: 'my set' of"),
+    (["--retrieval", "BLANKS", "--save_run", "FOLDER/run"], "--save_run: 'd 4' of")])
 def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_path, monkeypatch, flags, message):
     """ A second task that is broken, and a file that cannot be written, are refused before a text is embedded. """
     (tmp_path / "bad.jsonl").write_text('{"sentence1": "a"}\n')
@@ -532,9 +553,15 @@ def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_pa
     (tmp_path / "nothing").mkdir()
     shutil.copytree(beir, tmp_path / "no_corpus")
     (tmp_path / "no_corpus" / "corpus.jsonl.gz").unlink()
+    for name in ("my set", "blanks"):
+        shutil.copytree(tmp_path / "no_corpus", tmp_path / name)
+        (tmp_path / name / "corpus.jsonl").write_text("".join(
+            f'{{"_id": "{key}", "text": "text"}}\n' for key in ("d1", "d2", "d3", "d 4" if name == "blanks" else "d4")))
     paths = {"STS": sts_file, "BROKEN": tmp_path / "bad.jsonl", "CONSTANT": tmp_path / "same.jsonl", "BEIR": beir,
-             "NOTHING": tmp_path / "nothing", "NO_CORPUS": tmp_path / "no_corpus", "FOLDER": tmp_path}
+             "NOTHING": tmp_path / "nothing", "NO_CORPUS": tmp_path / "no_corpus", "FOLDER": tmp_path,
+             "MY SET": tmp_path / "my set", "BLANKS": tmp_path / "blanks"}
     monkeypatch.setattr(evaluate, "embed_texts", lambda *args: pytest.fail("an evaluation began"))
+    monkeypatch.setattr(data, "SHARD", 2)   # the blank is not in the first shard
     for name, path in paths.items():
         flags = [re.sub(rf"^{name}\b", str(path), flag) for flag in flags]
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
@@ -634,7 +661,56 @@ def test_compare_what_cannot_be_compared(results_file, tmp_path, refused):
     for name, other in (("other", content), ("empty", {"per_item": 5})):
         (tmp_path / f"{name}.json").write_text(json.dumps(other))
     assert "set is not the same set in all" in refused(evaluate, ["--compare", a, f"x={b},{tmp_path / 'other.json'}"])
-    assert "not one that evaluate.py wrote" in refused(evaluate, ["--compare", a, str(tmp_path / "empty.json")])
+    assert "no file that evaluate.py wrote" in refused(evaluate, ["--compare", a, str(tmp_path / "empty.json")])
+
+
+def change(key, value):
+    """ a function that sets results[key], or what is at per_item["set"][key]; None deletes it """
+    def do(content):
+        place = content["per_item"]["set"] if key in ("ids", "1:8", "a:8") else content
+        place.pop(key, None)
+        if value is not None:
+            place[key] = value
+    return do
+
+
+@pytest.mark.parametrize("spoil, flags, message", [
+    *((change(key, value), ["A", "B"], "--compare B: 'B' is no file that evaluate.py wrote")
+      for key, value in (("model", None), ("model", 5), ("results", None), ("results", ["a"]), ("results", [{"n": 1}]),
+                         ("per_item", [1]), ("per_item", "text"), ("per_item", {"set": [1]}), ("ids", None),
+                         ("1:8", 5), ("a:8", {"MRR@10": [0.5] * 200}), ("1:8", {"MRR@10": [None] * 200}),
+                         ("1:8", {"MRR@10": ["a"] * 200}), ("1:8", {"MRR@10": [0.5] * 9}))),
+    (None, ["A", ""], "--compare : '' is no file that evaluate.py wrote"),
+    (None, ["A", "x=B,"], "--compare x=B,: '' is no file"),
+    (None, ["A", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+    (None, ["A", "FOLDER"], "Is a directory"),
+    (None, ["A", "x=B,B"], "--compare x=B,B: two files have set at 1:8; leave one of them out"),
+])
+def test_results_that_a_hand_wrote(results_file, tmp_path, refused, spoil, flags, message):
+    """ A file of results that lacks something, or that joins the same size twice, is refused. """
+    paths = {name: results_file(name.lower(), {"1:8": [0.25, 0.5] * 100}) for name in "AB"}
+    if spoil:
+        spoil(content := json.loads(open(paths["B"]).read()))
+        (tmp_path / "b.json").write_text(json.dumps(content))
+    for name, path in [*paths.items(), ("FOLDER", str(tmp_path))]:
+        flags, message = [re.sub(rf"\b{name}\b", path, flag) for flag in flags], re.sub(rf"\b{name}\b", path, message)
+    said = refused(evaluate, ["--compare", *flags])
+    assert message in said and "\n" not in said
+
+
+@needs("matplotlib")
+def test_plot_of_what_is_not_there(results_file, tmp_path, refused):
+    """ --plot refuses results without one of --metrics or without a cost, and draws nothing. """
+    file, svg = results_file("a", {"1:8": [0.25] * 200}), tmp_path / "f.svg"
+    for metrics, lacks in ((["Spearman"], "Spearman"), (["MRR@10", "Spearman"], "MRR@10 or Spearman")):
+        said = refused(evaluate, ["--compare", file, "--plot", str(svg), "--metrics", *metrics])
+        assert f"--plot: {file} lacks {lacks}, or the cost of a size" in said
+    content = json.loads(open(file).read())
+    for kept in ("cost", "set"):
+        rows = [r for r in content["results"] if r["task"] == kept]
+        (tmp_path / "a.json").write_text(json.dumps(content | {"results": rows}))
+        assert "lacks Spearman and nDCG@10, or the cost of a" in refused(evaluate, ["--compare", file, "--plot", str(svg)])
+    assert not svg.exists()
 
 
 def test_bm25_of_no_words(recwarn):
@@ -653,6 +729,12 @@ def test_a_question_that_is_no_text(saved, tmp_path, refused):
     (tmp_path / "t.txt").write_text("apple\n")
     flags = [str(saved), "--texts", str(tmp_path / "t.txt"), "--search", "bad \udcff byte"]
     assert "--search holds" in refused(evaluate, flags)
+
+
+def test_no_question_and_no_stdin(refused, monkeypatch):
+    """ --search without a question is refused at once where stdin is closed. """
+    monkeypatch.setattr("sys.stdin", None)
+    assert "--search without a QUESTION reads some from stdin, which is closed" in refused(evaluate, ["m", "--search"])
 
 
 def test_compare_tests_the_chosen_metrics_alone(results_file, capsys):

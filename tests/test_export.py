@@ -276,7 +276,8 @@ def test_search_in_a_folder(trained, tmp_path, monkeypatch, capsys):
     """ Paragraphs of .txt and .md and rows of .jsonl are found, at each size and by the funnel; questions come from the
     prompt; a changed text makes the embeddings again and drops the old ones. """
     folder, notes = trained(), tmp_path / "notes"
-    (notes / "sub").mkdir(parents=True)
+    for name in ("sub", "e.txt"):   # the second is a folder, too
+        (notes / name).mkdir(parents=True)
     (notes / "a.txt").write_text("the apple\nin the morning\n\n\nthe lantern\n")
     (notes / "sub" / "b.md").write_text("where is the bridge garden")
     (notes / "c.jsonl").write_text('{"title": "candle", "text": "stands beside"}\n')

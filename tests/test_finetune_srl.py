@@ -481,8 +481,14 @@ def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
     (["--init_from", "nowhere"], "nowhere: neither a folder nor a model of the hub"),
     (["--retrieval", "nowhere"], "--retrieval nowhere: neither docs, nor a folder in BEIR layout"),
     (["--device", "cuda:9"], "--device: cuda:9"),
-    (["--seed", "-1"], "--seed: -1: must be 0 or more and below 2**63"),
-    (["--seed", str(2**70)], "must be 0 or more and below 2**63"),
+    (["--device", "meta"], "--device: meta"),
+    (["--device", "hpu"], "--device: hpu"),
+    (["--seed", "-1"], "--seed: -1: must be 0 or more"),
+    (["--seed", str(2**70)], "must be below 2**63"),
+    (["--max_steps", "9" * 400], "must be below 2**63"),
+    (["--epochs", "1e308"], "--epochs: 1e308: must be below 2**63"),
+    (["--epochs", "nan"], "--epochs: nan: must be above 0"),
+    (["--vocab_size", "1000001"], "--vocab_size: 1000001: must be 100, to spell English, to 1,000,000"),
 ])
 def test_bad_flags_say_what_and_why(pairs_file, tmp_path, refused, flags, message):
     """ A wrong flag ends the run with a line that names flag, value and rule, and nothing is written. """

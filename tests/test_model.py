@@ -266,7 +266,8 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
     state = load_file(tmp_path / "model.safetensors")
     if form == "head":
         state = {f"bert.{name}": t for name, t in state.items()}
-        state |= {"cls.predictions.bias": torch.ones(97), "bert.pooler.dense.weight": torch.ones(48, 48)}
+        state |= {"cls.predictions.bias": torch.ones(97), "bert.pooler.dense.weight": torch.ones(48, 48),
+                  "bert.embeddings.position_ids": torch.arange(40)}
     if form == "old names":
         state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
                  for name, t in state.items()}
@@ -286,6 +287,9 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
                                              ({"similarity": "l2"}, "similarity 'l2' .* known are cosine, dot"),
                                              ({"num_hidden_layers": 5}, "KeyError: 'encoder.layer.4"),
                                              ({"num_attention_heads": 5}, "of one BERT .AssertionError: 5 heads"),
+                                             ({"num_attention_heads": -3}, "of one BERT .AssertionError: -3 heads"),
+                                             ({"hidden_act": ["gelu"]}, "hidden_act \\['gelu'\\] is not supported"),
+                                             ({"pooling": {}}, "pooling {} is not supported"),
                                              ({"num_attention_heads": None}, "are not of one BERT"),
                                              ({"hidden_size": "48"}, "are not of one BERT"),
                                              ({"sizes": [[1]]}, "are not of one BERT"),

@@ -1,4 +1,5 @@
 """ SMAE: the loss against a literal transcription, masking, what reaches what, checkpoints, text from anywhere. """
+import dataclasses
 import gzip
 import itertools
 import json
@@ -626,6 +627,20 @@ def test_init_without_head(tmp_path, model, tokenizer):
     assert head.dense.weight.std().item() == pytest.approx(0.2, rel=0.1) and not head.bias.any()
     decoder = SMAE(model, head).decoder
     assert all(torch.equal(a, b) and a is not b for a, b in zip(decoder.parameters(), model.blocks[0].parameters()))
+
+
+def test_models_that_cannot_be_masked(text_file, tmp_path, bert_folder, tokenizer, refused):
+    """ A head that does not fit its BERT and a tokenizer without [CLS], [SEP] or [MASK] are refused in one line. """
+    from model import save_pretrained
+    flags = ["--train_text", text_file, "--max_length", "16", "--init_from", str(tmp_path / "m"), "--out_dir"]
+    bert = from_pretrained(bert_folder)
+    save_pretrained(bert, tokenizer, tmp_path / "m", MLMHead(dataclasses.replace(bert.config, hidden_size=5)))
+    assert "its MLM head does not fit its BERT" in refused(pretrain_smae, [*flags, str(tmp_path / "out")])
+    save_pretrained(bert, tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    for token in ("cls_token", "sep_token", "mask_token"):
+        (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(config | {token: None}))
+        assert "its tokenizer has no [CLS], [SEP] or [MASK]" in refused(pretrain_smae, [*flags, str(tmp_path / "out")])
 
 
 def test_ranks_and_micro_batches(text_file, tmp_path):

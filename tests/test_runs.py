@@ -298,6 +298,7 @@ def test_every_step_has_dropout_of_its_own(flags, tmp_path, monkeypatch):
     ("empty", [], "cannot be read"),
     ("old", [], "cannot be read (KeyError: 'about')"),
     ("log", [], "log.jsonl: is no log of a run"),
+    ("model", [], f"is not that of {STATE}"),
     ("gone", [], "--resume: there is no"),
 ])
 def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped, pairs_file, tmp_path, refused):
@@ -321,6 +322,8 @@ def test_what_cannot_be_resumed_is_refused(damage, more, message, flags, stopped
         torch.save(state, out / STATE)
     if damage == "log":
         (out / "log.jsonl").write_text("\0\0\n")
+    if damage == "model":
+        torch.save(torch.load(out / STATE) | {"model": {}}, out / STATE)
     if damage == "gone":
         (out / STATE).unlink()
     before = contents(out)
@@ -349,8 +352,11 @@ def test_the_folder_of_the_other_script_is_refused(script, flags, whole, refused
 @BOTH
 def test_the_folder_of_another_model_is_refused(script, flags, tmp_path, refused):
     """ Files that a run would write over are refused without --overwrite, whoever wrote them. """
-    (tmp_path / "config.json").write_text("{}")
-    assert "holds a run" in refused(script, [*flags[script], "--out_dir", str(tmp_path)])
+    for name in ("config.json", "pytorch_model.bin", "tokenizer.json", "1_Pooling/config.json", "eval.json"):
+        (tmp_path / name / "..").resolve().mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        assert "holds a run" in refused(script, [*flags[script], "--out_dir", str(tmp_path)])
+        (tmp_path / name).unlink()
 
 
 def test_the_state_beside_another_model(flags, bert_folder, tmp_path, refused):

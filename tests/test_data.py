@@ -645,3 +645,17 @@ def test_vocabulary_is_the_same_every_time():
     texts = [f"where is the {a}dge {b}ine" for a in "bri led wed".split() for b in "eng mar sal".split()] * 3
     vocabularies = [data.train_wordpiece(iter(texts), 120).get_vocab() for _ in range(6)]
     assert all(v == vocabularies[0] for v in vocabularies) and vocabularies[0]["[PAD]"] == 0
+
+
+def test_dev_of_a_hub_set_is_its_validation(monkeypatch):
+    """ Training asks a BEIR set of the hub for :dev, which the hub calls validation; other splits keep their name. """
+    tables = {"qrels": [{"query-id": "1", "corpus-id": 2, "score": 1}], "queries": [{"_id": "1", "text": "why"}]}
+    asked = []
+    def load_table(source, what):
+        asked.append(source)
+        return tables["qrels" if "qrels" in source else "queries"]
+    monkeypatch.setattr(data, "load_table", load_table)
+    for name in ("scifact:dev", "scifact", "scifact:train"):
+        assert data.Collection(name).qrels == {"1": {"2": 1}}
+    assert [name for name in asked if "qrels" in name] == [f"BeIR/scifact-qrels::{split}"
+                                                           for split in ("validation", "test", "train")]

@@ -1,7 +1,7 @@
 """
 How good is each size of a model, and what does it cost? One pass over the texts gives the embeddings of all sizes.
 
-    python evaluate.py out/srl                                 # retrieval in this machine's documentation, and BM25's
+    python evaluate.py out/srl                                 # retrieval in this machine's documentation, beside BM25
     python evaluate.py out/srl --search "invert a matrix"      # ask that documentation, or a folder: --texts notes
     python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev --speed
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
@@ -10,13 +10,13 @@ How good is each size of a model, and what does it cost? One pass over the texts
 
 Prints a table and writes MODEL/eval.json (or --out). "results" has one record a value, {"task", "metric", "layer",
 "dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare: per_item[task][size][metric] has one
-value a query, or one cosine a sentence pair; beside the sizes are the queries' "ids" or the pairs' "gold" scores.
+value a query, or one cosine a sentence pair; per_item[task] also has the queries' "ids" or the pairs' "gold".
 Metrics are those of trec_eval, and Spearman's rank correlation of the cosine for STS. Search is exact, in shards, so
 memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
 
 Reading order: embed_ids, from texts to embeddings; METRICS; sts; retrieval, which is search_corpus -> rank -> METRICS.
 What lies below the double line uses these.
-Letters for shapes: see model.py; here P is the passages of a shard, K the documents that are kept for a query.
+Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
 """
 import argparse, json, os, re, statistics, sys, time, zlib
 from pathlib import Path
@@ -265,7 +265,7 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     """ Print the 5 passages of --texts that answer a question best, at each size, and those of the funnel where there
     are several. Without a question ask for some. The passages' embeddings are kept in the model's folder until the
     model or the passages change. """
-    passages, widest = data.load_passages(args.texts), {layer: dim for layer, dim in sizes}   # sizes go upwards
+    passages, widest = data.load_passages(args.texts), {layer: dim for layer, dim in sizes}   # a layer's largest
     texts = [text for _, text in passages]
     def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, layers, args.dtype, args.batch_tokens)
@@ -292,7 +292,7 @@ def search(model, tokenizer, question, sizes, args, model_folder):
 
 def funnel(queries, passages, k, shortlist=100):
     """ lists of one or two (Q, D) and (P, D), the small size first -> scores (Q, k), docs (Q, k). The first size finds
-    as many passages as the shortlist holds, the last ranks them: few numbers of all passages, all numbers of few. """
+    as many passages as the shortlist holds, reading few numbers of each; the last ranks these with all its numbers. """
     found = (queries[0] @ passages[0].T).topk(min(shortlist if len(queries) > 1 else k, len(passages[0])))
     if len(queries) == 1:
         return found

@@ -46,7 +46,7 @@ def size_name(size):
 
 # ---- the batch without padding, the vector of a text, the score of a pair --------------------------------------------
 class Pack(NamedTuple):
-    """ B texts in one row of N tokens, short texts first, without padding. Linear layers, LayerNorm and GELU treat
+    """ B texts in one row of N tokens, short texts first, in place of (B, T) ids and a mask for padding. Linear layers, LayerNorm and GELU treat
     every token alone, so they run on the row; attention views each group of G equally long texts as (G, T, C).
     Three texts of 4, 2 and 4 tokens, called a, b, c, become the row  b b a a a a c c c c  with
         position_ids 0 1 0 1 2 3 0 1 2 3,  text_ids 1 1 0 0 0 0 2 2 2 2,  starts 2 0 6,  groups [(1, 2), (2, 4)] """
@@ -59,7 +59,7 @@ class Pack(NamedTuple):
 def pack(texts, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
     multiple: round N up to a multiple with filler tokens, which belong to no text. A CPU's matrix library compiles a
-    kernel for every new N; with multiple = 128 it meets a dozen values. A batch below 8 x multiple stays as it is,
+    kernel for every new N; multiples of 128 leave a dozen values. A batch below 8 x multiple stays as it is,
     because fillers would cost more than they save. """
     lengths = np.array([len(text) for text in texts])
     if lengths.min() == 0:
@@ -97,12 +97,12 @@ POOLINGS = {"mean": mean_pool, "cls": cls_pool}
 SIMILARITIES = ("cosine", "dot")
 
 def pool(hidden, batch, pooling):
-    """ tap (N, C) -> (B, C) embeddings, float32 or better: scores of bfloat16 vectors lose digits """
+    """ tap (N, C) -> (B, C) embeddings, at least float32: scores of bfloat16 vectors lose digits """
     return POOLINGS[pooling](hidden.to(torch.promote_types(hidden.dtype, torch.float32)), batch)
 
 def shorten(embeddings, dim, similarity):
-    """ (B, C) -> (B, D), the vectors of a size, whose dot products are the scores. Slice first, then normalise: whoever
-    stores D numbers a text can only normalise those D. """
+    """ (B, C) -> (B, D), the vectors of a size, whose dot products are the scores. Slice first, then normalise: an
+    index of D numbers a text can normalise only those D. """
     embeddings = embeddings[:, :dim]
     return F.normalize(embeddings, dim=-1) if similarity == "cosine" else embeddings
 
@@ -111,7 +111,7 @@ def score(queries, passages, dim, similarity):
     return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
-# `dropout` and `fast_attention`, defined below the double line, are F.dropout and `attention`, faster on a CPU.
+# `dropout` and `fast_attention`, defined below the double line, equal F.dropout and `attention`, but faster on a CPU.
 @dataclass
 class BertConfig:
     """ Architecture, under the names of Hugging Face's config.json; then how the embeddings are meant to be used. """
@@ -155,8 +155,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        # In training always the fast one: finetune_srl.cached_backward embeds each text twice, without and with a
-        # graph, and both must draw the same dropout.
+        # Training always takes the fast one: finetune_srl.cached_backward embeds a text with and without a graph, and
+        # both times with the same dropout.
         fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
         attend = fast_attention if fast else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
@@ -204,7 +204,7 @@ class Bert(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, batch):
-        """ Pack -> (N, C), layer 0. Every text is a segment of its own, so the segment id is 0 everywhere. """
+        """ Pack -> (N, C), layer 0. One text is one segment, so the segment id is 0 everywhere. """
         assert max(T for _, T in batch.groups) <= self.config.max_position_embeddings, f"{batch.groups}"
         x = self.word(batch.input_ids) + self.position(batch.position_ids) + self.token_type.weight[0]
         x = dropout(self.norm(x), self.config.hidden_dropout_prob if self.training else 0.0)
@@ -309,7 +309,7 @@ class PackedAttention(torch.autograd.Function):
 
 def as_contiguous(x, dtype):
     """ cast and reorder in one copy """
-    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()   # to() alone returns x if x has the dtype
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()   # to() may return x itself
 
 def dropout(x, p):
     """ F.dropout, with dropout_mask on a CPU """
@@ -319,7 +319,7 @@ def dropout(x, p):
 
 def dropout_mask(size, p, dtype):
     """ (size,): 0 with probability p, else 1 / (1 - p). On a CPU F.dropout draws one random number for each entry. Here
-    one 64-bit number serves 8 entries, 13 times as fast, so p is rounded to a multiple of 1/256: 0.1 to 26/256. """
+    one 64-bit number serves 8 entries, 13 times as fast, so p is a multiple of 1/256: 0.1 becomes 26/256. """
     cut = min(255, round(256 * p))
     bits = torch.randint(-2**63, 2**63 - 1, (size // 8 + 1,)).view(torch.uint8)[:size]
     return (bits >= cut).to(dtype).mul_(256 / (256 - cut))
@@ -347,8 +347,8 @@ def keep_freed_memory(keep=True):
 # ---- optimizer, order of the channels --------------------------------------------------------------------------------
 def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
     """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
-    in `faster` learn, and so decay, `scale` times as fast: the training loop multiplies the learning rate of a step by
-    the "scale" of each group. """
+    in `faster` have a `scale` times higher learning rate: the training loop multiplies the rate of a step by the
+    "scale" of each group. """
     rest = [parameter for name, parameter in parameters.items() if name not in faster]
     matrices = [parameter for parameter in rest if parameter.dim() >= 2]
     vectors = [parameter for parameter in rest if parameter.dim() < 2]
@@ -460,7 +460,7 @@ def read_modules(folder):
         settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
     if "similarity" not in ours:
         said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
-        # the dot product of what Normalize gives is the cosine
+        # after Normalize the dot product is the cosine
         settings["similarity"] = "cosine" if "Normalize" in modules or not said else said
     return bert_folder, settings
 
@@ -548,7 +548,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
         state |= {"pooler.dense.weight": torch.zeros(C, C), "pooler.dense.bias": torch.zeros(C)}
     dim, last = config.sizes[-1][1] if config.sizes else config.hidden_size, model.blocks[-1].norm2
     modules = {"Transformer": "", "Pooling": "1_Pooling"}
-    # sentence-transformers normalises first and slices last, which is right only where nothing is beyond the dims
+    # sentence-transformers normalises first and slices last, which is right only if all beyond the dims is 0
     if config.similarity == "cosine" and not last.weight[dim:].any() and not last.bias[dim:].any():
         modules["Normalize"] = "2_Normalize"
     files = {
@@ -740,7 +740,7 @@ def run_script(main, parse_args):
         main(parse_args())
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped")
-        sys.exit(130)                                            # not 0: what needs the finished model must not go on
+        sys.exit(130)                                            # not 0, so that a script stops, too
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         if type(error) is RuntimeError and not dist.is_initialized() and "allocate memory" not in str(error):
             raise                                                # a mistake of the program's: show where
@@ -819,7 +819,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 def number(kind, rule, holds):
-    """ an argparse type: an int or float for which holds(value). argparse names the flag, this the value and rule. """
+    """ an argparse type: an int or float for which holds(value). argparse names the flag. """
     def parse(text):
         value = kind(text)
         if not (holds(value) and value < 2**63):   # false for what is not a number, too

@@ -46,9 +46,9 @@ def size_name(size):
 
 # ---- the batch without padding, the vector of a text, the score of a pair --------------------------------------------
 class Pack(NamedTuple):
-    """ B texts in one row of N tokens, short texts first, in place of (B, T) ids and a mask for padding. Linear layers, LayerNorm and GELU treat
-    every token alone, so they run on the row; attention views each group of G equally long texts as (G, T, C).
-    Three texts of 4, 2 and 4 tokens, called a, b, c, become the row  b b a a a a c c c c  with
+    """ B texts in one row of N tokens, short texts first, in place of (B, T) ids and a mask for padding. Linear
+    layers, LayerNorm and GELU treat every token alone, so they run on the row; attention views each group of G equally
+    long texts as (G, T, C). Three texts of 4, 2 and 4 tokens, called a, b, c, become the row  b b a a a a c c c c  with
         position_ids 0 1 0 1 2 3 0 1 2 3,  text_ids 1 1 0 0 0 0 2 2 2 2,  starts 2 0 6,  groups [(1, 2), (2, 4)] """
     input_ids: torch.Tensor      # (N,)
     position_ids: torch.Tensor   # (N,) 0 .. T-1 within each text

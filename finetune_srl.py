@@ -10,7 +10,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
 Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, where there is a test set, eval.json.
 Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
 """
-import argparse, math, os, sys, time
+import argparse, functools, math, os, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +85,9 @@ def step_sizes(method, sizes, seed, step):
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
 # ---- one step --------------------------------------------------------------------------------------------------------
-def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, world_size):
-    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. """
+def train_step(model, teacher, batch, sizes, args, pieces, backward):
+    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters.
+    backward(embed, texts, loss_of): in short loss_of(embed(texts))[0].backward(), in pieces, see cached_backward. """
     queries, passages, same, gold = batch
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
     teacher_scores = None
@@ -103,8 +104,7 @@ def train_step(model, teacher, batch, sizes, args, pieces, seed, scaler, rank, w
         return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
                         {layer: rows[Q:] for layer, rows in embeddings.items()},
                         sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold, same)
-    # loss, nce, kl = loss_of(embed(texts)); loss.backward()   but in `pieces`, and shared by several ranks:
-    return cached_backward(embed, texts, loss_of, pieces, seed, scaler.scale, rank, world_size)
+    return backward(embed, texts, loss_of)
 
 # ==== Below is the training around the method: large batches and ranks, model, loop, flags ============================
 def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
@@ -299,8 +299,10 @@ def main(args):
             group["lr"] = lr * group["scale"]
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
-        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
-                                   pieces, (args.seed, step), scaler, rank, world_size)
+        backward = functools.partial(cached_backward, pieces=pieces, seed=(args.seed, step), scale=scaler.scale,
+                                     rank=rank, world_size=world_size)
+        trained_sizes = step_sizes(args.method, sizes, args.seed, step)
+        loss, nce, kl = train_step(model, teacher, batch, trained_sizes, args, pieces, backward)
         sum_over_ranks(model.parameters(), world_size)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)

@@ -48,7 +48,8 @@ def window(text, length, rng):
 
 def duplicates(queries, passages):
     """ Q queries, P passages, (T,) ids -> (Q, P) bool: True where passage j is no negative of query i, because its text
-    is a positive of query i, or of a query with the same text. Passage i itself is False. None if nothing is True. """
+    is the positive of query i in this batch, or of a query with the same text. Passage i itself is False. None if
+    nothing is True. """
     def number(texts):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
@@ -79,7 +80,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
             for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
     queries = [pairs.queries[row] for row in rows]
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
-    # Compares whole texts, because windows of copies may differ. Scored pairs have no positives.
+    # Compares whole texts, because windows of copies may differ. Of scored pairs sentence2 may be no positive.
     same = None if pairs.gold else duplicates(queries, positives + hard)
     return queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold
 

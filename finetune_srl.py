@@ -87,13 +87,13 @@ def step_sizes(method, sizes, seed, step):
 # ---- one step --------------------------------------------------------------------------------------------------------
 def train_step(model, teacher, batch, sizes, args, pieces, backward):
     """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters.
-    backward(embed, texts, loss_of): in short loss_of(embed(texts))[0].backward(), in pieces, see cached_backward. """
+    backward(embed, texts, loss_of): loss_of(embed(texts))[0].backward(), maybe in pieces, see cached_backward. """
     queries, passages, same, gold = batch
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
     teacher_scores = None
     if teacher:
         layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        tokens = sum(map(len, texts)) // pieces        # about one batch of the teacher a piece
+        tokens = sum(map(len, texts)) // pieces        # of a batch of the teacher
         rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype, tokens)[layer].to(args.device)   # (Q + P, C)
         teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
     same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))
@@ -186,8 +186,8 @@ def build_model(args, sources):
 
 def silence_last_channels(model):
     """ LayerNorm gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. A
-    small size can still mute common words: their vectors may lie in the channels that it does not keep. The full size
-    keeps all channels. So its last sixth starts with a gain of 0, and common words can hide there. """
+    small size can ignore common words: their vectors move into channels that it drops. The full size drops none. So the
+    last sixth of its channels starts with a gain of 0, and common words can hide there. """
     C = model.config.hidden_size
     model.blocks[-1].norm2.weight.data[-C // 6:] = 0
 

@@ -251,7 +251,7 @@ class MLMHead(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def transform(self, x):
-        """ (..., D) -> (..., C), transform_D of the paper: the dense layer uses its first D input columns """
+        """ (..., D) -> (..., C), transform_D of SMAE: the dense layer uses its first D input columns """
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================

@@ -6,7 +6,7 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
     python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine     # a line is a document
     torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...     # the paper's run: runs/paper.sh
 
-Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM, whose pooling is cls, for finetune_srl.py --init_from;
+Writes to OUT_DIR an ordinary Hugging Face BertForMaskedLM (SMAE's pooling is cls) for finetune_srl.py --init_from;
 training_state.pt, which --resume takes and which holds the decoder; args.json and log.jsonl.
 Paper: arXiv 2410.13230. smae_loss is its loss, MLM and MAE.
 """

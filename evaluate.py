@@ -8,11 +8,12 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences are real
     python evaluate.py out/srl --export 2:16 out/small         # a folder for sentence-transformers and transformers
 
-Prints a table and writes MODEL/eval.json if it is a folder of ours, or --out. "results" has one record a value, {"task",
-"metric", "layer", "dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare: per_item[task][size][metric] has one
-value a query, or one cosine a sentence pair; per_item[task] also has the queries' "ids" or the pairs' "gold".
-Equal scores rank as in trec_eval. STS: Spearman's rank correlation of the cosine. Search is exact, in shards, so
-memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs about 1.3 GB.
+Prints a table and writes MODEL/eval.json if it is a folder of ours, or --out. "results" has one record a value,
+{"task", "metric", "layer", "dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare:
+per_item[task][size][metric] has one value a query, or one cosine a sentence pair; per_item[task] also has the queries'
+"ids" or the pairs' "gold". Equal scores rank as in trec_eval. STS: Spearman's rank correlation of the cosine. Search is
+exact, in shards, so memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs
+about 1.3 GB.
 
 Reading order: embed_ids, from texts to embeddings; METRICS; sts; retrieval, which is search_corpus -> rank -> METRICS.
 What lies below the double line uses these.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The README's figure and table: all-MiniLM-L6-v2, which has one size, gets six. Five ways, with the same pairs in the
 # same order: SRL; SRL without KL; 2D Matryoshka; a model per size; the untouched model, cut. And the recipe to use: SRL for
-# two epochs, with ordered channels and a frozen teacher. Three seeds. A short run takes 2 minutes on two cores with
-# bfloat16 (8 on one core without), the recipe 15.
+# two epochs, with ordered channels and a frozen teacher. Three seeds. A short run takes 3 minutes on one core with
+# bfloat16 (8 without), a size alone 1 to 3, the recipe half an hour.
 #   runs/minilm_study.sh MODEL DATA
 # MODEL: sentence-transformers/all-MiniLM-L6-v2 or its folder. DATA: a folder with pairs/nli-*.jsonl[.gz], whose rows have
 # anchor, positive and negative, and sts/{stsb-dev,sickr-dev,stsb-test,sts12,sts14,sts16}.jsonl (sentence1, sentence2, score).

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's argument from random weights, on docs, offline: SRL; SRL without KL; 2D Matryoshka; a model per size; the
 # full-size model, cut. Three seeds, each run on the same pairs in the same order, with 200 steps in place of the quick
-# start's 544. 80 minutes on two cores with bfloat16, two runs at a time. (SMAE and MLM before SRL: runs/docs_smae.sh.)
+# start's 544. 80 minutes on two cores with bfloat16 if two run at a time, as ours did. (SMAE and MLM before SRL: runs/docs_smae.sh.)
 # What is done is skipped. Results: results/docs-study.json and the table that it prints: MRR@10 of the 1,000 test
 # queries, mean and standard deviation over seeds, and the difference from SRL with its 95 % interval (paired over queries).
 set -euo pipefail

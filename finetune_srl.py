@@ -287,11 +287,11 @@ def main(args):
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
 
     log_file = open_run(args, first_step) if rank == 0 else None
-    print(f"{sum(len(pairs.queries) for pairs in sources):,} pairs, {max_steps} steps of {batch_size} queries; "
-          f"sizes {', '.join(map(size_name, sizes))}; "
-          f"{model.num_params(sizes[-1][0]) / 1e6:.2f}M parameters; {args.dtype} on {args.device}")
+    print(f"{sum(len(pairs.queries) for pairs in sources):,} pairs, {max_steps} steps of {batch_size} queries; sizes "
+          f"{', '.join(map(size_name, sizes))}; {args.dtype} on {args.device}")
 
     # the loop
+    backward = functools.partial(cached_backward, pieces=pieces, scale=scaler.scale, rank=rank, world_size=world_size)
     clock, tokens, losses, skipped, caught = time.time(), 0, [], 0, catch_signals()
     for step in range(first_step, max_steps):
         lr = get_lr(step, max_steps, args)
@@ -299,10 +299,8 @@ def main(args):
             group["lr"] = lr * group["scale"]
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
-        backward = functools.partial(cached_backward, pieces=pieces, seed=(args.seed, step), scale=scaler.scale,
-                                     rank=rank, world_size=world_size)
-        trained_sizes = step_sizes(args.method, sizes, args.seed, step)
-        loss, nce, kl = train_step(model, teacher, batch, trained_sizes, args, pieces, backward)
+        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args, pieces,
+                                   functools.partial(backward, seed=(args.seed, step)))
         sum_over_ranks(model.parameters(), world_size)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)

@@ -86,8 +86,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
-    """ B texts masked twice. They are sorted by length, as in model.pack, so positions here are positions in its row
-    of N tokens. """
+    """ B texts masked twice, sorted by length as in model.pack: a position is one in its row of N tokens """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
     encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: about 20 %
@@ -98,9 +97,9 @@ def whole_word_mask(begins, special, text_ids, rates, rng):
     """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
     -> one (N,) bool mask for each rate; a smaller rate's mask lies inside a larger rate's.
     The words of each text are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a
-    budget of round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked
-    if its middle lies within the budget, so long words are masked as often as short ones. The middles of [CLS] and
-    [SEP] lie behind every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
+    budget of round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked if its middle
+    lies within the budget, so long words are masked as often as short ones. The middles of [CLS] and [SEP] lie behind
+    every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
       text                   0                                      1
       tokens                 [CLS]  the  dra ##gon  sleeps  [SEP]   [CLS]  a    cat  [SEP]
       shuffled words         dragon  sleeps  the  [CLS]  [SEP]      a    cat  [CLS]  [SEP]
@@ -219,8 +218,8 @@ def token_dtype(tokenizer):
 
 def tokenize_documents(texts, tokenizer):
     """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0. The top bit of each says
-    whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 5 + 32768 where a
-    word begins and as 5 inside one. """
+    whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 5 + 32768 where a word
+    begins and as 5 inside one. """
     dtype = token_dtype(tokenizer)
     begins = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
     stored = np.arange(len(tokenizer), dtype=dtype) | (begins.astype(dtype) << dtype.type(8 * dtype.itemsize - 1))

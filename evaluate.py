@@ -610,10 +610,12 @@ def main(args):
         data.load_sts(task)
     for task in args.retrieval:
         collection = data.Collection(task)
-        for ids, _ in collection.shards() if args.save_run else [next(collection.shards())]:
-            for key in (collection.task, *collection.queries, *ids):
-                if args.save_run and len(key.split()) != 1:
-                    raise ValueError(f"--save_run: {key!r} of {task} is not one word, as a run needs; rename it")
+        shards = collection.shards()
+        names = [collection.task, *collection.queries, *next(shards)[0]]
+        if args.save_run:         # blanks separate the columns of a run
+            names += [key for ids, _ in shards for key in ids]
+            if odd := [name for name in names if len(name.split()) != 1]:
+                raise ValueError(f"--save_run: {odd[0]!r} of {task} is not one word, as a run needs; rename it")
     ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
     for name in args.models:
         model, tokenizer = load_model(name, args.device, args.max_length, **ways)

@@ -1,7 +1,8 @@
 """
 Texts in, batches of token ids out.
 
-A batch is a pure function of (data, seed, step), so resuming a run needs no state of a data loader:
+A batch is a pure function of (data, seed, step), so resuming a run needs no state of a data loader (a stream is read
+again up to that step):
   srl_batch    queries with their positives and hard negatives, for finetune_srl.py
   smae_batch   running text masked twice, for pretrain_smae.py
 Below the batches: tokenising, which happens once; the sources of pairs, text and test sets (local files and the Hugging
@@ -30,7 +31,7 @@ class Pairs(NamedTuple):
     negatives: list   # of lists of such arrays: its hard negatives, maybe none
     gold: list        # of numbers: how similar the two texts of a row are; empty for pairs without a score
 
-# the last number of a seed, another for each kind of draw, so that no two are alike; step_sizes uses SIZE_SEED
+# the last number of a seed, another for each kind of draw in a step of SRL; step_sizes uses SIZE_SEED
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
 @functools.lru_cache(maxsize=64)
@@ -54,9 +55,9 @@ def duplicates(queries, passages):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
     query, passage = number(queries), number(passages)                                    # (Q,), (P,)
-    known = np.zeros((len(queries), len(passages)), bool)     # known[query's number, its positive's number] is True
-    known[query, passage[:len(query)]] = True
-    same = known[query][:, passage]                                                       # (Q, P)
+    known = np.zeros((len(queries), len(passages)), bool)   # known[number of a query, number of its positive] is True
+    known[query, passage[:len(query)]] = True               # queries A B A, positives x y z: known[A] has x and z,
+    same = known[query][:, passage]                         # so x is no negative of the third query; (Q, P)
     np.fill_diagonal(same, False)
     return same if same.any() else None
 
@@ -86,43 +87,31 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
-    """ B texts masked twice, sorted by length as in model.pack: a position is one in its row of N tokens """
+    """ B texts masked twice, sorted by length as in model.pack: a position is one in its row of N tokens, which has no
+    fillers here (with_ids in pretrain_smae.py adds them) """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
     encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: about 20 %
     decoder_ids: np.ndarray         # (N,) what the decoder sees
     decoder_positions: np.ndarray   # (M',) those that the decoder must guess: about 40 %, the encoder's among them
 
-def whole_word_mask(begins, special, text_ids, rates, rng):
-    """ begins (N,) bool: a word begins at this token; special (N,) bool: [CLS] or [SEP]; text_ids (N,): 0 0 ... 1 1 ...
-    -> one (N,) bool mask for each rate; a smaller rate's mask lies inside a larger rate's.
-    The words of each text are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a
-    budget of round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked if its middle
-    lies within the budget, so long words are masked as often as short ones. The middles of [CLS] and [SEP] lie behind
-    every budget. Two texts, "the dragon sleeps" and "a cat", at rate 0.5:
-      text                   0                                      1
-      tokens                 [CLS]  the  dra ##gon  sleeps  [SEP]   [CLS]  a    cat  [SEP]
-      shuffled words         dragon  sleeps  the  [CLS]  [SEP]      a    cat  [CLS]  [SEP]
-      length                 2       1       1    1      1          1    1    1      1
-      middle in its text     1       2.5     3.5  4.5    5.5        0.5  1.5  2.5    3.5
-      budget, what it masks  2: dragon                              1: a                            """
-    word = np.cumsum(begins) - 1                                    # (N,) number of each token's word
-    first = np.flatnonzero(begins)                                  # (words,) first token of each word
-    length = np.diff(np.append(first, len(begins)))                 # (words,) tokens of each word
-    text = text_ids[first]                                          # (words,) text of each word
-    key = np.where(special[first], 2.0, rng.random(len(first)))     # [CLS] and [SEP] sort behind all others
-    order = np.lexsort((key, text))                                 # (words,) text by text, shuffled within each
-    shuffled_length = length[order]                                 # (words,) in that order
-    text_begin = np.searchsorted(text_ids, text[order])             # (words,) where the text begins in the row
-    middle = np.empty(len(first))                                   # (words,) of each word, counted within its text
-    middle[order] = np.cumsum(shuffled_length) - shuffled_length / 2 - text_begin
-    token_count = np.bincount(text_ids, weights=~special)           # (B,) without [CLS] and [SEP]
-    masks = []
-    for rate in rates:
-        budget = np.round(rate * token_count)                       # (B,)
-        word_masked = middle <= budget[text]                        # (words,)
-        masks.append(word_masked[word])                             # (N,)
-    return masks
+def whole_word_mask(begins, rates, rng):
+    """ begins (T,) bool: a word begins at this token of one text; [CLS] and [SEP] are a word each -> a (T,) bool mask
+    for each rate; a smaller rate's mask lies inside a larger rate's.
+    The words are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a budget of
+    round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked if its middle lies within
+    the budget, so long words are masked as often as short ones. For example, at rate 0.5 with a budget of 2:
+      tokens           [CLS]  the  dra ##gon  sleeps  [SEP]
+      shuffled words   dragon  sleeps  the  [CLS]  [SEP]
+      length           2       1       1    1      1
+      middle           1       2.5     3.5  4.5    5.5        only "dragon" lies within the budget """
+    word = np.cumsum(begins) - 1                                    # (T,) number of each token's word
+    length = np.bincount(word)                                      # (words,) tokens of each word
+    key = rng.random(len(length))                                   # (words,) words are sorted by it
+    key[[0, -1]] = 2                                                # [CLS] and [SEP]
+    order, middle = key.argsort(), np.empty(len(length))
+    middle[order] = np.cumsum(length[order]) - length[order] / 2    # (words,) in the shuffled row of words
+    return [(middle <= np.round(rate * (len(begins) - 2)))[word] for rate in rates]
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     """ BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random token, 10 % the true one -> (N,) """
@@ -134,23 +123,22 @@ def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     return ids
 
 def smae_batch(documents, max_length, rates, tokenizer, seed):
-    """ B documents as tokenize_documents gives them (ids whose top bit marks the beginning of a word) -> Masked. Each
-    gives one random window of at most max_length tokens, [CLS] and [SEP] included. rates: shares that are hidden from
-    (encoder, decoder). seed: a list of integers that decides windows and masks. """
-    rng = np.random.default_rng(seed)
+    """ B documents, (T,) ids without [CLS] and [SEP] -> Masked. Each gives one random window of at most max_length
+    tokens, [CLS] and [SEP] included. rates: shares that are hidden from (encoder, decoder). seed: a list of integers
+    that decides windows and masks. """
+    rng, begins_word = np.random.default_rng(seed), word_begins(tokenizer)               # (V,)
     starts = [rng.integers(max(1, len(document) - (max_length - 2) + 1)) for document in documents]
     windows = sorted((document[start:start + max_length - 2] for document, start in zip(documents, starts)), key=len)
-    texts, begins = [], []
-    for ids, begin in map(split_tokens, windows):
-        texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))
-        begins.append(np.concatenate([[True, True], begin[1:], [True]]))   # a window may begin inside a word
-    lengths = np.array([len(text) for text in texts])                      # (B,)
-    ids, text_ids = np.concatenate(texts), np.repeat(np.arange(len(texts)), lengths)             # (N,) each
-    special, ends = np.zeros(len(ids), bool), np.cumsum(lengths)
-    special[ends - lengths] = special[ends - 1] = True                     # each text's [CLS] and [SEP]
-    masks = whole_word_mask(np.concatenate(begins), special, text_ids, rates, rng)               # (N,) each
-    encoder_ids, decoder_ids = (corrupt(ids, mask, tokenizer.mask_token_id, len(tokenizer), rng) for mask in masks)
-    return Masked(texts, encoder_ids, np.flatnonzero(masks[0]), decoder_ids, np.flatnonzero(masks[1]))
+    texts, masks = [], []
+    for window in windows:
+        texts.append(np.concatenate([[tokenizer.cls_token_id], window, [tokenizer.sep_token_id]]))   # (T,)
+        begins = begins_word[texts[-1]]
+        begins[1] = True                                                # a window may begin inside a word
+        masks.append(whole_word_mask(begins, rates, rng))
+    ids, encoder_mask, decoder_mask = map(np.concatenate, (texts, *zip(*masks)))         # (N,) each
+    encoder_ids, decoder_ids = (corrupt(ids, mask, tokenizer.mask_token_id, len(tokenizer), rng)
+                                for mask in (encoder_mask, decoder_mask))
+    return Masked(texts, encoder_ids, np.flatnonzero(encoder_mask), decoder_ids, np.flatnonzero(decoder_mask))
 
 # ==== Below is tokenising and reading files, not the method ===========================================================
 # ---- tokenising ------------------------------------------------------------------------------------------------------
@@ -167,8 +155,7 @@ def train_wordpiece(texts, vocab_size):
 
 def tokenize(texts, tokenizer, max_length):
     """ list of B texts -> list of B (T,) integer arrays, [CLS] ... [SEP], T <= max_length """
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32   # 12 M MS MARCO passages: 2 GB instead of 4
-    ids = []
+    dtype, ids = token_dtype(tokenizer), []
     for i in range(0, len(texts), 4096):
         chunk = tokenizer(texts[i:i + 4096], truncation=True, max_length=max_length, return_attention_mask=False,
                           return_token_type_ids=False)["input_ids"]
@@ -212,28 +199,23 @@ def about_tokenizer(tokenizer):
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)   # None if not of Rust
     return [sorted(tokenizer.get_vocab().items()), str(normalizer)]
 
+@functools.lru_cache(maxsize=4)
+def word_begins(tokenizer):
+    """ (V,) bool: does this entry of the vocabulary begin a word? WordPiece marks those that do not by ## """
+    return np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+
 def token_dtype(tokenizer):
-    """ the unsigned integers that hold an id and one bit: 16 bits up to a vocabulary of 2**15 (BERT's has 30,522) """
-    return np.dtype(np.uint16 if len(tokenizer) <= 2**15 else np.uint32)
+    """ the smallest unsigned integers that hold an id; 12 M passages of MS MARCO take 2 GB with 16 bits """
+    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
 
 def tokenize_documents(texts, tokenizer):
-    """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0. The top bit of each says
-    whether a word begins there, the other bits are the token's id: in 16 bits, 5 is stored as 5 + 32768 where a word
-    begins and as 5 inside one. """
-    dtype = token_dtype(tokenizer)
-    begins = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
-    stored = np.arange(len(tokenizer), dtype=dtype) | (begins.astype(dtype) << dtype.type(8 * dtype.itemsize - 1))
+    """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0 """
     texts = iter(texts)
     while chunk := list(itertools.islice(texts, 1024)):
         for ids in tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
                              verbose=False)["input_ids"]:
             if ids:
-                yield stored[ids]
-
-def split_tokens(tokens):
-    """ (T,) as tokenize_documents stores them -> (T,) ids, (T,) bool: does a word begin here? """
-    top = tokens.dtype.type(1 << 8 * tokens.dtype.itemsize - 1)
-    return (tokens & ~top).astype(np.int64), tokens & top > 0
+                yield np.array(ids, token_dtype(tokenizer))
 
 class TokenFile:
     """ tokenised documents in one memory-mapped file: it may be larger than memory """
@@ -260,7 +242,7 @@ def token_file(source, tokenizer, columns=()):
     files = [file for file in sorted({path, *path.rglob("*"), *map(Path, glob.glob(source))}) if file.is_file()]
     about = [source, *columns, about_tokenizer(tokenizer),
              [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
-    folder = CACHE / f"text-{zlib.crc32(json.dumps(about).encode()):08x}"
+    folder = CACHE / f"tokens-{zlib.crc32(json.dumps(about).encode()):08x}"
     if not folder.exists():
         with atomic_write(folder) as part:
             part.mkdir()

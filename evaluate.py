@@ -8,8 +8,8 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences are real
     python evaluate.py out/srl --export 2:16 out/small         # a folder for sentence-transformers and transformers
 
-Prints a table and writes MODEL/eval.json if it is a folder of ours, or --out. "results" has one record a value,
-{"task", "metric", "layer", "dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare:
+Prints a table and writes --out, or MODEL/eval.json if that is a folder with sizes of its own. "results" has one record
+a value, {"task", "metric", "layer", "dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare:
 per_item[task][size][metric] has one value a query, or one cosine a sentence pair; per_item[task] also has the queries'
 "ids" or the pairs' "gold". Equal scores rank as in trec_eval. STS: Spearman's rank correlation of the cosine. Search is
 exact, in shards, so memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs
@@ -40,13 +40,11 @@ def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="en
     """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer.
     Ranks share the batches, so all of them must call this with the same texts. """
     B, device, training = len(texts), model.word.weight.device, model.training
-    model.eval()   # no dropout
-    batches = []   # lists of rows of the result
-    for i in sorted(range(B), key=lambda i: len(texts[i])):   # equal lengths side by side: see model.Pack
-        if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
+    model.eval()   # no dropout, also in the middle of a training
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world_size > 1:   # a batch for every rank, also of few texts
+        batch_tokens = min(batch_tokens, sum(map(len, texts)) // world_size)
+    batches = batches_by_length(texts, batch_tokens)
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
     # one autocast around all batches, because it casts every weight once and keeps the copy
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
@@ -65,6 +63,15 @@ def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="en
             dist.all_reduce(rows)
     model.train(training)
     return {layer: rows.cpu() for layer, rows in embeddings.items()}
+
+def batches_by_length(texts, batch_tokens):
+    """ list of (T,) ids -> lists of rows: equal lengths side by side (see model.Pack), batch_tokens or fewer each """
+    batches = []
+    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+        if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 def embed_texts(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B strings -> {layer: (B, C) float32 on the CPU} """
@@ -122,12 +129,10 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
-def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None,
-              query_layer=None):
+def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
     """ every size, and BM25 if the corpus is one shard -> records, per-item values; raises as data.Collection does """
     collection = data.Collection(name)
-    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir,
-                                   query_layer)
+    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir)
     if len(doc_ids) <= data.SHARD:
         found[BM25] = search_bm25(collection)
     records, per_item = [], {"ids": list(collection.queries)}
@@ -143,16 +148,13 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
             write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
     return records, per_item
 
-def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir, query_layer=None):
+def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
     """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
-    -> {size: (scores (Q, K), docs (Q, K))}, doc_ids. With query_layer the queries are always of that layer: a shallow
-    encoder answers users at once, a deep one has read the documents before. """
-    Q = len(collection.queries)
-    widest = {layer: max(dim for other, dim in sizes if other == layer) for layer, _ in sizes}   # {layer: dim}
-    def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
-        return embed_texts(model, tokenizer, texts, layers, dtype, batch_tokens)
-    asked = [query_layer] if query_layer else list(widest)
-    queries = embed(list(collection.queries.values()), asked)                          # {layer: (Q, C)}
+    -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
+    Q, widest = len(collection.queries), widest_dims(sizes)
+    def embed(texts):   # -> {layer: (texts, C)}
+        return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
+    queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
     best, doc_ids = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}, []
     about = embeddings_dir and made_by(model, tokenizer, dtype)
     for shard, (ids, texts) in enumerate(collection.shards()):
@@ -161,13 +163,16 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
         passages = load_or_embed(file, widest, texts, embed)                           # {layer: (P, widest dim)}
         own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
-            for start in range(0, Q, 1024):
+            for start in range(0, Q, 1024):   # 1,024 queries and a shard have 100 MB of scores
                 rows = slice(start, start + 1024)
-                asking = queries[query_layer or layer][rows]
-                scores = score(asking, passages[layer], dim, model.config.similarity)                 # (rows, P)
+                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (rows, P)
                 keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
+
+def widest_dims(sizes):
+    """ -> {layer: the largest dim of its sizes} """
+    return {layer: dim for layer, dim in sorted(sizes)}
 
 def own_documents(queries, ids):
     """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
@@ -176,7 +181,8 @@ def own_documents(queries, ids):
 
 def keep_best(best, rows, scores, first_doc, own_column):
     """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
-    (rows, P): of these queries and the documents first_doc, first_doc + 1, ... own_column: see own_documents """
+    (rows, P), changed in place: of these queries and the documents first_doc, first_doc + 1, ... own_column: see
+    own_documents """
     best_scores, best_docs = best
     for row, column in own_column.items():
         if rows.start <= row < rows.stop:
@@ -266,7 +272,7 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     """ Print the 5 passages of --texts that answer a question best, at each size, and those of the funnel where there
     are several. Without a question ask for some. The passages' embeddings are kept in the model's folder until the
     model or the passages change. """
-    passages, widest = data.load_passages(args.texts), {layer: dim for layer, dim in sizes}   # a layer's largest
+    passages, widest = data.load_passages(args.texts), widest_dims(sizes)
     texts = [text for _, text in passages]
     def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, layers, args.dtype, args.batch_tokens)
@@ -278,7 +284,9 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     similarity = model.config.similarity
     vectors = {(layer, dim): shorten(embeddings[layer], dim, similarity) for layer, dim in sizes}   # (P, D) each
     for question in [question] if question else ask():
-        ways = [(size,) for size in sizes] + [(sizes[0], sizes[-1])] * (len(sizes) > 1)       # the funnel last
+        ways = [(size,) for size in sizes]
+        if len(sizes) > 1:
+            ways.append((sizes[0], sizes[-1]))                                                # the funnel
         for way in ways:
             start = time.perf_counter()
             queries = embed([data.as_text(question, "--search")], [layer for layer, _ in way])
@@ -541,8 +549,6 @@ def parse_args(argv=None):
     add("--sts", nargs="+", default=[], metavar="NAME_OR_FILE",
         help=f"{', '.join(data.STS)}, or a file with sentence1, sentence2, score")
     add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]", help="docs, a BEIR folder, or a hub BEIR set")
-    add("--query_layer", type=positive_int, metavar="LAYER",
-        help="of the queries of --retrieval, for passages of any size; by default that of the passages")
     add("--speed", action="store_true", help="time every size")
     add = parser.add_argument_group("use").add_argument
     add("--search", nargs="?", const="", metavar="QUESTION",
@@ -561,7 +567,7 @@ def parse_args(argv=None):
     add("--batch_tokens", type=positive_int, default=8192, help="tokens of a batch")
     add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the model's own, else mean")
     add("--similarity", choices=SIMILARITIES, help="of query and document; by default the model's own, else cosine")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the matrix products")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products")
     add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="FILE.json", help="for the results of one model; by default MODEL/eval.json if it is ours")
@@ -620,8 +626,6 @@ def main(args):
     for name in args.models:
         model, tokenizer = load_model(name, args.device, args.max_length, **ways)
         sizes = check_sizes(args.sizes or named_sizes(model.config), model.config, name)
-        if args.query_layer:
-            check_sizes([(args.query_layer, 1)], model.config, name, "--query_layer")
         if args.search is not None:
             search(model, tokenizer, args.search, sizes if args.sizes else sizes[-1:], args, find_folder(name))
             continue
@@ -646,7 +650,7 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     if args.grid:
         dims = sorted({dim for _, dim in sizes})
         sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
-    ours = model.config.sizes and Path(name).exists() and not args.query_layer
+    ours = model.config.sizes and Path(name).exists()
     out = args.out or (Path(name) / "eval.json" if ours else None)
     if not out and (args.plot or args.compare):
         raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
@@ -667,8 +671,7 @@ def evaluate_model(name, model, tokenizer, sizes, args):
             results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
     for task in args.retrieval or ([] if args.sts else ["docs"]):
         records, per_item[data.task_name(task)] = retrieval(
-            model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run,
-            args.query_layer)
+            model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
         results += records
     results += cost(model, sizes)
     if args.speed:

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 import data
 import evaluate
 from model import (POOLINGS, SIMILARITIES, STATE, Bert, BertConfig, HelpFormatter, average, catch_signals, check_about,
-                   check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, interrupted,
+                   check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, get_lr, interrupted,
                    keep_freed_memory, load_model, load_run, log, named_sizes, nonneg_float, nonneg_int, open_run, pack,
                    permute_channels, positive_float, positive_int, readable, run_script, save_run, score, size_name,
-                   start_ranks, sum_over_ranks, text_length, training_flags)
+                   start_ranks, status, sum_over_ranks, text_length, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -52,12 +52,12 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     for size in sizes:
         log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
         nce[size_name(size)] = info_nce(log_probs) if gold is None else cosent(scores[size].diagonal(), gold)
-        kl[size_name(size)] = kl_divergence(teacher_probs, log_probs)      # 0 for the teacher itself
+        kl[size_name(size)] = kl_divergence(teacher_probs, log_probs)   # 0 where a size is its own teacher
     return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
 
 def info_nce(log_probs):
     """ (Q, P) log-probabilities of the passages -> mean of -log p(positive). It makes each size a retriever. """
-    target = torch.arange(len(log_probs), device=log_probs.device)   # (Q,), passage i is the positive of query i
+    target = torch.arange(len(log_probs), device=log_probs.device)   # (Q,) 0 1 2 ...: passage i is query i's positive
     return F.nll_loss(log_probs, target)
 
 def kl_divergence(teacher_probs, log_probs):
@@ -85,29 +85,31 @@ def step_sizes(method, sizes, seed, step):
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
 # ---- one step --------------------------------------------------------------------------------------------------------
-def train_step(model, teacher, batch, sizes, args, pieces, backward):
+def train_step(model, teacher, batch, sizes, args, backward):
     """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters.
-    backward(embed, texts, loss_of): loss_of(embed(texts))[0].backward(), maybe in pieces, see cached_backward. """
-    queries, passages, same, gold = batch
+    backward(embed, texts, loss_of) -> losses. With one process and without --micro_batch, cached_backward does this:
+        losses = loss_of(embed(texts)); losses[0].backward() """
+    queries, passages, same, gold = batch      # Q and P texts, (T,) ids each; (Q, P) bool or None; (Q,) or None
     Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
-    teacher_scores = None
-    if teacher:
-        layer, dim = len(teacher.blocks), teacher.config.hidden_size
-        tokens = sum(map(len, texts)) // pieces        # of a batch of the teacher
-        rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype, tokens)[layer].to(args.device)   # (Q + P, C)
-        teacher_scores = score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
     same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))
+    teacher_scores = frozen_scores(teacher, texts, Q, args) if teacher else None                      # (Q, P)
     def embed(texts):
         with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
             return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}
-    def loss_of(embeddings):
+    def loss_of(embeddings):                                                         # of Q queries, then P passages
         return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
                         {layer: rows[Q:] for layer, rows in embeddings.items()},
                         sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold, same)
     return backward(embed, texts, loss_of)
 
+def frozen_scores(teacher, texts, Q, args):
+    """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size """
+    layer, dim = list(named_sizes(teacher.config))[-1]
+    rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)            # (Q + P, C)
+    return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
+
 # ==== Below is the training around the method: large batches and ranks, model, loop, flags ============================
-def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_size=1):
+def cached_backward(embed, texts, loss_of, pieces, seed, rank=0, world_size=1):
     """ With one piece and one process this is loss_of(embed(texts))[0].backward(). It gives the same gradient with
     several processes, or for a batch that is too large for the memory. The texts of a batch depend on each other only
     through their embeddings (gradient caching, arXiv 2101.06983), so
@@ -116,8 +118,7 @@ def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_si
       3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
     The activations of several pieces would fill the memory, so step 1 keeps no graph and step 3 embeds again. Piece k
     is texts[k::pieces]; its dropout is drawn from (*seed, k), the same in both passes and on any number of ranks.
-    embed: list of B texts -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all texts -> (loss, ...), which is returned.
-    scale: GradScaler.scale. """
+    embed: list of B texts -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all texts -> (loss, ...): returned here. """
     mine, all_rows = range(rank, pieces, world_size), {}
     def embed_piece(k):
         torch.manual_seed(hash((*seed, k)))
@@ -133,19 +134,12 @@ def cached_backward(embed, texts, loss_of, pieces, seed, scale, rank=0, world_si
         for rows in all_rows.values():
             dist.all_reduce(rows)      # a sum that gathers: the rows of other ranks are 0 here
     losses = loss_of({layer: rows.requires_grad_() for layer, rows in all_rows.items()})
-    scale(losses[0]).backward()
+    losses[0].backward()
     for k in mine:
         if len(mine) > 1:
             embeddings = embed_piece(k)
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
-
-def get_lr(step, max_steps, args):
-    """ linear warm-up, then linear decay to 0 """
-    warmup_steps = max(1, round(args.warmup * max_steps))
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    return args.learning_rate * (max_steps - step) / max(1, max_steps - warmup_steps)
 
 def build_model(args, sources):
     """ -> Bert with sizes, pooling and similarity in its config; tokenizer. Raises ValueError for flags that misfit """
@@ -272,8 +266,7 @@ def main(args):
     # optimizer
     optimizer = configure_optimizer(dict(model.named_parameters()), args.learning_rate, args.weight_decay,
                                     ("word.weight", "position.weight", "token_type.weight"), args.embedding_lr_scale)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "float16")
-    trained, first_step = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
+    trained, first_step = {"model": model, "optimizer": optimizer}, 0
     about = {"--train_pairs": [data.checksum(pairs) for pairs in sources], "pieces of a batch": pieces,
              "--teacher": teacher and evaluate.made_by(teacher, tokenizer, args.dtype)}
     if saved:
@@ -291,39 +284,36 @@ def main(args):
           f"{', '.join(map(size_name, sizes))}; {args.dtype} on {args.device}")
 
     # the loop
-    backward = functools.partial(cached_backward, pieces=pieces, scale=scaler.scale, rank=rank, world_size=world_size)
-    clock, tokens, losses, skipped, caught = time.time(), 0, [], 0, catch_signals()
+    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
     for step in range(first_step, max_steps):
-        lr = get_lr(step, max_steps, args)
+        lr = get_lr(step, max_steps, args, "linear")
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
-        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args, pieces,
-                                   functools.partial(backward, seed=(args.seed, step)))
+        backward = functools.partial(cached_backward, pieces=pieces, seed=(args.seed, step), rank=rank,
+                                     world_size=world_size)
+        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
+                                   backward)
         sum_over_ranks(model.parameters(), world_size)
-        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         terms = nce | {f"KL of {name}": value for name, value in kl.items()}
-        skipped += check_finite(step, loss, norm, terms, scaler, args)
-        scaler.step(optimizer)
-        scaler.update()
+        check_finite(step, loss, norm, terms, args)
+        optimizer.step()
 
         tokens += sum(map(len, batch[0] + batch[1]))
         losses.append(({"loss": loss}, nce, kl))
         last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
         if (step + 1) % args.log_interval == 0 or last_step:
-            mean, nce, kl = map(average, zip(*losses))
+            mean_loss, mean_nce, mean_kl = map(average, zip(*losses))
             seconds = (time.time() - clock) / len(losses)
-            rate = tokens / len(losses) / seconds
-            shown = " | ".join(f"{name} {nce[name]:.3f}" for name in shown_sizes if name in nce)
-            log(log_file, {"step": step + 1, "loss": mean["loss"], "nce": nce, "kl": kl, "learning_rate": lr,
-                           "norm": norm.item(), "skipped": skipped, "ms": 1000 * seconds, "tokens_per_second": rate,
-                           "seconds": time.time() - start},
-                f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {shown} | lr {lr:.1e} | norm {norm:.2f} | "
-                f"{f'skipped {skipped} | ' if skipped else ''}{1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
-                f"eta {(max_steps - step - 1) * seconds / 60:.1f}m")
-            clock, tokens, losses, skipped = time.time(), 0, [], 0
+            shown = [f"{name} {mean_nce[name]:.3f}" for name in shown_sizes if name in mean_nce]
+            log(log_file, {"step": step + 1, "loss": mean_loss["loss"], "nce": mean_nce, "kl": mean_kl,
+                           "learning_rate": lr, "norm": norm.item(), "ms": 1000 * seconds,
+                           "tokens_per_second": tokens / len(losses) / seconds, "seconds": time.time() - start},
+                status(step + 1, max_steps, [f"loss {mean_loss['loss']:.3f}", *shown], lr, norm, seconds,
+                       tokens / len(losses)))
+            clock, tokens, losses = time.time(), 0, []
         if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step:
             pause = time.time()
             results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", sizes, args.dtype)

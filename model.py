@@ -71,16 +71,15 @@ def pack(texts, device="cpu", multiple=1):
     text_ids = np.repeat(order, lengths[order])                             # (N,)
     T_values, G_values = np.unique(lengths, return_counts=True)             # ascending
     groups = list(zip(G_values.tolist(), T_values.tolist()))
-    fill = int(-ends[-1] % multiple) if ends[-1] >= 8 * multiple else 0
-    if fill:
-        groups.append((fill, 1))
-    def tensor(array, filler=None):
-        if filler is not None:
-            array = np.concatenate([array, np.full(fill, filler)])
+    fillers = int(-ends[-1] % multiple) if ends[-1] >= 8 * multiple else 0
+    if fillers:
+        groups.append((fillers, 1))
+    def tensor(array):
         return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    return Pack(tensor(np.concatenate([texts[i] for i in order]), filler=0),
-                tensor(np.arange(ends[-1]) - starts[text_ids], filler=0),
-                tensor(text_ids, filler=len(texts)), tensor(starts), groups)
+    def filled(array, value):   # N without the fillers -> N
+        return tensor(np.append(array, np.full(fillers, value)))
+    return Pack(filled(np.concatenate([texts[i] for i in order]), 0), filled(np.arange(ends[-1]) - starts[text_ids], 0),
+                filled(text_ids, len(texts)), tensor(starts), groups)
 
 def mean_pool(hidden, batch):
     """ (N, C) -> (B, C): the mean over the tokens of each text, [CLS] and [SEP] included """
@@ -111,7 +110,7 @@ def score(queries, passages, dim, similarity):
     return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
-# `dropout` and `fast_attention`, defined below the double line, equal F.dropout and `attention`, but faster on a CPU.
+# `dropout` and `fast_attention`, below the double line, do what F.dropout and `attention` do, but faster on a CPU.
 @dataclass
 class BertConfig:
     """ Architecture, under the names of Hugging Face's config.json; then how the embeddings are meant to be used. """
@@ -137,8 +136,8 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": functools.partial(F.g
 
 def attention(qkv, groups, H, p):
     """ softmax(q k^T / sqrt(C / H)) v within each text, H heads, dropout p: (N, 3C) -> (N, C) """
-    C, out = qkv.shape[1] // 3, []
-    for (G, T), rows in zip(groups, qkv.split([G * T for G, T in groups])):          # (G * T, 3C)
+    C, out, tokens_of_groups = qkv.shape[1] // 3, [], [G * T for G, T in groups]
+    for (G, T), rows in zip(groups, qkv.split(tokens_of_groups)):                    # (G * T, 3C)
         q, k, v = rows.view(G, T, 3, H, C // H).permute(2, 0, 3, 1, 4)               # (G, H, T, C / H) each
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                 # no mask: nothing is padded
         out.append(mixed.transpose(1, 2).reshape(G * T, C))
@@ -155,10 +154,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        # Training always takes the fast one: finetune_srl.cached_backward embeds a text with and without a graph, and
-        # both times with the same dropout.
-        fast = x.device.type == "cpu" and (self.training or torch.is_grad_enabled())
-        attend = fast_attention if fast else attention
+        attend = fast_attention if x.device.type == "cpu" and self.training else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
 
 class Block(nn.Module):
@@ -344,7 +340,7 @@ def keep_freed_memory(keep=True):
         else:
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
 
-# ---- optimizer, order of the channels --------------------------------------------------------------------------------
+# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
 def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
     """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
     in `faster` have a `scale` times higher learning rate: the training loop multiplies the rate of a step by the
@@ -356,6 +352,16 @@ def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scal
               {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
               {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
+
+def get_lr(step, max_steps, args, shape):
+    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
+    warmup_steps = max(1, round(args.warmup * max_steps))
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    rest = max(1, max_steps - warmup_steps)
+    if shape == "linear":
+        return args.learning_rate * (max_steps - step) / rest
+    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
 
 def permute_channels(model, order):
     """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
@@ -598,14 +604,6 @@ def cut_vocabulary(model, tokenizer, counts, vocab_size):
 
 # ---- training runs, for both scripts: ranks, OUT_DIR, log, signals ---------------------------------------------------
 STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
-def average(records, world_size=1):
-    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
-    names = dict.fromkeys(name for record in records for name in record)
-    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
-                         for name in names])
-    if world_size > 1:
-        dist.all_reduce(means)
-    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
 
 def start_ranks(args):
     """ Join the processes that torchrun started -> rank, number of ranks; (0, 1) without it. Only rank 0 prints. """
@@ -648,17 +646,15 @@ def interrupted(caught, args, world_size):
         dist.all_reduce(found)
     return found.item() > 0
 
-def check_finite(step, loss, norm, terms, scaler, args):
-    """ -> True if the scaled gradient is too large for float16: GradScaler then leaves the step out and halves its
-    scale. Raises FloatingPointError if the loss is not finite, or if the gradient is not finite without a scale either.
-    terms {name: scalar}: what the loss consists of """
+def check_finite(step, loss, norm, terms, args):
+    """ Raises FloatingPointError if the loss or the norm of the gradient is not finite. terms {name: scalar}: what the
+    loss consists of """
     loss, norm = loss.item(), norm.item()
-    if math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1):   # 1 without float16
-        return not math.isfinite(norm)
-    bad = [name for name, value in terms.items() if not value.isfinite()]
-    raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
-                             f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
-                             f"float32. {last_checkpoint(args)}")
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        bad = [name for name, value in terms.items() if not value.isfinite()]
+        raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
+                                 f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
+                                 f"float32. {last_checkpoint(args)}")
 
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
@@ -727,6 +723,21 @@ def log(log_file, record, line):
         print(json.dumps(record), file=log_file, flush=True)
         print(line, flush=True)
 
+def status(step, max_steps, parts, lr, norm, seconds, tokens):
+    """ a line of the log; seconds and tokens of one step """
+    rate, left = tokens / seconds / 1000, (max_steps - step) * seconds / 60
+    return " | ".join([f"step {step}/{max_steps}", *parts, f"lr {lr:.1e}", f"norm {norm:.2f}",
+                       f"{1000 * seconds:.0f} ms", f"{rate:.1f}k tok/s", f"eta {left:.1f}m"])
+
+def average(records, world_size=1):
+    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
+    names = dict.fromkeys(name for record in records for name in record)
+    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
+                         for name in names])
+    if world_size > 1:
+        dist.all_reduce(means)
+    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
+
 def git_commit():
     """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
     def git(*args):
@@ -754,7 +765,7 @@ def run_script(main, parse_args):
 
 def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
     """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
-    state {name: model, optimizer or scaler}; about: what else must be the same when the run is resumed.
+    state {"model": ..., "optimizer": ...}; about: what else must be the same when the run is resumed.
     Raises FloatingPointError rather than save numbers that are not finite, and OSError if the last step is lost. """
     from safetensors import SafetensorError
     broken = [name for name, tensor in state["model"].state_dict().items() if not tensor.isfinite().all()]
@@ -795,7 +806,7 @@ def load_run(args):
     path = Path(args.out_dir, STATE)
     with readable(f"--resume: {path} cannot be read", "begin the run again with --overwrite"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer", "scaler"))
+        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))
     free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
     if (saved.keys() ^ vars(args).keys()) - free:
         raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
@@ -894,6 +905,6 @@ def training_flags(parser):
     add("--save_interval", type=nonneg_int, default=200, help="steps between two checkpoints; 0 saves at the end only")
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")
     add("--device", type=device_arg, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default=fast_dtype(),
+    add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(),
         help="of the matrix products; the weights stay float32. By default bfloat16 if this machine is fast at it")
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")

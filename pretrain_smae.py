@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 import data
 from model import (STATE, Bert, BertConfig, HelpFormatter, MLMHead, as_contiguous, average, catch_signals, check_about,
-                   check_finite, check_out_dir, check_sizes, configure_optimizer, dropout, fraction, interrupted,
-                   keep_freed_memory, load_head, load_model, load_run, log, named_sizes, nonneg_int, number, open_run,
-                   pack, positive_float, positive_int, readable, run_script, save_run, size_name, start_ranks,
-                   sum_over_ranks, training_flags)
+                   check_finite, check_out_dir, check_sizes, configure_optimizer, dropout, fraction, get_lr,
+                   interrupted, keep_freed_memory, load_head, load_model, load_run, log, named_sizes, nonneg_int,
+                   number, open_run, pack, positive_float, positive_int, readable, run_script, save_run, size_name,
+                   start_ranks, status, sum_over_ranks, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), V vocabulary;
@@ -38,9 +38,10 @@ class SMAE(nn.Module):
         self.decoder = copy.deepcopy(bert.blocks[0])   # starts as a copy of the encoder's first block
 
 def with_ids(batch, ids):
-    """ Pack, masked ids (N,) -> the Pack with these ids """
+    """ Pack, masked ids without those of pack's filler tokens -> the Pack with these ids """
     ids = torch.from_numpy(ids).to(batch.input_ids.device)
-    return batch._replace(input_ids=F.pad(ids, (0, len(batch.input_ids) - len(ids))))   # fillers have the id 0
+    fillers = len(batch.input_ids) - len(ids)
+    return batch._replace(input_ids=F.pad(ids, (0, fillers)))   # fillers have the id 0
 
 def sliced_taps(model, batch, sizes):
     """ one pass of the encoder -> {size name: (N, D)}: the output of the size's layer, its first D coordinates """
@@ -64,7 +65,7 @@ def decode(decoder, embeddings, bottlenecks, batch, positions):
 
 def vocabulary_loss(model, hidden, labels):
     """ {term: (M, C)}, {term: (M,) true ids} -> mean over the terms of their CE, {term: CE}, {term: accuracy}.
-    For reading; training uses `fast_vocabulary_loss`, which equals it. """
+    For reading; training uses `fast_vocabulary_loss`, which equals it where every term has a position. """
     ce, accuracy = {}, {}
     for term in hidden:
         logits = hidden[term] @ model.bert.word.weight.T + model.head.bias         # (M, V)
@@ -72,32 +73,41 @@ def vocabulary_loss(model, hidden, labels):
         accuracy[term] = (logits.argmax(-1) == labels[term]).float().mean()
     return sum(ce.values()) / len(ce), ce, accuracy
 
-def smae_loss(model, batch, masked, sizes, objective="smae", decode=decode, vocabulary_loss=vocabulary_loss):
+def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode, loss_with=vocabulary_loss):
     """ For every size (layer, dim), with E the word embeddings (V, C) and the functions above:
       h   = the first dim coordinates of the encoder's output at that layer
       MLM = CE( E transform(h) + bias, words hidden from the encoder )
       x   = layer 0 of the decoder's ids, with x[CLS] replaced by the bottleneck transform(h[CLS])
       MAE = CE( E transform(decoder(x)) + bias, words hidden from the decoder )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
-    The bottleneck is all that the decoder sees of the encoder, and 40 % of its own input is hidden. So it can only do
-    well if dim numbers say what the text is about. All sizes share the head and the decoder.
-    batch, masked: Pack and Masked of the same texts. decode, vocabulary_loss: training passes the fast ones.
+    The bottleneck is all that the decoder sees of the encoder, and much of its own input is hidden (--decoder_mask). So
+    it can only do well if dim numbers say what the text is about. All sizes share the head and the decoder.
+    batch, masked: Pack and Masked of the same texts. decode_with, loss_with: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     device, hidden, labels = batch.input_ids.device, {}, {}
-    positions = torch.from_numpy(masked.encoder_positions).to(device)                                    # (M,)
-    sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)
+    sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)                              # (N, D) each
+    guessed = torch.from_numpy(masked.encoder_positions).to(device)                                      # (M,)
     for name, tap in sliced.items():
-        hidden[f"mlm {name}"] = model.head.transform(tap[positions])                                     # (M, C)
-        labels[f"mlm {name}"] = batch.input_ids[positions]                                               # (M,)
+        hidden[f"mlm {name}"], labels[f"mlm {name}"] = model.head.transform(tap[guessed]), batch.input_ids[guessed]
     if objective == "smae":
-        positions = torch.from_numpy(masked.decoder_positions).to(device)                                # (M',)
         bottlenecks = bottleneck(model, sliced, batch)                                                   # (S, B, C)
         embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                               # (N, C)
-        decoded = model.bert.maybe_checkpoint(decode, model.decoder, embeddings, bottlenecks, batch, positions)
-        for name, states in zip(sliced, model.head.transform(decoded)):                                  # (S, M', C)
-            hidden[f"mae {name}"] = states                                                               # (M', C)
-            labels[f"mae {name}"] = batch.input_ids[positions]                                           # (M',)
-    return vocabulary_loss(model, hidden, labels)   # L is the mean of its 2S terms
+        guessed = torch.from_numpy(masked.decoder_positions).to(device)                                  # (M',)
+        decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, guessed)
+        for name, states in zip(sliced, model.head.transform(decoded)):                                  # (M', C) each
+            hidden[f"mae {name}"], labels[f"mae {name}"] = states, batch.input_ids[guessed]
+    return loss_with(model, hidden, labels)   # L is the mean of its 2S terms
+
+def batch_loss(model, documents, tokenizer, sizes, args, seed):
+    """ documents -> what smae_loss returns, number of tokens. The two fast functions are below the double line. """
+    rates = (args.encoder_mask, args.decoder_mask)
+    masked = data.smae_batch(documents, args.max_length, rates, tokenizer, seed)
+    # A cached cast of a weight lives until the forward pass ends: memory that gradient checkpointing is to save.
+    with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32",
+                        cache_enabled=not args.gradient_checkpointing):
+        losses = smae_loss(model, pack(masked.texts, args.device, multiple=128), masked, sizes, args.objective,
+                           fast_decode, fast_vocabulary_loss)
+    return losses, len(masked.encoder_ids)
 
 # ==== Below: the same in less time and memory (training uses these two), then the training itself and its flags =======
 def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
@@ -110,28 +120,30 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     positions. """
     attention, p = decoder.attention, decoder.attention.p if decoder.training else 0.0
     (N, C), S, H = embeddings.shape, len(bottlenecks), attention.heads
-    qkv = attention.qkv(embeddings).view(N, 3, H, C // H)
+    width, tokens_of_groups = C // H, [G * T for G, T in batch.groups]
+    qkv = attention.qkv(embeddings).view(N, 3, H, width)
     kv_first = F.linear(bottlenecks, attention.qkv.weight[C:], attention.qkv.bias[C:])   # (S, B, 2C)
-    k_first, v_first = kv_first.view(S, -1, 2, H, C // H).unbind(2)                      # (S, B, H, C / H) each
-    q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M', H, C / H), (M',)
+    k_first, v_first = kv_first.view(S, -1, 2, H, width).unbind(2)                       # (S, B, H, width) each
+    q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M', H, width), (M',)
     with torch.autocast(embeddings.device.type, enabled=False):
-        others, logsumexp = [], []
-        for (G, T), rows in zip(batch.groups, qkv.split([G * T for G, T in batch.groups])):
-            rows = rows.view(G, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
-            q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, C / H) each
-            scores = q * q.shape[-1]**-0.5 @ k[:, :, 1:].transpose(-1, -2)               # (G, H, T, T-1)
-            mixed = dropout(scores.softmax(-1), p) @ v[:, :, 1:]                         # (G, H, T, C / H)
-            others.append(mixed.transpose(1, 2).reshape(G * T, H, C // H))
+        others, logsumexp = [], []   # what the attention among all but position 0 gives, and its normaliser
+        for (G, T), rows in zip(batch.groups, qkv.split(tokens_of_groups)):
+            rows = rows.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
+            q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, width) each
+            scores = q * width**-0.5 @ k[:, :, 1:].transpose(-1, -2)                     # (G, H, T, T-1)
+            mixed = dropout(scores.softmax(-1), p) @ v[:, :, 1:]                         # (G, H, T, width)
+            others.append(mixed.transpose(1, 2).reshape(G * T, H, width))
             logsumexp.append(scores.logsumexp(-1).transpose(1, 2).reshape(G * T, H, 1))
-        others, logsumexp = torch.cat(others)[positions], torch.cat(logsumexp)[positions]   # (M', H, C / H), (M', H, 1)
-        s_first = (q_masked * k_first[:, text_ids]).sum(-1, keepdim=True, dtype=others.dtype) * q_masked.shape[-1]**-0.5
-        weight = (s_first - logsumexp).sigmoid()                                         # (S, M', H, 1)
-        mixed = (1 - weight) * others + dropout(weight, p) * v_first[:, text_ids]        # (S, M', H, C / H)
+        others, logsumexp = torch.cat(others)[positions], torch.cat(logsumexp)[positions]   # (M', H, width), (M', H, 1)
+        products = q_masked * k_first[:, text_ids]                                       # (S, M', H, width)
+        s_first = products.sum(-1, keepdim=True, dtype=others.dtype) * width**-0.5       # (S, M', H, 1)
+        weight = (s_first - logsumexp).sigmoid()                                         # of the bottleneck
+        mixed = (1 - weight) * others + dropout(weight, p) * v_first[:, text_ids]        # (S, M', H, width)
     return decoder.after_attention(embeddings[positions], attention.out(mixed.flatten(2)))
 
 def fast_vocabulary_loss(model, hidden, labels):
-    """ Equals `vocabulary_loss`: all terms in one call. With the row weights 1 / (terms * rows of the term) the sum
-    over all rows is the mean over terms of their means. """
+    """ Equals `vocabulary_loss`, but a term without positions counts 0. All terms in one call: with the row weights
+    1 / (terms * rows of the term) the sum over all rows is the mean over terms of their means. """
     rows = [len(label) for label in labels.values()]
     word = model.bert.word.weight                                                       # (V, C)
     weights = torch.cat([word.new_full((M,), 1 / (len(rows) * max(1, M))) for M in rows])
@@ -227,36 +239,32 @@ def build_model(args, saved):
                 model.load_state_dict(earlier["model"])
     return model, tokenizer, sizes
 
-def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
-    """ --train_text -> held-out documents, max_steps, an iterator over the steps from first_step on, and the TokenFile
-    (None when streaming). A batch consists of numbered pieces of micro_batch documents; the iterator yields for each
-    step [(number, documents), ...], the pieces of this rank. Raises ValueError when there are too few documents. """
-    mine = range(rank, args.batch_size // micro_batch, world_size)   # numbers of this rank's pieces
-    if args.streaming:
-        texts = data.load_texts(args.train_text, True, rank, world_size, args.columns)
-        stream = data.tokenize_documents(texts, tokenizer)
-        held_out = list(itertools.islice(stream, HELD_OUT))
-        consumed = first_step * args.batch_size // world_size   # documents that this rank read before the run stopped
-        stream = itertools.islice(stream, consumed, None)       # reads them again and drops them
-        def steps():
-            for step in range(first_step, args.max_steps):
-                found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in mine]
-                if len(found[-1][1]) < micro_batch:
-                    raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
-                yield found
-        return held_out, args.max_steps, steps(), None
+# A batch consists of numbered pieces of --micro_batch documents. steps() below yields for each step
+# [(number, documents), ...], those of this rank, from first_step on.
 
-    if rank > 0:
-        dist.barrier()   # until rank 0 has written the file
-    text = data.token_file(args.train_text, tokenizer, args.columns)
-    if rank == 0 and world_size > 1:
-        dist.barrier()
-    shuffled = np.random.default_rng(0).permutation(len(text))
+def stream_text(args, tokenizer, micro_batch, first_step, mine, rank, world_size):
+    """ --train_text as it arrives; mine: the numbers of this rank's pieces -> held-out documents, steps().
+    steps() raises ValueError when the text ends too soon. """
+    stream = data.tokenize_documents(data.load_texts(args.train_text, True, rank, world_size, args.columns), tokenizer)
+    held_out = list(itertools.islice(stream, HELD_OUT))
+    read_before = first_step * args.batch_size // world_size    # by this rank, before the run was stopped
+    stream = itertools.islice(stream, read_before, None)        # reads them again and drops them
+    def steps():
+        for step in range(first_step, args.max_steps):
+            found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in mine]
+            if len(found[-1][1]) < micro_batch:
+                raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
+            yield found
+    return held_out, steps()
+
+def shuffle_text(args, text, micro_batch, first_step, mine):
+    """ a TokenFile in random order; mine: the numbers of this rank's pieces -> held-out documents, max_steps, steps().
+    Raises ValueError when there are too few documents, or too short ones. """
     longest = min(np.diff(text.ends, prepend=0).max(), args.max_length - 2)
     if round(args.encoder_mask * longest) == 0:
         raise ValueError(f"--encoder_mask {args.encoder_mask}: hides none of the {longest} tokens that the longest "
                          f"document of {args.train_text} has; choose more, or longer documents")
-    held_out, train = np.split(shuffled, [min(HELD_OUT, (len(text) + 9) // 10)])
+    held_out, train = np.split(np.random.default_rng(0).permutation(len(text)), [min(HELD_OUT, (len(text) + 9) // 10)])
     if args.batch_size > len(train):
         raise ValueError(f"--batch_size {args.batch_size}: {args.train_text} has {len(train)} documents to train "
                          "on; choose that or less")
@@ -268,26 +276,14 @@ def open_text(args, tokenizer, micro_batch, first_step, rank, world_size):
             rows = train[data.epoch_order(len(train), args.seed, epoch)[i * args.batch_size:(i + 1) * args.batch_size]]
             yield [(piece, [text[row] for row in rows[piece * micro_batch:(piece + 1) * micro_batch]])
                    for piece in mine]
-    return [text[row] for row in held_out], max_steps, steps(), text
+    return [text[row] for row in held_out], max_steps, steps()
 
 def set_bias(head, text):
     """ Start the bias of a new MLM head at the log frequency of every word. Otherwise the word embeddings have to learn
     the frequencies: then the vectors of all rare words become alike, and they are hard to tell apart. """
-    ids, _ = data.split_tokens(text.tokens[:MAX_COUNTED_TOKENS])
-    counts = np.bincount(ids, minlength=len(head.bias)) + 1
+    counts = np.bincount(text.tokens[:MAX_COUNTED_TOKENS], minlength=len(head.bias)) + 1
     with torch.no_grad():
         head.bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
-
-def batch_loss(model, documents, tokenizer, sizes, args, seed):
-    """ documents -> what smae_loss returns, number of tokens """
-    rates = (args.encoder_mask, args.decoder_mask)
-    masked = data.smae_batch(documents, args.max_length, rates, tokenizer, seed)
-    # A cached cast of a weight lives until the forward pass ends: memory that gradient checkpointing is to save.
-    with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32",
-                        cache_enabled=not args.gradient_checkpointing):
-        losses = smae_loss(model, pack(masked.texts, args.device, multiple=128), masked, sizes, args.objective,
-                           fast_decode, fast_vocabulary_loss)
-    return losses, len(masked.encoder_ids)
 
 def validate(model, held_out, tokenizer, sizes, args):
     """ what smae_loss returns, on the held-out documents, with the same windows and masks every time, as floats """
@@ -298,13 +294,6 @@ def validate(model, held_out, tokenizer, sizes, args):
     model.train()
     loss, ce, accuracy = zip(*losses)
     return average([{"loss": value} for value in loss])["loss"], average(ce), average(accuracy)
-
-def get_lr(step, max_steps, args):
-    """ linear warm-up, then a cosine to 0, as in the paper's run """
-    warmup_steps = max(1, round(args.warmup * max_steps))
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, max_steps - warmup_steps))) / 2
 
 def main(args):
     """ model, text, optimizer, loop. Raises ValueError or OSError for what the user can mend. """
@@ -322,7 +311,17 @@ def main(args):
     saved = load_run(args) if args.resume else None
     first_step = saved["step"] if saved else 0
     model, tokenizer, sizes = build_model(args, saved)
-    held_out, max_steps, steps, text = open_text(args, tokenizer, micro_batch, first_step, rank, world_size)
+    mine = range(rank, pieces, world_size)     # the pieces of every batch that this rank computes
+    if args.streaming:
+        text, max_steps = None, args.max_steps
+        held_out, steps = stream_text(args, tokenizer, micro_batch, first_step, mine, rank, world_size)
+    else:
+        if rank > 0:
+            dist.barrier()                     # until rank 0 has written the file
+        text = data.token_file(args.train_text, tokenizer, args.columns)
+        if rank == 0 and world_size > 1:
+            dist.barrier()
+        held_out, max_steps, steps = shuffle_text(args, text, micro_batch, first_step, mine)
     about = {"--train_text": text.about if text else args.train_text,
              "pieces of a batch": pieces, "ranks with --streaming": world_size * args.streaming}
     if saved:
@@ -335,10 +334,8 @@ def main(args):
                if args.objective == "smae" or not name.startswith("decoder")}
     optimizer = configure_optimizer(trained, args.learning_rate, args.weight_decay, ["bert.word.weight"],
                                     args.word_lr_scale if args.init_from == "scratch" else 1.0)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "float16")
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    for name in ("optimizer", "scaler") if saved else ():
-        state[name].load_state_dict(saved[name])
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
     if args.compile:
         for block in [*model.bert.blocks, model.decoder]:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -350,38 +347,36 @@ def main(args):
           f"{args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses, skipped, caught = time.time(), 0, [], 0, catch_signals()
+    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
     for step, documents_of_pieces in enumerate(steps, start=first_step):
-        lr = get_lr(step, max_steps, args)
+        lr = get_lr(step, max_steps, args, "cosine")   # as in the paper's run
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         optimizer.zero_grad(set_to_none=True)
         for piece, documents in documents_of_pieces:
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             (loss, ce, accuracy), N = batch_loss(model, documents, tokenizer, sizes, args, [args.seed, step, piece])
-            scaler.scale(loss / pieces).backward()
+            (loss / pieces).backward()
             tokens += N * world_size
             losses.append(({"loss": loss}, ce, accuracy))
         sum_over_ranks(trained.values(), world_size)           # the sum over all pieces of the batch
-        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(list(trained.values()), args.grad_clip or math.inf)
-        skipped += check_finite(step, loss, norm, ce, scaler, args)
-        scaler.step(optimizer)
-        scaler.update()
+        check_finite(step, loss, norm, ce, args)
+        optimizer.step()
 
         last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
         if (step + 1) % args.log_interval == 0 or last_step:
-            mean, ce, accuracy = (average(records, world_size) for records in zip(*losses))
-            seconds, steps_done = time.time() - clock, len(losses) * world_size / pieces
-            ms = 1000 * seconds / steps_done
-            shown = [f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in (list(ce)[0], list(ce)[-1])]
-            log(log_file, {"step": step + 1, "loss": mean["loss"], "ce": ce, "accuracy": accuracy, "learning_rate": lr,
-                           "norm": norm.item(), "skipped": skipped, "ms": ms, "tokens_per_second": tokens / seconds,
-                           "seconds": time.time() - start},
-                f"step {step + 1}/{max_steps} | loss {mean['loss']:.3f} | {' | '.join(shown)} | lr {lr:.1e} | "
-                f"norm {norm:.2f} | {f'skipped {skipped} | ' if skipped else ''}{ms:.0f} ms | "
-                f"{tokens / seconds / 1000:.1f}k tok/s | eta {(max_steps - step - 1) * ms / 60_000:.1f}m")
-            clock, tokens, losses, skipped = time.time(), 0, [], 0
+            mean_loss, mean_ce, mean_accuracy = (average(records, world_size) for records in zip(*losses))
+            steps_done = len(losses) * world_size / pieces
+            seconds = (time.time() - clock) / steps_done
+            shown = [f"{name} {mean_ce[name]:.2f} acc {mean_accuracy[name]:.2f}"
+                     for name in (list(mean_ce)[0], list(mean_ce)[-1])]
+            log(log_file, {"step": step + 1, "loss": mean_loss["loss"], "ce": mean_ce, "accuracy": mean_accuracy,
+                           "learning_rate": lr, "norm": norm.item(), "ms": 1000 * seconds,
+                           "tokens_per_second": tokens / steps_done / seconds, "seconds": time.time() - start},
+                status(step + 1, max_steps, [f"loss {mean_loss['loss']:.3f}", *shown], lr, norm, seconds,
+                       tokens / steps_done))
+            clock, tokens, losses = time.time(), 0, []
         if args.eval_interval and (step + 1) % args.eval_interval == 0 or step + 1 == max_steps:
             pause = time.time()
             loss, ce, accuracy = validate(model, held_out, tokenizer, sizes, args)
@@ -390,7 +385,8 @@ def main(args):
                 + " | ".join(f"{name} {ce[name]:.2f} acc {accuracy[name]:.2f}" for name in ce))
             clock += time.time() - pause
         if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
-            save_run(args, step + 1, model.bert, tokenizer, state, about, last_step, model.head)
+            save_run(args, step + 1, model.bert, tokenizer, {"model": model, "optimizer": optimizer}, about, last_step,
+                     model.head)
         if last_step and step + 1 < max_steps:
             raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
     print(f"saved {args.out_dir}; {(time.time() - start) / 60:.1f} minutes in all")

@@ -70,7 +70,7 @@ def packed(args, sizes=None, micro_batch=0):
         loss_of = lambda taps: srl_loss({n: t[:Q] for n, t in taps.items()}, {n: t[Q:] for n, t in taps.items()},
                                         sizes, "cosine", 0.05, 1.0)
         pieces = -(-Q // micro_batch) if micro_batch else 1
-        cached_backward(embed, texts, loss_of, pieces, (1,), lambda loss: loss)
+        cached_backward(embed, texts, loss_of, pieces, (1,))
         update(model.parameters(), optimizer)
     return prepare, step
 

@@ -235,7 +235,7 @@ def test_columns_that_are_not_there(tmp_path, refused):
 
 def first_text(source, tokenizer, columns=()):
     """ the first document of a token file, as text """
-    return tokenizer.decode(data.split_tokens(data.token_file(source, tokenizer, columns)[0])[0])
+    return tokenizer.decode(data.token_file(source, tokenizer, columns)[0])
 
 
 def test_tokenised_text_is_that_of_the_source(tmp_path, tokenizer, monkeypatch):
@@ -371,7 +371,7 @@ def test_train_text_from_a_table(tmp_path, tokenizer, monkeypatch):
     path.write_text('id,text\n1,"the apple\nstands beside"\n2,the bridge\n')
     assert list(data.load_texts(str(path))) == ["the apple\nstands beside", "the bridge"]
     found = data.token_file(str(path), tokenizer)
-    texts = [tokenizer.decode(data.split_tokens(found[i])[0]) for i in (0, 1)]
+    texts = [tokenizer.decode(found[i]) for i in (0, 1)]
     assert texts == ["the apple stands beside", "the bridge"]
     path.write_text("id,body\n1,an apple\n")
     with pytest.raises(ValueError, match=r"t.csv, line 2: has the columns id, body; it needs text"):
@@ -562,14 +562,12 @@ def test_scored_pairs(tmp_path, tokenizer):
 
 def test_worked_example_of_whole_word_mask():
     """ The example of whole_word_mask's docstring comes out, and a larger rate masks the next word as well. """
-    tokens = "[CLS] the dra ##gon sleeps [SEP] [CLS] a cat [SEP]".split()
-    begins, special = (np.array([token.startswith(mark) for token in tokens]) for mark in ("##", "["))
-    text_ids = np.array([0] * 6 + [1] * 4)
-    class Shuffle:   # of [CLS] the dragon sleeps [SEP], [CLS] a cat [SEP]: the smallest number comes first
-        random = staticmethod(lambda words: np.array([0, 0.9, 0.1, 0.5, 0, 0, 0.2, 0.7, 0]))
-    masks = data.whole_word_mask(~begins, special, text_ids, [0.5, 0.75], Shuffle)
+    tokens = "[CLS] the dra ##gon sleeps [SEP]".split()
+    class Shuffle:   # of [CLS] the dragon sleeps [SEP]: the smallest number comes first
+        random = staticmethod(lambda words: np.array([0, 0.9, 0.1, 0.5, 0]))
+    masks = data.whole_word_mask(np.array([token[:2] != "##" for token in tokens]), [0.5, 0.75], Shuffle)
     found = [[token for token, hidden in zip(tokens, mask) if hidden] for mask in masks]
-    assert found == [["dra", "##gon", "a"], ["dra", "##gon", "sleeps", "a", "cat"]]
+    assert found == [["dra", "##gon"], ["dra", "##gon", "sleeps"]]
 
 
 def test_windows_of_long_passages():
@@ -617,7 +615,7 @@ def test_ids_beyond_16_bits():
 def test_documents_without_a_token_are_left_out(tokenizer):
     """ A text in which the tokenizer finds nothing is no document. """
     found = data.tokenize_documents(["", "apple", " \u200b", "bridge"], tokenizer)
-    assert [tokenizer.decode(data.split_tokens(document)[0]) for document in found] == ["apple", "bridge"]
+    assert [tokenizer.decode(document) for document in found] == ["apple", "bridge"]
 
 
 def test_sts_of_the_hub(monkeypatch):

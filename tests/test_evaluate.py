@@ -539,8 +539,6 @@ def test_no_nan_in_the_results(saved, sts_file, tmp_path, monkeypatch):
     (["--sts", "STS", "--plot", "FOLDER/missing/f.svg"], "no file can be written there"),
     (["--retrieval", "BEIR", "--save_run", "STS"], "File exists"),
     (["--retrieval", "BEIR", "--embeddings_dir", "STS"], "File exists"),
-    (["--sts", "STS", "--query_layer", "1", "--compare", "STS"], "--compare and --plot: this model's results go into"),
-    (["--sts", "STS", "--query_layer", "1", "--plot", "FOLDER/f.svg"], "add --out FILE.json"),
     (["--sts", "STS", "--out", "STS"], "holds what evaluate.py did not write; choose another file"),
     (["--sts", "STS", "--out", "BROKEN"], "holds what evaluate.py did not write"),
     (["--retrieval", "MY SET", "--save_run", "FOLDER/run"], "--save_run: 'my set' of"),
@@ -566,6 +564,16 @@ def test_mistakes_show_before_the_first_evaluation(saved, sts_file, beir, tmp_pa
         flags = [re.sub(rf"^{name}\b", str(path), flag) for flag in flags]
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         evaluate.main(evaluate.parse_args([str(saved), *flags]))
+
+
+@pytest.mark.parametrize("flag, file", [("--compare", "other.json"), ("--plot", "f.svg")])
+def test_results_without_a_file_are_not_compared(saved, sts_file, monkeypatch, flag, file):
+    """ The results of a model without sizes of its own go into no file, so they can be neither compared nor drawn. """
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"sizes": [], "size_names": []}))
+    monkeypatch.setattr(evaluate, "embed_texts", lambda *args: pytest.fail("an evaluation began"))
+    with pytest.raises(ValueError, match="--compare and --plot: this model's results go into .* add --out FILE.json"):
+        evaluate.main(evaluate.parse_args([str(saved), "--sts", sts_file, flag, file]))
 
 
 @pytest.mark.parametrize("flags", [["--sts", "stsb"], ["--retrieval", "docs"], ["--speed"], ["--grid"],

@@ -4,7 +4,6 @@ import re
 import shutil
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 import evaluate
 import finetune_srl
 from conftest import needs
-from model import MLMHead, from_pretrained, load_model, open_run, save_pretrained
+from model import MLMHead, load_model, open_run, save_pretrained
 
 TEXTS = ["the apple", "where is the bridge garden", "the candle stands beside the lantern in the morning and so on"]
 
@@ -183,8 +182,7 @@ def test_export_refuses(trained, beir, tmp_path, refused):
             (["--vocab_size", "50"], "--vocab_size 50 is for --export SIZE OUT; add it"),
             ([*vocabulary, "20"], "special tokens and single characters must stay"),
             ([*vocabulary, "9999"], "special tokens and single characters must stay"),
-            (["--search", "why", "--texts", "nowhere"], "--texts nowhere: neither docs nor a file or folder of .txt"),
-            (["--query_layer", "4", "--retrieval", beir], "--query_layer asks for layer 4")]:
+            (["--search", "why", "--texts", "nowhere"], "--texts nowhere: neither docs nor a file or folder of .txt")]:
         said = refused(evaluate, [str(folder), *[str(flag).replace("OUT", str(tmp_path / "out")) for flag in flags]])
         assert message in said and "\n" not in said
         assert not (tmp_path / "out").exists() and [path.name for path in full.iterdir()] == ["mine.txt"]
@@ -320,18 +318,6 @@ def test_a_run_without_sizes_has_no_card(trained, beir):
     run(folder, "--retrieval", beir)
     run(folder, "--export", "1:8", folder / "small")
     assert not [*folder.rglob("README.md")]
-
-
-def test_queries_of_another_layer(trained, beir, tmp_path):
-    """ --query_layer 1 scores layer 1 of the queries against the passages' own layers, and writes no eval.json. """
-    folder = trained()
-    model, tokenizer = load_model(folder)
-    run(folder, "--retrieval", beir, "--query_layer", 1, "--save_run", tmp_path / "runs")
-    query = evaluate.embed_texts(model, tokenizer, ["apple fruit"], [1])[1][:, :16]
-    passage = evaluate.embed_texts(model, tokenizer, ["a bridge crosses the river"], [2])[2][:, :16]
-    line, = [line for line in (tmp_path / "runs" / "beir-2-16.run").read_text().splitlines() if "q1 Q0 d2" in line]
-    assert float(line.split()[4]) == pytest.approx(F.cosine_similarity(query, passage).item(), abs=1e-5)
-    assert not (folder / "eval.json").exists()
 
 
 @needs("onnxscript")

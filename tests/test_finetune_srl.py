@@ -15,8 +15,8 @@ import evaluate
 import finetune_srl
 import model
 from conftest import NOUNS, make_beir, needs, refused_process
-from finetune_srl import cached_backward, cosent, get_lr, main, order_channels, parse_args, srl_loss, step_sizes
-from model import (Bert, BertConfig, average, from_pretrained, load_model, load_tokenizer, named_sizes, pack,
+from finetune_srl import cached_backward, cosent, main, order_channels, parse_args, srl_loss, step_sizes
+from model import (Bert, BertConfig, average, from_pretrained, get_lr, load_model, load_tokenizer, named_sizes, pack,
                    save_pretrained)
 
 ROOT = Path(finetune_srl.__file__).parent
@@ -234,7 +234,7 @@ def test_gradient_caching_equals_one_large_batch(config, texts, p, pieces):
     expected.backward()
     gradients = [p.grad.clone() for p in bert.parameters()]
     bert.zero_grad()
-    loss, *terms = cached_backward(embed, texts, loss_of, pieces, (7, 5), scale=lambda loss: loss)
+    loss, *terms = cached_backward(embed, texts, loss_of, pieces, (7, 5))
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12) and terms
     for gradient, p in zip(gradients, bert.parameters()):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
@@ -297,11 +297,12 @@ def test_overfits_one_batch(pairs_file, tokenizer):
 
 
 def test_schedule():
-    """ The rate rises over the first tenth and falls in a line, and the last step is not wasted at 0. """
+    """ The rate rises over the first tenth and falls in a line or a cosine, and the last step is not wasted at 0. """
     args = parse_args(["--learning_rate", "1", "--warmup", "0.1", "--out_dir", "out/nowhere"])
-    rates = [get_lr(step, 100, args) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1) and rates[10] == pytest.approx(1)
-    assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
+    for shape, last in (("linear", 1 / 90), ("cosine", (1 - math.cos(math.pi / 90)) / 2)):
+        rates = [get_lr(step, 100, args, shape) for step in range(100)]
+        assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1) and rates[10] == pytest.approx(1)
+        assert rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(last)
 
 
 def test_embeddings_have_a_rate_of_their_own():

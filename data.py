@@ -61,20 +61,23 @@ def duplicates(queries, passages):
     np.fill_diagonal(same, False)
     return same if same.any() else None
 
+def batch_rows(sources, batch_size, seed, step):
+    """ list of Pairs -> the Pairs that batch number `step` is drawn from, and the numbers of its rows """
+    batches_per_source = [len(pairs.queries) // batch_size for pairs in sources]
+    epoch, batch = divmod(step, sum(batches_per_source))
+    turns = np.repeat(np.arange(len(sources)), batches_per_source)
+    turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)   # source of each batch: 0 2 0 1 ...
+    pairs = sources[turns[batch]]
+    i = (turns[:batch] == turns[batch]).sum()       # batches that this source has had in this epoch
+    return pairs, epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
+
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
     """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids; what `duplicates` gives;
     the gold scores (Q,) or None. Passage i < Q is the positive of query i; the hard negatives follow, at most
     max_negatives a query. Passages longer than passage_max_length are cut to a window.
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
     visits every row of every source at most once; an incomplete last batch is dropped. """
-    batches_per_source = [len(pairs.queries) // batch_size for pairs in sources]
-    epoch, batch = divmod(step, sum(batches_per_source))
-    # the source of each batch of the epoch: 0 2 0 1 ...
-    turns = np.repeat(np.arange(len(sources)), batches_per_source)
-    turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)
-    pairs = sources[turns[batch]]
-    i = (turns[:batch] == turns[batch]).sum()       # batches that this source has had in this epoch
-    rows = epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
+    pairs, rows = batch_rows(sources, batch_size, seed, step)
     rng = np.random.default_rng([seed, step, TEXT_SEED])
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
     hard = [pairs.negatives[row][k] for row in rows
@@ -366,7 +369,7 @@ def find_columns(where, columns, kinds, given):
         if kind not in kinds or name not in columns:
             raise ValueError(f"--columns {item}: {where} has the columns {', '.join(columns)}; give KIND=COLUMN, where "
                              f"KIND is {' or '.join(kinds)}")
-        named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)
+        named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)   # scored pairs are pairs
         if any(len(named.get(one, [])) > 1 for one in ("query", "score", "text")):
             raise ValueError(f"--columns {item}: is the second {kind}, and a row has one; leave out one of them")
     return {kind: names or [column for column in columns if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]

@@ -364,6 +364,7 @@ def write_card(folder, source):
     for r in results:
         table[r["layer"], r["dim"]][f"{r['task']} {r['metric']}"] = f"{r['value']:.4f}"
     columns = list(table[sizes[-1]])
+    rows = [columns, ["---"] * len(columns)] + [[row.get(column, "") for column in columns] for row in table.values()]
     def of_the_hub(names):   # NAME:CONFIG -> NAME; the hub rejects a card with names that are not its own
         return list(dict.fromkeys(name.split(":")[0] for name in names if name in trained.get("from_hub", [])))
     about = {
@@ -378,9 +379,8 @@ def write_card(folder, source):
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in about.items() if value), "---", MADE_HERE, "",
              f"# {name}", "", "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at "
              f"several sizes. Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
-             *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *(
-                 [values.get(column, "") for column in columns] for values in table.values()))),
-             "", "```python", "from sentence_transformers import SentenceTransformer", "",
+             *(f"| {' | '.join(row)} |" for row in rows), "",
+             "```python", "from sentence_transformers import SentenceTransformer", "",
              f'model = SentenceTransformer("{name}")   # the path of this folder, or OWNER/NAME on the hub',
              f'embeddings = model.encode(["a text", "another one"])   # (2, {sizes[-1][1]})']
     if len(sizes) > 1:

@@ -161,10 +161,19 @@ def build_model(args, sources):
         if getattr(args, name) > config.max_position_embeddings:
             raise ValueError(f"--{name} {getattr(args, name)}: {args.init_from} has {config.max_position_embeddings} "
                              "positions; choose that or less")
+    config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
+    choose_sizes(args, config)
+    del model.blocks[config.num_hidden_layers:]           # layers that no size uses
+    if init_from == "scratch" and config.pooling == "mean":
+        silence_last_channels(model)
+    tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
+    return model.to(args.device).train(), tokenizer
+
+def choose_sizes(args, config):
+    """ --sizes, else the model's own -> config. Raises ValueError if they lack a full size, or what 2dmse draws. """
     names = named_sizes(config)
     config.sizes = check_sizes(args.sizes or names, config)
     config.size_names = tuple(names.get(size, "") for size in config.sizes)
-    config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
     layer, dim = config.sizes[-1][0], max(dim for _, dim in config.sizes)
     if config.sizes[-1] != (layer, dim):
         raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
@@ -172,16 +181,12 @@ def build_model(args, sources):
     if args.method == "2dmse" and (layer == 1 or len({dim for _, dim in config.sizes}) == 1):
         raise ValueError(f"--method 2dmse draws a layer and a dim below {layer}:{dim}; give --sizes that have some")
     config.num_hidden_layers = layer
-    del model.blocks[layer:]                              # layers that no size uses
-    if init_from == "scratch" and config.pooling == "mean":
-        silence_last_channels(model)
-    tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
-    return model.to(args.device).train(), tokenizer
 
 def silence_last_channels(model):
-    """ LayerNorm gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. A
-    small size can ignore common words: their vectors move into channels that it drops. The full size drops none. So the
-    last sixth of its channels starts with a gain of 0, and common words can hide there. """
+    """ From scratch with mean pooling this lifts every size (results/README.md). The likely reason: LayerNorm gives all
+    tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. A small size can ignore
+    common words: their vectors move into channels that it drops. The full size drops none. So the last sixth of its
+    channels starts with a gain of 0, and common words can hide there. """
     C = model.config.hidden_size
     model.blocks[-1].norm2.weight.data[-C // 6:] = 0
 

@@ -260,7 +260,10 @@ def fast_attention(qkv, groups, H, p):
 class PackedAttention(torch.autograd.Function):
     """ `attention` as one node of the autograd graph, with the backward pass by hand: autograd would spend more time on
     splitting, copying and concatenating dozens of small tensors than on the products. Always in float32, because
-    bfloat16 is slower for many small products of ever new shapes. """
+    bfloat16 is slower for many small products of ever new shapes. With A the weights after the softmax, M the dropout
+    mask and g the gradient of the output,
+        dV = (A M)^T g,   dA = (g V^T) M,   dS = A (dA - rowsum(dA A)) / sqrt(width),   dQ = dS K,   dK = dS^T Q
+    where A M and the like are products entry by entry. """
     @staticmethod
     def forward(ctx, qkv, groups, H, p):
         N, C, width = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // H
@@ -275,7 +278,7 @@ class PackedAttention(torch.autograd.Function):
             dropped = weights * mask if p else weights
             out = torch.bmm(dropped, v).view(G, H, T, width)
             mixed[row:row + G * T].view(G, T, H, width).copy_(out.transpose(1, 2))
-            saved += [q, k, v, weights, mask, dropped]
+            saved += [q, k, v, weights, mask, dropped]                              # six tensors a group
             row, entry = row + G * T, entry + G * H * T * T
         ctx.save_for_backward(*saved)
         ctx.groups = groups

@@ -19,10 +19,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-# one progress bar for all ranks, and none where stderr is no terminal
-progress = functools.partial(tqdm, disable=int(os.environ.get("RANK", 0)) > 0 or None)
-CACHE = Path(__file__).parent / "out"   # the docs corpus and tokenised text; git-ignored, made again when missing
-
 # ---- batches of pairs, for SRL ---------------------------------------------------------------------------------------
 class Pairs(NamedTuple):
     """ tokenised training pairs, row by row """
@@ -54,19 +50,22 @@ def duplicates(queries, passages):
     def number(texts):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
-    query, passage = number(queries), number(passages)                                    # (Q,), (P,)
-    known = np.zeros((len(queries), len(passages)), bool)   # known[number of a query, number of its positive] is True
-    known[query, passage[:len(query)]] = True               # queries A B A, positives x y z: known[A] has x and z,
-    same = known[query][:, passage]                         # so x is no negative of the third query; (Q, P)
-    np.fill_diagonal(same, False)
+    query, passage = number(queries), number(passages)        # (Q,), (P,)
+    # Queries A B A with positives x y z: A has the answers x and z, so z is no negative of the first query, nor x of
+    # the third.
+    answers = np.zeros((len(queries), len(passages)), bool)   # [number of a query, number of a passage]
+    answers[query, passage[:len(query)]] = True
+    same = answers[query][:, passage]                         # (Q, P)
+    np.fill_diagonal(same, False)                             # the positive itself
     return same if same.any() else None
 
 def batch_rows(sources, batch_size, seed, step):
     """ list of Pairs -> the Pairs that batch number `step` is drawn from, and the numbers of its rows """
     batches_per_source = [len(pairs.queries) // batch_size for pairs in sources]
     epoch, batch = divmod(step, sum(batches_per_source))
+    # Sources of 3 and 2 batches may take turns 0 1 0 0 1. Then batch 2 is of source 0, and its second: i = 1.
     turns = np.repeat(np.arange(len(sources)), batches_per_source)
-    turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)   # source of each batch: 0 2 0 1 ...
+    turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)
     pairs = sources[turns[batch]]
     i = (turns[:batch] == turns[batch]).sum()       # batches that this source has had in this epoch
     return pairs, epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
@@ -74,7 +73,7 @@ def batch_rows(sources, batch_size, seed, step):
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
     """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids; what `duplicates` gives;
     the gold scores (Q,) or None. Passage i < Q is the positive of query i; the hard negatives follow, at most
-    max_negatives a query. Passages longer than passage_max_length are cut to a window.
+    max_negatives a query, and count as negatives of all. Longer passages than passage_max_length are cut to a window.
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
     visits every row of every source at most once; an incomplete last batch is dropped. """
     pairs, rows = batch_rows(sources, batch_size, seed, step)
@@ -97,6 +96,11 @@ class Masked(NamedTuple):
     encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: about 20 %
     decoder_ids: np.ndarray         # (N,) what the decoder sees
     decoder_positions: np.ndarray   # (M',) those that the decoder must guess: about 40 %, the encoder's among them
+
+@functools.lru_cache(maxsize=4)
+def word_begins(tokenizer):
+    """ (V,) bool: does this entry of the vocabulary begin a word? WordPiece marks those that do not by ## """
+    return np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
 
 def whole_word_mask(begins, rates, rng):
     """ begins (T,) bool: a word begins at this token of one text; [CLS] and [SEP] are a word each -> a (T,) bool mask
@@ -130,20 +134,27 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     tokens, [CLS] and [SEP] included. rates: shares that are hidden from (encoder, decoder). seed: a list of integers
     that decides windows and masks. """
     rng, begins_word = np.random.default_rng(seed), word_begins(tokenizer)               # (V,)
-    starts = [rng.integers(max(1, len(document) - (max_length - 2) + 1)) for document in documents]
-    windows = sorted((document[start:start + max_length - 2] for document, start in zip(documents, starts)), key=len)
+    cut, room = [], max_length - 2                                      # [CLS] and [SEP] take two
+    for document in documents:
+        start = rng.integers(max(1, len(document) - room + 1))
+        cut.append(document[start:start + room])
     texts, masks = [], []
-    for window in windows:
-        texts.append(np.concatenate([[tokenizer.cls_token_id], window, [tokenizer.sep_token_id]]))   # (T,)
+    for ids in sorted(cut, key=len):                                    # the order of model.pack
+        texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))   # (T,)
         begins = begins_word[texts[-1]]
         begins[1] = True                                                # a window may begin inside a word
         masks.append(whole_word_mask(begins, rates, rng))
-    ids, encoder_mask, decoder_mask = map(np.concatenate, (texts, *zip(*masks)))         # (N,) each
+    ids = np.concatenate(texts)                                                          # (N,)
+    encoder_mask, decoder_mask = map(np.concatenate, zip(*masks))                        # (N,) each
     encoder_ids, decoder_ids = (corrupt(ids, mask, tokenizer.mask_token_id, len(tokenizer), rng)
                                 for mask in (encoder_mask, decoder_mask))
     return Masked(texts, encoder_ids, np.flatnonzero(encoder_mask), decoder_ids, np.flatnonzero(decoder_mask))
 
 # ==== Below is tokenising and reading files, not the method ===========================================================
+# one progress bar for all ranks, and none where stderr is no terminal
+progress = functools.partial(tqdm, disable=int(os.environ.get("RANK", 0)) > 0 or None)
+CACHE = Path(__file__).parent / "out"   # the docs corpus and tokenised text; git-ignored, made again when missing
+
 # ---- tokenising ------------------------------------------------------------------------------------------------------
 def train_wordpiece(texts, vocab_size):
     """ a lower-casing WordPiece tokenizer like BERT's, trained on an iterable of texts -> transformers tokenizer """
@@ -201,11 +212,6 @@ def about_tokenizer(tokenizer):
     """ what decides the ids of a text: the vocabulary, and what is done to a text before, lower-casing for example """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)   # None if not of Rust
     return [sorted(tokenizer.get_vocab().items()), str(normalizer)]
-
-@functools.lru_cache(maxsize=4)
-def word_begins(tokenizer):
-    """ (V,) bool: does this entry of the vocabulary begin a word? WordPiece marks those that do not by ## """
-    return np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
 
 def token_dtype(tokenizer):
     """ the smallest unsigned integers that hold an id; 12 M passages of MS MARCO take 2 GB with 16 bits """

@@ -8,14 +8,13 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences are real
     python evaluate.py out/srl --export 2:16 out/small         # a folder for sentence-transformers and transformers
 
-Prints a table and writes --out, or MODEL/eval.json if that is a folder with sizes of its own. "results" has one record
-a value, {"task", "metric", "layer", "dim", "value", "n"} (BM25 has layer and dim null). "per_item" is for --compare:
-per_item[task][size][metric] has one value a query, or one cosine a sentence pair; per_item[task] also has the queries'
-"ids" or the pairs' "gold". Equal scores rank as in trec_eval. STS: Spearman's rank correlation of the cosine. Search is
-exact, in shards, so memory does not grow with the corpus: MS MARCO (8.8 M passages) at six sizes of BERT-base needs
-about 1.3 GB.
+Prints a table and writes its values to --out, or to MODEL/eval.json if that is a folder with sizes of its own; see
+evaluate_model. STS: Spearman's rank correlation of the cosine. Retrieval: exact search in shards, so memory does not
+grow with the corpus; equal scores rank as in trec_eval. MS MARCO (8.8 M passages) at six sizes of BERT-base needs about
+1.3 GB.
 
-Reading order: embed_ids, from texts to embeddings; METRICS; sts; retrieval, which is search_corpus -> rank -> METRICS.
+Reading order: embed_ids, from texts to embeddings; METRICS; sts; retrieval, which is search_corpus -> best_documents ->
+METRICS.
 What lies below the double line uses these.
 Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
 """
@@ -37,8 +36,8 @@ from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, cut, cut_
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer.
-    Ranks share the batches, so all of them must call this with the same texts. """
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer,
+    or one text. Ranks share the batches, so all of them must call this with the same texts. """
     B, device, training = len(texts), model.word.weight.device, model.training
     model.eval()   # no dropout, also in the middle of a training
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -57,12 +56,15 @@ def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="en
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
                 embeddings[layer][rows] = pooled.float().cpu()
             bar.update(len(rows) * world_size)
-    if world_size > 1:   # a sum that gathers: the rows of other ranks are 0
-        embeddings = {layer: rows.to(device) for layer, rows in embeddings.items()}
-        for rows in embeddings.values():
-            dist.all_reduce(rows)
     model.train(training)
-    return {layer: rows.cpu() for layer, rows in embeddings.items()}
+    return gather_rows(embeddings, device) if world_size > 1 else embeddings
+
+def gather_rows(embeddings, device):
+    """ {layer: (B, C)}, 0 in the rows of other ranks -> all rows on every rank: a sum that gathers """
+    gathered = {layer: rows.to(device) for layer, rows in embeddings.items()}
+    for rows in gathered.values():
+        dist.all_reduce(rows)
+    return {layer: rows.cpu() for layer, rows in gathered.items()}
 
 def batches_by_length(texts, batch_tokens):
     """ list of (T,) ids -> lists of rows: equal lengths side by side (see model.Pack), batch_tokens or fewer each """
@@ -124,7 +126,7 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
         per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
     return records, per_item
 
-# ---- retrieval: search_corpus -> rank -> METRICS -> records ----------------------------------------------------------
+# ---- retrieval: search_corpus -> best_documents -> METRICS -> records ------------------------------------------------
 # "docs" are numbers of documents in the order of the corpus, doc_ids[number] is the id. Empty places score -inf.
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
@@ -138,7 +140,7 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
     records, per_item = [], {"ids": list(collection.queries)}
     for size, (scores, docs) in found.items():
         label = "BM25" if size == BM25 else size_name(size)
-        rankings = rank(scores.numpy(), docs.numpy(), doc_ids)                 # in the order of queries and of qrels
+        rankings = best_documents(scores.numpy(), docs.numpy(), doc_ids)       # in the order of queries and of qrels
         per_item[label] = {}
         for metric, function in METRICS.items():
             values = [function(ranked, grades) for (ranked, _), grades in zip(rankings, collection.qrels.values())]
@@ -171,11 +173,12 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
     return best, doc_ids
 
 def widest_dims(sizes):
-    """ -> {layer: the largest dim of its sizes} """
+    """ -> {layer: the largest dim of its sizes}: in sorted order it comes last, and stays """
     return {layer: dim for layer, dim in sorted(sizes)}
 
 def own_documents(queries, ids):
-    """ {row of a query: column of the document with the same id}: such a document is no answer to the query """
+    """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
+    documents, too; a document is no answer to itself. """
     column = {key: column for column, key in enumerate(ids)}
     return {row: column[key] for row, key in enumerate(queries) if key in column}
 
@@ -193,7 +196,7 @@ def keep_best(best, rows, scores, first_doc, own_column):
     best_scores[rows], kept = both_scores.topk(K)                              # (rows, K)
     best_docs[rows] = both_docs.gather(1, kept)
 
-def rank(scores, docs, doc_ids):
+def best_documents(scores, docs, doc_ids):
     """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
     by descending id, as in trec_eval """
     id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
@@ -645,7 +648,10 @@ def main(args):
         plot(files, args.plot, args.metrics)
 
 def evaluate_model(name, model, tokenizer, sizes, args):
-    """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one """
+    """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one.
+    "results" has one record a value, {"task", "metric", "layer", "dim", "value", "n"}; BM25 has layer and dim null.
+    "per_item" is for --compare: per_item[task][size][metric] has one value a query, or one cosine a sentence pair;
+    per_item[task] also has the queries' "ids" or the pairs' "gold". """
     start = time.time()
     if args.grid:
         dims = sorted({dim for _, dim in sizes})

@@ -1,7 +1,7 @@
 r"""
 Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
 
-    python finetune_srl.py                                       # six sizes from scratch; 5 to 9 minutes on 2 cores
+    python finetune_srl.py                                       # six sizes from scratch; 5 to 9 minutes with bfloat16
     python finetune_srl.py --sizes 6:192 --out_dir out/full      # one size alone, here the ordinary full-size model
     python finetune_srl.py --train_pairs my_pairs.csv --out_dir out/mine      # columns query, positive, negative...
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \
@@ -39,7 +39,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     CoSENT then replaces InfoNCE, and the KL stays.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
     -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
-    assert sizes[-1] == (max(layer for layer, _ in sizes), max(dim for _, dim in sizes)), f"no full size last: {sizes}"
+    assert sizes[-1] == tuple(map(max, zip(*sizes))), f"no full size last: {sizes}"
     scores = {(layer, dim): score(queries[layer], passages[layer], dim, similarity) / temperature
               for layer, dim in sizes}                             # (Q, P) each
     if teacher_scores is None:
@@ -80,27 +80,33 @@ def step_sizes(method, sizes, seed, step):
             with every dim, most pairs rarely. """
     if method == "srl":
         return sizes
-    (full_layer, full_dim), rng = sizes[-1], np.random.default_rng([seed, step, data.SIZE_SEED])
-    layer, dim = int(rng.integers(1, full_layer)), int(rng.choice(sorted({dim for _, dim in sizes} - {full_dim})))
+    full_layer, full_dim = sizes[-1]
+    rng = np.random.default_rng([seed, step, data.SIZE_SEED])
+    layer = int(rng.integers(1, full_layer))                                 # 1 ... full_layer - 1
+    dim = int(rng.choice(sorted({dim for _, dim in sizes} - {full_dim})))
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
 # ---- one step --------------------------------------------------------------------------------------------------------
-def train_step(model, teacher, batch, sizes, args, backward):
+def train_step(model, teacher, batch, sizes, args, forward_backward):
     """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters.
-    backward(embed, texts, loss_of) -> losses. With one process and without --micro_batch, cached_backward does this:
-        losses = loss_of(embed(texts)); losses[0].backward() """
+    forward_backward(embed, texts, loss_of) is, with one process and without --micro_batch,
+        losses = loss_of(embed(texts)); losses[0].backward(); return losses
+    and cached_backward gives the same gradient in pieces. """
     queries, passages, same, gold = batch      # Q and P texts, (T,) ids each; (Q, P) bool or None; (Q,) or None
-    Q, texts, layers = len(queries), queries + passages, sorted({layer for layer, _ in sizes})
-    same, gold = (array if array is None else torch.from_numpy(array).to(args.device) for array in (same, gold))
+    Q, texts = len(queries), queries + passages
+    layers = sorted({layer for layer, _ in sizes})
+    def tensor(array):
+        return None if array is None else torch.from_numpy(array).to(args.device)
     teacher_scores = frozen_scores(teacher, texts, Q, args) if teacher else None                      # (Q, P)
     def embed(texts):
         with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
             return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}
-    def loss_of(embeddings):                                                         # of Q queries, then P passages
-        return srl_loss({layer: rows[:Q] for layer, rows in embeddings.items()},
-                        {layer: rows[Q:] for layer, rows in embeddings.items()},
-                        sizes, model.config.similarity, args.temperature, args.kl_weight, teacher_scores, gold, same)
-    return backward(embed, texts, loss_of)
+    def loss_of(embeddings):                                              # {layer: (Q + P, C)}, the queries first
+        query_rows = {layer: rows[:Q] for layer, rows in embeddings.items()}
+        passage_rows = {layer: rows[Q:] for layer, rows in embeddings.items()}
+        return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
+                        teacher_scores, gold=tensor(gold), same=tensor(same))
+    return forward_backward(embed, texts, loss_of)
 
 def frozen_scores(teacher, texts, Q, args):
     """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size """
@@ -232,6 +238,13 @@ def plan(args, sources, world_size):
     pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
+def evaluate_dev(args, model, tokenizer, step, max_steps, log_file):
+    """ every size on the dev queries, into the log """
+    results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", model.config.sizes, args.dtype)
+    shown = [f"{r['layer']}:{r['dim']} {r['value']:.3f}"
+             for r in results if r["metric"] == "MRR@10" and r["layer"]]               # without BM25
+    log(log_file, {"step": step, "dev": results}, f"step {step}/{max_steps} | dev MRR@10 | " + " | ".join(shown))
+
 def evaluate_saved(args, test_set, rank, world_size):
     """ evaluate.py on the model in --out_dir. All ranks call it and share the encoding; the first writes eval.json. The
     speed is measured without other ranks only, because they would wait for each other. """
@@ -296,10 +309,10 @@ def main(args):
             group["lr"] = lr * group["scale"]
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
-        backward = functools.partial(cached_backward, pieces=pieces, seed=(args.seed, step), rank=rank,
-                                     world_size=world_size)
+        forward_backward = functools.partial(cached_backward, pieces=pieces, seed=(args.seed, step), rank=rank,
+                                             world_size=world_size)
         loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
-                                   backward)
+                                   forward_backward)
         sum_over_ranks(model.parameters(), world_size)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         terms = nce | {f"KL of {name}": value for name, value in kl.items()}
@@ -321,10 +334,7 @@ def main(args):
             clock, tokens, losses = time.time(), 0, []
         if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step:
             pause = time.time()
-            results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", sizes, args.dtype)
-            mrr = [r for r in results if r["metric"] == "MRR@10" and r["layer"]]   # without BM25
-            log(log_file, {"step": step + 1, "dev": results}, f"step {step + 1}/{max_steps} | dev MRR@10 | "
-                + " | ".join(f"{r['layer']}:{r['dim']} {r['value']:.3f}" for r in mrr))
+            evaluate_dev(args, model, tokenizer, step + 1, max_steps, log_file)
             clock += time.time() - pause
         if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
             save_run(args, step + 1, model, tokenizer, trained, about, last_step)
@@ -350,8 +360,8 @@ def parse_args(argv=None):
         help="queries a step, over all ranks; all their passages are candidates")
     add("--negatives", type=nonneg_int, default=1, help="hard negatives a query, at most, where the pairs have any")
     add("--micro_batch", type=nonneg_int, default=0,
-        help="encode this many queries and their passages at a time: the same gradient in less memory, for one more "
-             "forward pass; 0 encodes the whole batch at once")
+        help="encode as many texts at a time as so many queries and their passages: the same gradient in less memory, "
+             "for one more forward pass; 0 encodes the whole batch at once")
     add("--query_max_length", type=text_length, default=32, help="tokens, [CLS] and [SEP] included")
     add("--passage_max_length", type=text_length, default=64,
         help="tokens of a passage in a step; of a longer one its beginning or, half of the time, a random window")
@@ -378,7 +388,7 @@ def parse_args(argv=None):
     add("--hold_out", type=nonneg_int, default=0, help="measure on so many of the pairs, which are not trained on")
     add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")
     training_flags(parser)
-    # for the docs from random weights; 3.6 epochs are 544 steps, about 5 minutes
+    # for the docs from random weights; 3.6 epochs are 544 steps
     parser.set_defaults(learning_rate=5e-4, warmup=0.1, weight_decay=0.1, epochs=3.6, out_dir="out/srl")
 
     args = parser.parse_args(argv)

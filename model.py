@@ -8,8 +8,9 @@ Layers count from 1; layer 0 is the output of the embedding layer.
 
 Letters for shapes, the same in all files:
   B texts, T tokens of one text, N tokens of all texts of a batch, G texts of equal length, C channels (768), H heads,
-  L layers, S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M positions that the
-  encoder must guess, M' those of SMAE's decoder, V words of the vocabulary; p is dropout.
+  S sizes, D dims that a size keeps (the first D of the C), Q queries, P passages, M positions that the encoder must
+  guess, M' those of SMAE's decoder, V words of the vocabulary.
+In formulas L is the loss, q a query, p a passage; as an argument of a function p is the dropout.
 """
 import argparse, contextlib, copy, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -76,10 +77,11 @@ def pack(texts, device="cpu", multiple=1):
         groups.append((fillers, 1))
     def tensor(array):
         return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    def filled(array, value):   # N without the fillers -> N
-        return tensor(np.append(array, np.full(fillers, value)))
-    return Pack(filled(np.concatenate([texts[i] for i in order]), 0), filled(np.arange(ends[-1]) - starts[text_ids], 0),
-                filled(text_ids, len(texts)), tensor(starts), groups)
+    def filled(array, filler):   # (N without fillers,) -> (N,)
+        return tensor(np.append(array, np.full(fillers, filler)))
+    return Pack(input_ids=filled(np.concatenate([texts[i] for i in order]), 0),
+                position_ids=filled(np.arange(ends[-1]) - starts[text_ids], 0),
+                text_ids=filled(text_ids, len(texts)), starts=tensor(starts), groups=groups)
 
 def mean_pool(hidden, batch):
     """ (N, C) -> (B, C): the mean over the tokens of each text, [CLS] and [SEP] included """
@@ -216,7 +218,7 @@ class Bert(nn.Module):
         return function(*args)
 
     def forward(self, batch, layers):
-        """ Pack, L layers (0 .. num_hidden_layers) -> list of L taps (N, C). No block above max(layers) runs. """
+        """ Pack, list of layers (0 .. num_hidden_layers) -> their taps, (N, C) each. No block above the last runs. """
         assert all(0 <= n <= len(self.blocks) for n in layers), f"{layers}, and the model has {len(self.blocks)} blocks"
         x = self.embed(batch)
         taps = {0: x}
@@ -227,7 +229,7 @@ class Bert(nn.Module):
         return [taps[n] for n in layers]
 
     def encode(self, batch, layers):
-        """ Pack, L layers -> {layer: (B, C) pooled embeddings}, in the order in which pack() was given the texts """
+        """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts """
         return {n: pool(tap, batch, self.config.pooling) for n, tap in zip(layers, self(batch, layers))}
 
     def num_params(self, layer):
@@ -247,7 +249,7 @@ class MLMHead(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def transform(self, x):
-        """ (..., D) -> (..., C), transform_D of SMAE: the dense layer uses its first D input columns """
+        """ (..., D) -> (..., C): the dense layer uses its first D input columns, so one head serves all sizes """
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================
@@ -260,10 +262,10 @@ def fast_attention(qkv, groups, H, p):
 class PackedAttention(torch.autograd.Function):
     """ `attention` as one node of the autograd graph, with the backward pass by hand: autograd would spend more time on
     splitting, copying and concatenating dozens of small tensors than on the products. Always in float32, because
-    bfloat16 is slower for many small products of ever new shapes. With A the weights after the softmax, M the dropout
-    mask and g the gradient of the output,
-        dV = (A M)^T g,   dA = (g V^T) M,   dS = A (dA - rowsum(dA A)) / sqrt(width),   dQ = dS K,   dK = dS^T Q
-    where A M and the like are products entry by entry. """
+    bfloat16 is slower for many small products of ever new shapes. With A the weights after the softmax, Z the dropout
+    mask (0 or 1 / (1 - p)) and g the gradient of the output,
+        dV = (A Z)^T g,   dA = (g V^T) Z,   dS = A (dA - rowsum(dA A)) / sqrt(width),   dQ = dS K,   dK = dS^T Q
+    where A Z and the like are products entry by entry. """
     @staticmethod
     def forward(ctx, qkv, groups, H, p):
         N, C, width = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // H

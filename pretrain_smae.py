@@ -38,7 +38,7 @@ class SMAE(nn.Module):
         self.decoder = copy.deepcopy(bert.blocks[0])   # starts as a copy of the encoder's first block
 
 def with_ids(batch, ids):
-    """ Pack, masked ids without those of pack's filler tokens -> the Pack with these ids """
+    """ the Pack with other ids: the masked ones, which stop before pack's filler tokens """
     ids = torch.from_numpy(ids).to(batch.input_ids.device)
     fillers = len(batch.input_ids) - len(ids)
     return batch._replace(input_ids=F.pad(ids, (0, fillers)))   # fillers have the id 0
@@ -49,7 +49,8 @@ def sliced_taps(model, batch, sizes):
     return {size_name(size): tap[:, :size[1]] for size, tap in zip(sizes, taps)}
 
 def bottleneck(model, sliced, batch):
-    """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels by the MLM head """
+    """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels. The MLM head does
+    it, because it accepts any D already: no size needs a projection of its own. """
     return torch.stack([model.head.transform(tap[batch.starts]) for tap in sliced.values()])
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
@@ -64,7 +65,7 @@ def decode(decoder, embeddings, bottlenecks, batch, positions):
     return torch.stack(decoded)
 
 def vocabulary_loss(model, hidden, labels):
-    """ {term: (M, C)}, {term: (M,) true ids} -> mean over the terms of their CE, {term: CE}, {term: accuracy}.
+    """ {term: (M or M', C)}, {term: (M or M',) true ids} -> mean over terms of their CE, {term: CE}, {term: accuracy}.
     For reading; training uses `fast_vocabulary_loss`, which equals it where every term has a position. """
     ce, accuracy = {}, {}
     for term in hidden:
@@ -84,25 +85,26 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
     it can only do well if dim numbers say what the text is about. All sizes share the head and the decoder.
     batch, masked: Pack and Masked of the same texts. decode_with, loss_with: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
-    device, hidden, labels = batch.input_ids.device, {}, {}
-    sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)                              # (N, D) each
-    guessed = torch.from_numpy(masked.encoder_positions).to(device)                                      # (M,)
+    device, states, labels = batch.input_ids.device, {}, {}          # of each term: (M or M', C), (M or M',)
+    sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)                    # (N, D) each
+    encoder_at = torch.from_numpy(masked.encoder_positions).to(device)                         # (M,)
     for name, tap in sliced.items():
-        hidden[f"mlm {name}"], labels[f"mlm {name}"] = model.head.transform(tap[guessed]), batch.input_ids[guessed]
+        states[f"mlm {name}"] = model.head.transform(tap[encoder_at])                          # (M, C)
+        labels[f"mlm {name}"] = batch.input_ids[encoder_at]                                    # (M,)
     if objective == "smae":
-        bottlenecks = bottleneck(model, sliced, batch)                                                   # (S, B, C)
-        embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                               # (N, C)
-        guessed = torch.from_numpy(masked.decoder_positions).to(device)                                  # (M',)
-        decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, guessed)
-        for name, states in zip(sliced, model.head.transform(decoded)):                                  # (M', C) each
-            hidden[f"mae {name}"], labels[f"mae {name}"] = states, batch.input_ids[guessed]
-    return loss_with(model, hidden, labels)   # L is the mean of its 2S terms
+        bottlenecks = bottleneck(model, sliced, batch)                                         # (S, B, C)
+        embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                     # (N, C)
+        decoder_at = torch.from_numpy(masked.decoder_positions).to(device)                     # (M',)
+        decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, decoder_at)
+        for name, state in zip(sliced, model.head.transform(decoded)):                         # (M', C) each
+            states[f"mae {name}"], labels[f"mae {name}"] = state, batch.input_ids[decoder_at]
+    return loss_with(model, states, labels)   # L is the mean of its 2S terms
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
     """ documents -> what smae_loss returns, number of tokens. The two fast functions are below the double line. """
     rates = (args.encoder_mask, args.decoder_mask)
     masked = data.smae_batch(documents, args.max_length, rates, tokenizer, seed)
-    # A cached cast of a weight lives until the forward pass ends: memory that gradient checkpointing is to save.
+    # autocast keeps a bfloat16 copy of every weight until it ends: memory that --gradient_checkpointing saves, too
     with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32",
                         cache_enabled=not args.gradient_checkpointing):
         losses = smae_loss(model, pack(masked.texts, args.device, multiple=128), masked, sizes, args.objective,
@@ -127,6 +129,7 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M', H, width), (M',)
     with torch.autocast(embeddings.device.type, enabled=False):
         others, logsumexp = [], []   # what the attention among all but position 0 gives, and its normaliser
+        # A filler is a text of one token: its logsumexp is that of nothing, -inf. No position to guess is a filler.
         for (G, T), rows in zip(batch.groups, qkv.split(tokens_of_groups)):
             rows = rows.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
             q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, width) each

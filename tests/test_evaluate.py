@@ -14,7 +14,7 @@ import data
 import evaluate
 from conftest import needs, refused_process
 from data import Collection
-from evaluate import bm25, embed_ids, mrr_at_10, ndcg_at_10, rank, recall_at_100, score
+from evaluate import bm25, embed_ids, mrr_at_10, ndcg_at_10, best_documents, recall_at_100, score
 from model import average, save_pretrained
 
 
@@ -44,7 +44,7 @@ def ranking(scores, ids):
     half = len(ids) // 2   # as if the corpus came in two shards
     evaluate.keep_best(best, slice(0, 1), torch.tensor(scores[:half])[None], 0, {})
     evaluate.keep_best(best, slice(0, 1), torch.tensor(scores[half:])[None], half, {})
-    (ranked, _), = rank(best[0].numpy(), best[1].numpy(), ids)
+    (ranked, _), = best_documents(best[0].numpy(), best[1].numpy(), ids)
     return ranked
 
 

@@ -531,6 +531,16 @@ def test_every_positive_and_every_negative_has_its_turn(pairs):
     assert min(count[100], count[200]) > 120 and min(count[330], count[331], count[332]) > 70
 
 
+def test_orders_of_two_seeds_have_nothing_in_common():
+    """ No epoch of a seed has the order of any epoch of another, and each seed has its own turns of the sources. """
+    orders = {tuple(data.epoch_order(30, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    sources = [data.Pairs([np.array([i])] * 20, [[np.array([i])]] * 20, [[]] * 20, []) for i in range(3)]
+    def turns(seed):   # the source of each batch of an epoch
+        return tuple(int(data.srl_batch(sources, 2, 0, 9, seed, step)[0][0][0]) for step in range(30))
+    assert len({turns(seed) for seed in range(4)}) == 4
+
+
 def test_a_batch_is_of_one_source():
     """ Each batch holds rows of one source only, sources take turns in proportion to their size, and an epoch sees
     every row once. """
@@ -568,6 +578,24 @@ def test_worked_example_of_whole_word_mask():
     masks = data.whole_word_mask(np.array([token[:2] != "##" for token in tokens]), [0.5, 0.75], Shuffle)
     found = [[token for token, hidden in zip(tokens, mask) if hidden] for mask in masks]
     assert found == [["dra", "##gon"], ["dra", "##gon", "sleeps"]]
+
+
+def test_the_budget_of_a_mask_is_rounded():
+    """ Of words of one token as many are masked as the rounded budget says, and a word whose middle is where the budget
+    ends is masked. """
+    for words in range(1, 20):
+        one, other = data.whole_word_mask(np.ones(words + 2, bool), [0.28, 0.4], np.random.default_rng(words))
+        assert (one.sum(), other.sum()) == (round(0.28 * words), round(0.4 * words))
+    mask, = data.whole_word_mask(np.array([True, True, False, True]), [0.5], np.random.default_rng(0))
+    assert mask.tolist() == [False, True, True, False]   # one word of two tokens, and a budget of 1
+
+
+def test_a_number_sign_begins_a_word():
+    """ Two number signs mark the piece that goes on with a word; a single one is a word like any other. """
+    from transformers import BertTokenizer
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##a", "#"]
+    begins = data.word_begins(BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}))
+    assert dict(zip(pieces, begins)) == dict.fromkeys(pieces, True) | {"##a": False}
 
 
 def test_windows_of_long_passages():
@@ -616,6 +644,22 @@ def test_documents_without_a_token_are_left_out(tokenizer):
     """ A text in which the tokenizer finds nothing is no document. """
     found = data.tokenize_documents(["", "apple", " \u200b", "bridge"], tokenizer)
     assert [tokenizer.decode(document) for document in found] == ["apple", "bridge"]
+
+
+def test_long_documents_are_not_cut(tokenizer, monkeypatch):
+    """ A document keeps all of its tokens, whatever length the tokenizer is meant for: windows are drawn from it. """
+    monkeypatch.setattr(tokenizer, "model_max_length", 4)
+    document, = data.tokenize_documents(["apple bridge candle dragon engine forest"], tokenizer)
+    assert tokenizer.decode(document) == "apple bridge candle dragon engine forest"
+
+
+def test_one_document_is_too_few(tmp_path, tokenizer, monkeypatch):
+    """ Text of a single document is refused, because one is held out; nothing of it stays in the cache. """
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    (tmp_path / "t.txt").write_text("apple\n\n")
+    with pytest.raises(ValueError, match="holds 1 documents with text; give two or more"):
+        data.token_file(str(tmp_path / "t.txt"), tokenizer)
+    assert not list(data.CACHE.iterdir())
 
 
 def test_sts_of_the_hub(monkeypatch):

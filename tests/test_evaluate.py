@@ -254,6 +254,14 @@ def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monk
     assert len(run) == 8 and run[0].split()[0::2][:2] == ["q1", run[0].split()[2]] and run[0].split()[3] == "1"
 
 
+def test_stored_embeddings_hold_the_widest_size_of_a_layer(saved, beir, tmp_path):
+    """ With two sizes at one layer the stored embeddings serve both: the records are those without files. """
+    model, tokenizer = evaluate.load_model(saved)
+    plain, stored = (evaluate.retrieval(model, tokenizer, str(beir), ((1, 6), (4, 8), (4, 48)), "float32",
+                                        embeddings_dir=folder) for folder in (None, tmp_path / "e"))
+    assert plain == stored and len(list((tmp_path / "e").glob("*-layer4-dims48.npy"))) == 1
+
+
 def test_a_query_is_no_answer_to_itself(saved, beir):
     """ The document with the id of the query is dropped, and the next one is first. """
     (beir / "queries.jsonl").write_text('{"_id": "d1", "text": "apple an apple is a fruit"}\n')

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -438,9 +439,12 @@ def test_pooling_flag_takes_the_poolings(monkeypatch, refused):
 
 @pytest.mark.parametrize("flags, blocks, last", [([], 3, 0), (["--sizes", "2:64"], 2, 0), (["--pooling", "cls"], 3, 1)])
 def test_the_largest_size_has_channels_that_it_does_not_score(pairs_file, tmp_path, flags, blocks, last):
-    """ From scratch the last sixth of the last block's gains begins at 0, and no other gain; with cls none does. """
+    """ From scratch the last sixth of the last block's gains begins at 0, and no other gain; with cls none does. The
+    matrices begin with a standard deviation of 0.01. """
     run(pairs_file, tmp_path / "a", "--max_steps", "1", "--learning_rate", "1e-30", *flags)
-    gains = torch.stack([block.norm2.weight for block in from_pretrained(tmp_path / "a").blocks])   # (blocks, 64)
+    bert = from_pretrained(tmp_path / "a")
+    assert all(p.std().item() == pytest.approx(0.01, rel=0.2) for p in bert.parameters() if p.dim() == 2)
+    gains = torch.stack([block.norm2.weight for block in bert.blocks])   # (blocks, 64)
     assert len(gains) == blocks and (gains[:-1] == 1).all() and (gains[-1, :53] == 1).all()
     assert (gains[-1, 53:] - last).abs().max() < 1e-9
 
@@ -684,6 +688,26 @@ def test_a_teacher_scores_in_its_own_way(bert_folder, cls_dot_folder, pairs_file
     assert logged(tmp_path / "a")[0]["kl"]["3:48"] == pytest.approx(want, rel=1e-4)
 
 
+def test_a_teacher_scores_at_its_full_size(model, texts):
+    """ The scores of a teacher whose largest size has 20 of its 48 dims are those of the 20 dims at that layer. """
+    model.config.sizes, model.config.similarity = ((1, 8), (3, 20)), "dot"
+    rows = evaluate.embed_ids(model, texts, [3])[3][:, :20]
+    args = SimpleNamespace(dtype="float32", device="cpu", temperature=2)
+    found = finetune_srl.frozen_scores(model, texts, 5, args)
+    torch.testing.assert_close(found, rows[:5] @ rows[5:].T / 2)
+
+
+def test_windows_come_from_all_of_a_passage(tmp_path, monkeypatch):
+    """ A step of 6 tokens a passage takes windows from beyond the first 6 tokens of longer passages. """
+    rows = [{"query": f"the {a}", "positive": " ".join(NOUNS) + f" {a}"} for a in NOUNS]
+    (path := tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+    monkeypatch.setattr(finetune_srl, "pack", lambda texts, *rest, **named: seen.extend(texts[16:])
+                        or pack(texts, *rest, **named))
+    run(str(path), tmp_path / "a", "--passage_max_length", "6", "--vocab_size", "110", "--max_steps", "2")
+    assert {len(text) for text in seen} == {6} and len({text.tobytes() for text in seen}) > 8
+
+
 def test_permuted_channels_are_the_same_function(model_with_every_weight, texts):
     """ In float64 every tap of a model with permuted channels is the old tap with permuted columns. """
     bert, order = model_with_every_weight, np.random.default_rng(0).permutation(48).tolist()
@@ -714,3 +738,13 @@ def test_ordered_channels_are_those_that_vary_most(model_with_every_weight, text
     torch.testing.assert_close(after[1][:, :6], before[1][:, first], rtol=0, atol=1e-5)
     rest = [i for i in before[3].var(0).argsort(descending=True).tolist() if i not in first.tolist()][:10]
     torch.testing.assert_close(after[3][:, 6:16], before[3][:, rest], rtol=0, atol=1e-5)
+
+
+def test_ordered_channels_where_a_deeper_size_is_narrower(model_with_every_weight, texts):
+    """ A deeper size with fewer dims than the one before takes no channels, and the model stays the same function. """
+    bert, sizes = model_with_every_weight.float(), ((1, 16), (2, 8), (4, 48))
+    before = evaluate.embed_ids(bert, texts, [1, 4])
+    order_channels(bert, texts, sizes)
+    after, first = evaluate.embed_ids(bert, texts, [1, 4]), before[1].var(0).argsort(descending=True)[:16]
+    torch.testing.assert_close(after[1][:, :16], before[1][:, first], rtol=0, atol=1e-5)
+    torch.testing.assert_close(after[4].sort(1).values, before[4].sort(1).values, rtol=0, atol=1e-5)

@@ -102,6 +102,20 @@ def test_no_token_of_a_pack_is_padding(texts):
         pack([texts[0], np.array([], dtype=np.int64)])
 
 
+def test_equally_long_texts_keep_their_order():
+    """ In a pack texts of one length stand in the caller's order, on which the masked positions of SMAE rely. """
+    lengths = np.random.default_rng(0).integers(3, 6, size=60)
+    batch = pack([np.full(n, i) for i, n in enumerate(lengths)])
+    want = [i for length in (3, 4, 5) for i in np.flatnonzero(lengths == length).tolist()]
+    assert list(dict.fromkeys(batch.text_ids.tolist())) == list(dict.fromkeys(batch.input_ids.tolist())) == want
+
+
+def test_a_line_of_the_log_by_hand():
+    """ 120 steps of 0.5 s are left, so the line says a minute. """
+    line = model_file.status(30, 150, ["loss 1.000"], 1e-3, 0.5, 0.5, 1000)
+    assert line == "step 30/150 | loss 1.000 | lr 1.0e-03 | norm 0.50 | 500 ms | 2.0k tok/s | eta 1.0m"
+
+
 def test_fillers_belong_to_nobody(model, texts):
     """ Fillers change no embedding and no gradient, but for rounding, with either pooling. """
     for pooling in ("mean", "cls"):

@@ -192,6 +192,16 @@ def test_fast_vocabulary_loss_is_vocabulary_loss(smae, monkeypatch):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
+def test_a_term_without_positions_counts_0(smae):
+    """ Where texts are too short to hide a token, the term, its accuracy and its gradient are 0, not NaN. """
+    hidden = {"mlm 1:6": torch.randn(0, 48).double(), "mae 1:6": torch.randn(3, 48).double().requires_grad_()}
+    labels = {"mlm 1:6": torch.zeros(0, dtype=torch.long), "mae 1:6": torch.tensor([1, 2, 3])}
+    loss, ce, accuracy = fast_vocabulary_loss(smae, hidden, labels)
+    loss.backward()
+    assert ce["mlm 1:6"] == accuracy["mlm 1:6"] == 0 and loss.item() == pytest.approx(ce["mae 1:6"].item() / 2)
+    assert hidden["mae 1:6"].grad.isfinite().all() and smae.bert.word.weight.grad.isfinite().all()
+
+
 def test_gradient_checkpointing(smae, batch):
     """ With checkpointing loss and gradients are the same bits, and of a block backward keeps the input alone. """
     for block in [*smae.bert.blocks, smae.decoder]:
@@ -268,6 +278,13 @@ class TestMasks:
         assert mask[hidden].mean() == pytest.approx(0.8, abs=0.01)
         assert same[hidden].mean() == pytest.approx(0.1 + 0.1 / len(words), abs=0.01)
         assert len(set(shown[hidden & ~mask & ~same])) > 0.9 * len(words)   # random: from all of the vocabulary
+
+    def test_pieces_have_masks_of_their_own(self, words):
+        """ Each part of [seed, step, piece] decides the masks, so equal documents in two pieces are masked anew. """
+        document = [np.full(60, np.flatnonzero(data.word_begins(words))[-1], np.uint16)]
+        seeds = [1, 2, 3], [4, 2, 3], [1, 4, 3], [1, 2, 4]
+        found = {tuple(data.smae_batch(document, 62, (0.2, 0.4), words, seed).decoder_positions) for seed in seeds}
+        assert len(found) == 4
 
     def test_every_word_is_as_likely(self):
         """ Long words are masked as often as short ones, to a few percent. """
@@ -445,6 +462,20 @@ def test_figures_of_the_log_are_those_of_a_step(text_file, tmp_path, monkeypatch
     assert [r["tokens_per_second"] for r in found] == [sum(tokens[:4]), sum(tokens[4:8])]
 
 
+def test_validation_is_no_time_of_a_step(text_file, tmp_path, monkeypatch):
+    """ The ms of a step in the log are the same with a validation, which takes as long as 100 steps, in between. """
+    now, make = [0.0], data.smae_batch
+    def passes(seconds, result):
+        now[0] += seconds
+        return result
+    monkeypatch.setattr(pretrain_smae, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(data, "smae_batch", lambda *args: passes(1, make(*args)))
+    monkeypatch.setattr(pretrain_smae, "validate", lambda *args: passes(100, (1.0, {"mlm": 1.0}, {"mlm": 1.0})))
+    train(text_file, tmp_path / "out", "--max_steps", "4", "--log_interval", "2", "--eval_interval", "2")
+    assert [r["ms"] for r in logged(tmp_path / "out")] == [1000, 1000]
+    assert [r["step"] for r in logged(tmp_path / "out", "val_loss")] == [2, 4]
+
+
 def test_dropout_of_the_bottlenecks_share(smae, batch):
     """ At p = 0.5 dropout hides the bottleneck from half of the heads and positions and doubles its other shares. """
     decoder, (pack_of_texts, masked) = smae.decoder, batch
@@ -600,8 +631,12 @@ def test_checkpoint(text_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("objective, names", [("smae", [name for name, *_ in NAMED]), ("mlm", [])])
 def test_which_sizes_a_run_saves(text_file, tmp_path, objective, names):
-    """ A run of SMAE saves the paper's six sizes with their names, and that it trained [CLS]; a run of MLM neither. """
+    """ A run of SMAE saves the paper's six sizes with their names, and that it trained [CLS]; a run of MLM neither, and
+    its loss has no term of the decoder. """
     train(text_file, tmp_path / "out", "--max_steps", "1", "--objective", objective)
+    for kind in ("ce", "val_ce"):
+        terms = {name.split()[0] for name in logged(tmp_path / "out", kind)[0][kind]}
+        assert terms == ({"mlm", "mae"} if objective == "smae" else {"mlm"})
     config = from_pretrained(tmp_path / "out").config
     assert list(config.size_names) == names and len(config.sizes) == len(names)
     assert config.pooling == ("cls" if objective == "smae" else "mean")
@@ -628,6 +663,13 @@ def test_init_without_head(tmp_path, model, tokenizer):
     assert all(torch.equal(a, b) and a is not b for a, b in zip(decoder.parameters(), model.blocks[0].parameters()))
 
 
+def test_dropout_of_a_loaded_model_is_the_flags(text_file, tmp_path, bert_folder):
+    """ A loaded model trains with --dropout, not with the rates of its own config. """
+    train(text_file, tmp_path / "out", "--init_from", bert_folder, "--dropout", "0.25", "--max_steps", "1")
+    config = from_pretrained(tmp_path / "out").config
+    assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == 0.25
+
+
 def test_models_that_cannot_be_masked(text_file, tmp_path, bert_folder, tokenizer, refused):
     """ A head that does not fit its BERT and a tokenizer without [CLS], [SEP] or [MASK] are refused in one line. """
     from model import save_pretrained
@@ -643,7 +685,8 @@ def test_models_that_cannot_be_masked(text_file, tmp_path, bert_folder, tokenize
 
 
 def test_ranks_and_micro_batches(text_file, tmp_path):
-    """ Two ranks (gloo) with half a batch each train the weights of one process with the batch in two pieces. """
+    """ Two ranks (gloo) with half a batch each train the weights of one process with the batch in two pieces, and log
+    as many tokens a step. """
     train(text_file, tmp_path / "one", "--micro_batch", "4")
     script = tmp_path / "two.py"
     script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
@@ -655,6 +698,8 @@ def test_ranks_and_micro_batches(text_file, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
     one, two = ([r["loss"] for r in logged(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, abs=1e-4)
+    one, two = ([r["tokens_per_second"] * r["ms"] / 1000 for r in logged(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=0.2)   # the first rank takes its own half twice
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -718,6 +763,26 @@ class TestText:
         datasets.Dataset.from_dict({"text": LINES * 20}).to_parquet(tmp_path / "text.parquet")
         with pytest.raises(ValueError, match="ended at step 17; choose fewer --max_steps"):
             train(str(tmp_path / "text.parquet"), tmp_path / "out", "--streaming", "--max_steps", "30")
+
+    def test_a_stream_that_ends_within_a_batch(self, tmp_path, words, monkeypatch):
+        """ A step whose last piece is not full is refused, although its first piece is. """
+        import datasets
+        datasets.Dataset.from_dict({"text": LINES[:2 + 8 + 5]}).to_parquet(tmp_path / "text.parquet")
+        monkeypatch.setattr(pretrain_smae, "HELD_OUT", 2)
+        args = SimpleNamespace(train_text=str(tmp_path / "text.parquet"), columns=[], batch_size=8, max_steps=3)
+        _, steps = pretrain_smae.stream_text(args, words, 4, 0, range(2), 0, 1)
+        assert [len(documents) for _, documents in next(steps)] == [4, 4]
+        with pytest.raises(ValueError, match="ended at step 1; choose fewer --max_steps"):
+            next(steps)
+
+    @pytest.mark.parametrize("epochs, want", [(0.01, 1), (0.34, 3), (1.5, 14), (2, 18)])
+    def test_broken_epochs(self, epochs, want):
+        """ Of 9 steps an epoch, --epochs takes its share to the nearest step, and at least one. """
+        class Text(list):
+            ends = np.arange(1, 41) * 8
+        args = SimpleNamespace(max_length=24, encoder_mask=0.2, batch_size=4, max_steps=0, epochs=epochs, seed=1)
+        held_out, max_steps, steps = pretrain_smae.shuffle_text(args, Text(range(40)), 4, 0, [0])
+        assert (len(held_out), max_steps, len(list(steps))) == (4, want, want)
 
     def test_token_file(self, text_file, words):
         """ The file holds the tokenizer's ids, 16 bits each, and is made once a text. """
@@ -783,6 +848,8 @@ class TestText:
     (["--batch_size", "8", "--micro_batch", "3", "--train_text", "TEXT"], "--micro_batch 3"),
     (["--init_from", "nowhere", "--train_text", "TEXT"], "nowhere: neither a folder"),
     (["--streaming", "--max_steps", "1", "--train_text", "docs"], "--streaming with docs"),
+    (["--encoder_mask", "0.07", "--max_length", "8", "--train_text", "TEXT"],
+     "--encoder_mask 0.07: hides none of the 6 tokens"),
     (["--encoder_mask", "0.01", "--train_text", "TEXT"], "--encoder_mask 0.01: hides none of the"),
 ])
 def test_bad_input(flags, message, text_file, tmp_path, refused):

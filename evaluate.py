@@ -433,6 +433,18 @@ def print_table(results, title, names):
         label = f"{names.get(size, ''):8}{size_name(size)}" if size != BM25 else "BM25"
         print(f"{label:16}" + "".join(f"{cell(values.get(column)):>{width}}" for column in columns))
 
+def read_results(file):
+    """ a file of evaluate_model -> name of its model, records, {task: per-item values}. Raises for another file """
+    run = json.loads(Path(file).read_text(encoding="utf-8"))
+    records = [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
+               for r in run["results"]]
+    for task, items in run["per_item"].items():
+        n = len(items.get("gold", items.get("ids", [])))                                # pairs or queries
+        for size in [size for size in items if ":" in size and parse_sizes(size)]:
+            for values in items[size].values():
+                assert np.isfinite(np.array(values, float).reshape(n)).all(), f"a value of {task} is no number"
+    return Path(run["model"]).name, records, run["per_item"]
+
 def load_results(spec):
     """ [LABEL=]FILE[,FILE...] -> label, records, {task: per-item values}, those of several files (say one a size)
     joined. Raises ValueError for a file that evaluate.py did not write. """
@@ -440,16 +452,9 @@ def load_results(spec):
     results, per_item = [], {}
     for file in files.split(","):
         with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
-            run = json.loads(Path(file).read_text(encoding="utf-8"))
-            label = label or Path(run["model"]).name
-            results += [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
-                        for r in run["results"]]
-            for task, items in run["per_item"].items():
-                sizes = [size for size in items if ":" in size and parse_sizes(size)]
-                values = [items[size][metric] for size in sizes for metric in items[size]]
-                shape = len(values), len(items.get("gold", items.get("ids", [])))
-                assert np.isfinite(np.array(values, float).reshape(shape)).all(), f"a value of {task} is no number"
-        for task, items in run["per_item"].items():
+            name, records, tasks = read_results(file)
+        label, results = label or name, results + records
+        for task, items in tasks.items():
             known = per_item.setdefault(task, {})
             if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
                 raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")

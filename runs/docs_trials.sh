@@ -43,3 +43,72 @@ pretrain_smae.SMAE = Silenced
 pretrain_smae.BertConfig = partial(pretrain_smae.BertConfig, initializer_range=0.01)
 pretrain("gentle", "--learning_rate", "5e-4", "--word_lr_scale", "8")
 PYTHON
+pre=out/docs-trials/smae-plain
+mean="--pooling mean --embedding_lr_scale 8"
+trial mean --init_from $pre $mean
+trial mean-1.5e-3 --init_from $pre $mean --learning_rate 1.5e-3
+trial mean-2.5e-4 --init_from $pre $mean --learning_rate 2.5e-4
+trial mean-1.25e-4x16 --init_from $pre --pooling mean --learning_rate 1.25e-4 --embedding_lr_scale 16
+trial mean-x2 --init_from $pre --pooling mean --embedding_lr_scale 2
+trial cls --init_from $pre --pooling cls --embedding_lr_scale 8
+trial cls-2.5e-4 --init_from $pre --pooling cls --embedding_lr_scale 8 --learning_rate 2.5e-4
+# 3. Weights changed between SMAE and SRL, to learn what of SMAE does the harm
+edited() {     # FROM OUT CHANGES: a copy of the model with other weights
+    [ -e $2/model.safetensors ] || python - "$@" <<'PYTHON'
+import sys
+import torch
+import finetune_srl
+from model import load_model, save_pretrained
+(_, source, out, changes), g = sys.argv, torch.Generator().manual_seed(0)
+model, tokenizer = load_model(source)
+C, words = model.config.hidden_size, model.word.weight.data
+if "silence" in changes:      # the last sixth of the full size's gains, as from scratch
+    finetune_srl.silence_last_channels(model)
+if "center" in changes:       # no direction that all words share
+    words -= words.mean(0)
+if "shrink" in changes:       # std .01; the model stays the same function, because LayerNorm follows
+    factor = 0.01 / words.std()
+    for embedding in (model.word, model.position, model.token_type):
+        embedding.weight.data *= factor
+if "whiten" in changes:       # words of equal length that fill all directions equally; new positions, segments, LayerNorm
+    values, vectors = torch.linalg.eigh(torch.cov((words - words.mean(0)).double().T))
+    white = (words - words.mean(0)).double() @ vectors @ torch.diag(values**-0.5) @ vectors.T
+    words.copy_(0.01 * C**0.5 * torch.nn.functional.normalize(white, dim=-1))
+    for embedding in (model.position, model.token_type):
+        embedding.weight.data = 0.01 * torch.randn(embedding.weight.shape, generator=g)
+    torch.nn.init.ones_(model.norm.weight), torch.nn.init.zeros_(model.norm.bias)
+if "identity" in changes:     # a tenth of what attention and MLP add
+    for block in model.blocks:
+        for linear in (block.attention.out, block.down):
+            linear.weight.data *= 0.1
+            linear.bias.data *= 0.1
+save_pretrained(model, tokenizer, out)
+PYTHON
+}
+for changes in silence identity center-shrink whiten-identity shrink; do
+    edited $pre out/docs-trials/from-$changes $changes
+    trial mean-$changes --init_from out/docs-trials/from-$changes $mean
+done
+edited out/docs-trials/smae-gentle out/docs-trials/from-gentle silence
+trial mean-gentle --init_from out/docs-trials/from-gentle $mean
+# few pairs: 1,000 of the 19,433, 100 steps; and no training at all
+docs=$(python -c "import data; print(data.docs_folder())")
+shuf -n 1000 --random-source=<(yes) $docs/train.jsonl > out/docs-trials/few.jsonl
+few="--train_pairs out/docs-trials/few.jsonl --max_steps 100"
+trial few-scratch $few
+trial few-smae $few --init_from $pre $mean
+trial zero-scratch --max_steps 1 --learning_rate 1e-9
+trial zero-smae --max_steps 1 --learning_rate 1e-9 --init_from $pre --pooling mean
+
+python - <<'PYTHON'
+import json
+from pathlib import Path
+runs = []
+for file in sorted(Path("out/docs-trials").glob("*/eval.json")):
+    run = json.loads(file.read_text())
+    values = {f"{r['layer']}:{r['dim']}": round(r["value"], 4) for r in run["results"]
+              if r["metric"] == "MRR@10" and r["layer"]}
+    runs.append({"run": file.parent.name, "commit": run["commit"], "dev MRR@10": values})
+    print(f"{file.parent.name:24}", *values.values(), f"mean {sum(values.values()) / len(values):.4f}")
+Path("results/docs-trials.json").write_text(json.dumps(runs, indent=1) + "\n")
+PYTHON

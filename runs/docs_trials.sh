@@ -51,7 +51,6 @@ trial mean-2.5e-4 --init_from $pre $mean --learning_rate 2.5e-4
 trial mean-1.25e-4x16 --init_from $pre --pooling mean --learning_rate 1.25e-4 --embedding_lr_scale 16
 trial mean-x2 --init_from $pre --pooling mean --embedding_lr_scale 2
 trial cls --init_from $pre --pooling cls --embedding_lr_scale 8
-trial cls-2.5e-4 --init_from $pre --pooling cls --embedding_lr_scale 8 --learning_rate 2.5e-4
 # 3. Weights changed between SMAE and SRL, to learn what of SMAE does the harm
 edited() {     # FROM OUT CHANGES: a copy of the model with other weights
     [ -e $2/model.safetensors ] || python - "$@" <<'PYTHON'

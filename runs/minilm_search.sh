@@ -25,7 +25,7 @@ evaluate() {   # MODEL NAME
         --retrieval "$data"/retrieval/{scifact,clapnq-dev,cranfield,pubmedqa-labeled,qed-nq-dev}
 }
 evaluate "$model" untouched
-for seed in 1 2; do
+for seed in 1 2 3; do
     [ -e $out/$seed/model.safetensors ] && [ ! -e $out/$seed/training_state.pt ] ||
         python finetune_srl.py --init_from "$model" --teacher "$model" --order_channels --kl_weight 30 --retrieval= --sizes $sizes \
             --train_pairs "$data"/pairs/{wikipedia-title-lead.jsonl.gz,medquad-qa.jsonl.gz,climate-fever-supports.jsonl} \

@@ -420,9 +420,9 @@ def break_loss(script, patch):
     """ the loss of step 6 """
     name, calls = "srl_loss" if script == finetune_srl else "smae_loss", []
     loss_of = getattr(script, name)
-    def broken(*args):
+    def broken(*args, **kwargs):
         calls.append(0)
-        loss, *rest = loss_of(*args)
+        loss, *rest = loss_of(*args, **kwargs)
         return (loss * float("nan") if len(calls) == 6 else loss, *rest)
     patch.setattr(script, name, broken)
 

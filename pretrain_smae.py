@@ -242,9 +242,17 @@ def build_model(args, saved):
                 model.load_state_dict(earlier["model"])
     return model, tokenizer, sizes
 
-# A batch consists of numbered pieces of --micro_batch documents. steps() below yields for each step
-# [(number, documents), ...], those of this rank, from first_step on.
+def split_batch(args, world_size):
+    """ -> documents of a piece, pieces of a batch. Raises ValueError if the ranks cannot share the pieces equally. """
+    micro_batch = args.micro_batch or args.batch_size // world_size
+    pieces = args.batch_size // max(1, micro_batch)
+    if micro_batch == 0 or args.batch_size % micro_batch or pieces % world_size:
+        raise ValueError(f"--batch_size {args.batch_size} --micro_batch {args.micro_batch}: {world_size} ranks cannot "
+                         f"share pieces of that size equally; choose a multiple of {world_size} x --micro_batch")
+    return micro_batch, pieces
 
+# steps() of the next two functions yields for each step [(number, documents), ...], the pieces of this rank, from
+# first_step on.
 def stream_text(args, tokenizer, micro_batch, first_step, mine, rank, world_size):
     """ --train_text as it arrives; mine: the numbers of this rank's pieces -> held-out documents, steps().
     steps() raises ValueError when the text ends too soon. """
@@ -306,11 +314,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # model and text
-    micro_batch = args.micro_batch or args.batch_size // world_size
-    pieces = args.batch_size // max(1, micro_batch)
-    if micro_batch == 0 or args.batch_size % micro_batch or pieces % world_size:
-        raise ValueError(f"--batch_size {args.batch_size} --micro_batch {args.micro_batch}: {world_size} ranks cannot "
-                         f"share pieces of that size equally; choose a multiple of {world_size} x --micro_batch")
+    micro_batch, pieces = split_batch(args, world_size)
     saved = load_run(args) if args.resume else None
     first_step = saved["step"] if saved else 0
     model, tokenizer, sizes = build_model(args, saved)

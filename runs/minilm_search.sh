@@ -32,6 +32,8 @@ for seed in 1 2 3; do
             $out/scifact-train.jsonl --learning_rate 2e-4 --temperature 0.05 --weight_decay 0.01 --query_max_length 64 \
             --passage_max_length 128 --max_length 128 --batch_size 64 --max_steps 250 --seed $seed --out_dir $out/$seed --overwrite
     evaluate $out/$seed $seed
+    [ -e $out/$seed/dev.json ] || python evaluate.py $out/$seed --sizes $sizes --max_length 128 --out $out/$seed/dev.json \
+        --sts "$data"/sts/{stsb,sickr}-dev.jsonl                  # what it costs in sentence similarity
 done
 python - <<'PYTHON'
 import json

@@ -72,7 +72,7 @@ def cosent(scores, gold):
     return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
 
 def step_sizes(method, sizes, seed, step):
-    """ The sizes that one step trains, the full size last. The methods differ in nothing else here: both have InfoNCE
+    """ The sizes that one step trains, the full size last. The methods differ in nothing else here: all have InfoNCE
     and KL at each of these sizes.
     srl     the same few sizes in every step
     2dmse   2D Matryoshka (arXiv 2402.14776): draw any layer below the full one, and a smaller dim of --sizes; train

@@ -29,16 +29,16 @@ from torch.utils.checkpoint import checkpoint
 SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
 
-def paper_sizes(config):
-    """ {(layer, dim): name}, small to large: 2:32 ... 12:768 for BERT-base, 1:8 ... 6:192 for 6 layers x 192, which is
-    the scripts' default. Where two sizes of a tiny model round to the same pair, the later name counts. """
+def default_sizes(config):
+    """ {(layer, dim): name} of SIZES, small to large: 2:32 ... 12:768 for BERT-base, 1:8 ... 6:192 for the 6 layers x
+    192 of the scripts' default. Where two sizes of a tiny model round to the same pair, the later name counts. """
     return {(max(1, round(config.num_hidden_layers * layers)), max(1, round(config.hidden_size * channels))): name
             for name, layers, channels in SIZES}
 
 def named_sizes(config):
-    """ {(layer, dim): name or ""}: the sizes in the model's config; the paper's if it holds none """
+    """ {(layer, dim): name or ""}: the sizes in the model's config; the default ones if it holds none """
     if not config.sizes:
-        return paper_sizes(config)
+        return default_sizes(config)
     return dict(zip(config.sizes, [*config.size_names, *[""] * len(config.sizes)]))
 
 def size_name(size):
@@ -510,7 +510,7 @@ def load_tokenizer(folder):
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
     sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
-    or of another model, and for what is not supported: a module such as Dense, a pooling such as max. """
+    or of another model, and for what is not supported: a module such as Dense, a pooling that POOLINGS lacks. """
     folder, settings = read_modules(find_folder(name))
     model = from_pretrained(folder, **settings | overrides).to(device)
     files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -34,7 +34,7 @@ import data
 import evaluate
 from finetune_srl import cached_backward, srl_loss
 from model import (Bert, BertConfig, MLMHead, configure_optimizer, from_pretrained, keep_freed_memory, load_tokenizer, pack,
-                   paper_sizes)
+                   default_sizes)
 from pretrain_smae import SMAE, fast_decode, fast_vocabulary_loss, smae_loss
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -55,7 +55,7 @@ def packed(args, sizes=None, micro_batch=0):
     keep_freed_memory()
     tokenizer = load_tokenizer(args.model)
     model = from_pretrained(args.model, **DROPOUT).train()
-    sizes = sizes or list(paper_sizes(model.config))
+    sizes = sizes or list(default_sizes(model.config))
     optimizer = configure_optimizer(dict(model.named_parameters()), 1e-6, 0.0)
 
     def prepare(rows):
@@ -78,7 +78,7 @@ def packed(args, sizes=None, micro_batch=0):
 def packed_full_size(args):
     """ this project, the full size alone """
     config = from_pretrained(args.model).config
-    return packed(args, list(paper_sizes(config))[-1:])
+    return packed(args, list(default_sizes(config))[-1:])
 
 
 def packed_micro_batch(args):
@@ -92,7 +92,7 @@ def padded(args):
     tokenizer = load_tokenizer(args.model)
     model = BertModel.from_pretrained(args.model, add_pooling_layer=False, **DROPOUT).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    sizes = list(paper_sizes(model.config))
+    sizes = list(default_sizes(model.config))
 
     def prepare(rows):
         texts = [text for column in zip(*rows) for text in column]
@@ -118,7 +118,7 @@ def sentence_transformers(args, two_d=False):
     loss_of = losses.MultipleNegativesRankingLoss(model)
     if two_d:
         config = model[0].auto_model.config
-        loss_of = losses.Matryoshka2dLoss(model, loss_of, sorted({dim for _, dim in paper_sizes(config)}, reverse=True))
+        loss_of = losses.Matryoshka2dLoss(model, loss_of, sorted({dim for _, dim in default_sizes(config)}, reverse=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def prepare(rows):
@@ -156,7 +156,7 @@ def smae_packed(args, checkpointing=False):
 
     def step(masked):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=not checkpointing):
-            loss, _, _ = smae_loss(model, pack(masked.texts, multiple=128), masked, paper_sizes(config), "smae",
+            loss, _, _ = smae_loss(model, pack(masked.texts, multiple=128), masked, default_sizes(config), "smae",
                                    fast_decode, fast_vocabulary_loss)
         loss.backward()
         update(model.parameters(), optimizer)
@@ -174,7 +174,7 @@ def smae_padded(args):
     model = BertForMaskedLM(Config()).train()
     model.smae_decoder = copy.deepcopy(model.bert.encoder.layer[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    head, sizes = model.cls.predictions, paper_sizes(BertConfig())
+    head, sizes = model.cls.predictions, default_sizes(BertConfig())
     masked_of = smae_masked(args)
 
     def prepare(documents):
@@ -360,7 +360,7 @@ def main():
         seconds = median_in_turn({name: functools.partial(ask, name) for name in SMAE_CONTESTANTS}, args.rounds)
         N = sum(min(len(document) + 2, length) for document in rows) / args.rounds
         config = BertConfig()
-        flops = arithmetic(config, paper_sizes(config), args.batch_size, N, 0.2 * N, 0.4 * N)
+        flops = arithmetic(config, default_sizes(config), args.batch_size, N, 0.2 * N, 0.4 * N)
         table(f"SMAE step, BERT-base, {part}, {args.batch_size} texts, {N:.0f} tokens", seconds, N,
               dict.fromkeys(SMAE_CONTESTANTS, flops), peaks)
         finish()

@@ -7,7 +7,7 @@ import torch
 
 import model as model_file
 from model import (Bert, BertConfig, PackedAttention, attention, check_sizes, dropout, fast_attention, from_pretrained,
-                   named_sizes, pack, paper_sizes, pool, save_pretrained)
+                   named_sizes, pack, default_sizes, pool, save_pretrained)
 
 
 def hugging_face(config, **changes):
@@ -322,7 +322,7 @@ def test_what_a_hand_may_write_in_config_json(model, tokenizer, tmp_path):
     save_pretrained(model, tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, want in (({"sizes": [[1, 8], [4, 48]], "size_names": ["S"]}, {(1, 8): "S", (4, 48): ""}),
-                         ({"sizes": None, "size_names": None}, paper_sizes(model.config))):
+                         ({"sizes": None, "size_names": None}, default_sizes(model.config))):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         assert named_sizes(from_pretrained(tmp_path).config) == want
 
@@ -340,7 +340,7 @@ def test_dropout_below_1_is_finite():
 
 def test_sizes_keep_their_names(model, tokenizer, tmp_path):
     """ The names of the sizes come back from config.json; an old config.json without names loads as well. """
-    assert named_sizes(model.config) == paper_sizes(model.config)   # trained for no size: the paper's
+    assert named_sizes(model.config) == default_sizes(model.config)   # trained for no size: the paper's
     model.config.sizes, model.config.size_names = ((1, 8), (3, 9), (4, 48)), ("Demi", "", "Trenta")
     save_pretrained(model, tokenizer, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -367,9 +367,9 @@ def test_sizes_of_the_paper():
     """ BERT-base has the paper's six sizes and parameter counts, in millions. """
     with torch.device("meta"):
         model = Bert(BertConfig())
-    sizes = tuple(paper_sizes(model.config))
+    sizes = tuple(default_sizes(model.config))
     assert sizes == ((2, 32), (4, 64), (6, 128), (8, 256), (10, 512), (12, 768))
-    small = paper_sizes(BertConfig(num_hidden_layers=6, hidden_size=192))
+    small = default_sizes(BertConfig(num_hidden_layers=6, hidden_size=192))
     assert small == {(1, 8): "Demi", (2, 16): "Short", (3, 32): "Tall", (4, 64): "Grande", (5, 128): "Venti",
                      (6, 192): "Trenta"}
     assert [round(model.num_params(layer) / 1e6, 1) for layer, _ in sizes] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]

@@ -68,8 +68,8 @@ def embedder(folder, file):
         inputs = dict(tokenizer(texts, padding=True, truncation=True, return_tensors="np"))
         hidden = session.run(None, {name: inputs[name].astype(np.int64) for name in INPUTS})[0]   # (B, T, C)
         mask = inputs["attention_mask"][:, :, None]                                               # (B, T, 1)
-        pooled = hidden[:, 0] if model.config.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
-        return pooled[:, :dim]
+        pooled = {"cls": hidden[:, 0], "mean": (hidden * mask).sum(1) / mask.sum(1)}
+        return pooled[model.config.pooling][:, :dim]
     return embed
 
 def main(folder, sts_file):

@@ -35,22 +35,22 @@ from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, cut, cut_
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
+def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192, desc="encoding"):
     """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. A batch has batch_tokens or fewer,
     or one text. Ranks share the batches, so all of them must call this with the same texts. """
-    B, device, training = len(texts), model.word.weight.device, model.training
+    B, device, training = len(token_ids), model.word.weight.device, model.training
     model.eval()   # no dropout, also in the middle of a training
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world_size > 1:   # a batch for every rank, also of few texts
-        batch_tokens = min(batch_tokens, sum(map(len, texts)) // world_size)
-    batches = batches_by_length(texts, batch_tokens)
+        batch_tokens = min(batch_tokens, sum(map(len, token_ids)) // world_size)
+    batches = batches_by_length(token_ids, batch_tokens)
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
     # one autocast around all batches, because it casts every weight once and keeps the copy
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     # disable=None: no bar where stderr is no terminal
     with autocast, tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=B < 1000 or rank > 0 or None) as bar:
         for rows in batches[rank::world_size]:
-            batch = pack([texts[i] for i in rows], device, multiple=128)
+            batch = pack([token_ids[i] for i in rows], device, multiple=128)
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
                 if not pooled.isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
@@ -59,18 +59,11 @@ def embed_ids(model, texts, layers, dtype="float32", batch_tokens=8192, desc="en
     model.train(training)
     return gather_rows(embeddings, device) if world_size > 1 else embeddings
 
-def gather_rows(embeddings, device):
-    """ {layer: (B, C)}, 0 in the rows of other ranks -> all rows on every rank: a sum that gathers """
-    gathered = {layer: rows.to(device) for layer, rows in embeddings.items()}
-    for rows in gathered.values():
-        dist.all_reduce(rows)
-    return {layer: rows.cpu() for layer, rows in gathered.items()}
-
-def batches_by_length(texts, batch_tokens):
+def batches_by_length(token_ids, batch_tokens):
     """ list of (T,) ids -> lists of rows: equal lengths side by side (see model.Pack), batch_tokens or fewer each """
     batches = []
-    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
-        if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
+    for i in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
+        if not batches or (len(batches[-1]) + 1) * len(token_ids[i]) > batch_tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -176,12 +169,6 @@ def widest_dims(sizes):
     """ -> {layer: the largest dim of its sizes}: in sorted order it comes last, and stays """
     return {layer: dim for layer, dim in sorted(sizes)}
 
-def own_documents(queries, ids):
-    """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
-    documents, too; a document is no answer to itself. """
-    column = {key: column for column, key in enumerate(ids)}
-    return {row: column[key] for row, key in enumerate(queries) if key in column}
-
 def keep_best(best, rows, scores, first_doc, own_column):
     """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
     (rows, P), changed in place: of these queries and the documents first_doc, first_doc + 1, ... own_column: see
@@ -208,7 +195,66 @@ def best_documents(scores, docs, doc_ids):
     return rankings
 
 # ==== Below: files, BM25, asking a model, handing a size over, its cost, tables and figures, flags ====================
-# ---- files of embeddings and of runs, BM25 ---------------------------------------------------------------------------
+# ---- all tasks at all sizes: what main calls for every model ---------------------------------------------------------
+def evaluate_model(name, model, tokenizer, sizes, args):
+    """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one.
+    "results" has one record a value, {"task", "metric", "layer", "dim", "value", "n"}; BM25 has layer and dim null.
+    "per_item" is for --compare: per_item[task][size][metric] has one value a query, or one cosine a sentence pair;
+    per_item[task] also has the queries' "ids" or the pairs' "gold". """
+    start = time.time()
+    if args.grid:
+        dims = sorted({dim for _, dim in sizes})
+        sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
+    ours = model.config.sizes and Path(name).exists()
+    out = args.out or (Path(name) / "eval.json" if ours else None)
+    if not out and (args.plot or args.compare):
+        raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
+    if out and Path(out).is_file() and not re.search(r'"per_item"|^\s*$', Path(out).read_text(errors="replace")):
+        raise ValueError(f"--out {out}: holds what evaluate.py did not write; choose another file")
+    for folder in filter(None, (args.embeddings_dir, args.save_run)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
+    results, per_item = [], {}
+    for task in args.sts:
+        records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
+        results += records
+    if len(args.sts) > 1:
+        for size in sizes:
+            values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]
+            results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
+    for task in args.retrieval or ([] if args.sts else ["docs"]):
+        records, per_item[data.task_name(task)] = retrieval(
+            model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
+        results += records
+    results += cost(model, sizes)
+    if args.speed:
+        results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
+    if out:
+        Path(out).write_text(json.dumps(allow_nan=False, obj={
+            "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
+            "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
+            "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
+            "results": results, "per_item": per_item}) + "\n")
+    title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
+    print_table(results, title, named_sizes(model.config))
+    return [str(out)] if out else []
+
+# ---- for embed_ids and retrieval: ranks, files of embeddings and of runs, BM25 ---------------------------------------
+def gather_rows(embeddings, device):
+    """ {layer: (B, C)}, 0 in the rows of other ranks -> all rows on every rank: a sum that gathers """
+    gathered = {layer: rows.to(device) for layer, rows in embeddings.items()}
+    for rows in gathered.values():
+        dist.all_reduce(rows)
+    return {layer: rows.cpu() for layer, rows in gathered.items()}
+
+def own_documents(queries, ids):
+    """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
+    documents, too; a document is no answer to itself. """
+    column = {key: column for column, key in enumerate(ids)}
+    return {row: column[key] for row, key in enumerate(queries) if key in column}
+
 def made_by(model, tokenizer, dtype):
     """ checksum of whatever decides the embedding of a text, for the names of files """
     weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
@@ -270,7 +316,7 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
     return count_words(queries) @ tf.T                                                 # (Q, P)
 
-# ---- search: ask a folder of texts, at each size --------------------------------------------------------------------
+# ---- search: ask a folder of texts, at each size ---------------------------------------------------------------------
 def search(model, tokenizer, question, sizes, args, model_folder):
     """ Print the 5 passages of --texts that answer a question best, at each size, and those of the funnel where there
     are several. Without a question ask for some. The passages' embeddings are kept in the model's folder until the
@@ -395,7 +441,7 @@ def write_card(folder, source):
 
 # ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
 def cost(model, sizes):
-    """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks (2 FLOP an entry of a matrix) """
+    """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks' matrices (2 FLOP an entry) """
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
     def costs(layer, dim):
         return {"parameters": model.num_params(layer), "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
@@ -651,51 +697,6 @@ def main(args):
         compare(files, args.metrics)
     if args.plot and files:
         plot(files, args.plot, args.metrics)
-
-def evaluate_model(name, model, tokenizer, sizes, args):
-    """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one.
-    "results" has one record a value, {"task", "metric", "layer", "dim", "value", "n"}; BM25 has layer and dim null.
-    "per_item" is for --compare: per_item[task][size][metric] has one value a query, or one cosine a sentence pair;
-    per_item[task] also has the queries' "ids" or the pairs' "gold". """
-    start = time.time()
-    if args.grid:
-        dims = sorted({dim for _, dim in sizes})
-        sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
-    ours = model.config.sizes and Path(name).exists()
-    out = args.out or (Path(name) / "eval.json" if ours else None)
-    if not out and (args.plot or args.compare):
-        raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
-    if out and Path(out).is_file() and not re.search(r'"per_item"|^\s*$', Path(out).read_text(errors="replace")):
-        raise ValueError(f"--out {out}: holds what evaluate.py did not write; choose another file")
-    for folder in filter(None, (args.embeddings_dir, args.save_run)):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
-        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
-    results, per_item = [], {}
-    for task in args.sts:
-        records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
-        results += records
-    if len(args.sts) > 1:
-        for size in sizes:
-            values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]
-            results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
-    for task in args.retrieval or ([] if args.sts else ["docs"]):
-        records, per_item[data.task_name(task)] = retrieval(
-            model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
-        results += records
-    results += cost(model, sizes)
-    if args.speed:
-        results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
-    if out:
-        Path(out).write_text(json.dumps(allow_nan=False, obj={
-            "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
-            "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
-            "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
-            "results": results, "per_item": per_item}) + "\n")
-    title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
-    print_table(results, title, named_sizes(model.config))
-    return [str(out)] if out else []
 
 if __name__ == "__main__":
     run_script(main, parse_args)

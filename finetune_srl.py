@@ -10,7 +10,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
 Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, where there is a test set, eval.json.
 Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
 """
-import argparse, functools, math, os, sys, time
+import argparse, math, os, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -87,54 +87,57 @@ def step_sizes(method, sizes, seed, step):
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
 # ---- one step --------------------------------------------------------------------------------------------------------
-def train_step(model, teacher, batch, sizes, args, forward_backward):
-    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters.
-    forward_backward(embed, texts, loss_of) is, with one process and without --micro_batch,
-        losses = loss_of(embed(texts)); losses[0].backward(); return losses
-    and cached_backward gives the same gradient in pieces. """
+def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
+    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. pieces: see
+    cached_backward; more than one with --micro_batch or several processes """
     queries, passages, same, gold = batch      # Q and P texts, (T,) ids each; (Q, P) bool or None; (Q,) or None
-    Q, texts = len(queries), queries + passages
+    Q, token_ids, seed = len(queries), queries + passages, (args.seed, step)
     layers = sorted({layer for layer, _ in sizes})
     def tensor(array):
         return None if array is None else torch.from_numpy(array).to(args.device)
-    teacher_scores = frozen_scores(teacher, texts, Q, args) if teacher else None                      # (Q, P)
-    def embed(texts):
+    teacher_scores = frozen_scores(teacher, token_ids, Q, args) if teacher else None                  # (Q, P)
+    def embed(token_ids):
         with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-            return model.encode(pack(texts, args.device, multiple=128), layers)      # {layer: (B, C)}
+            return model.encode(pack(token_ids, args.device, multiple=128), layers)      # {layer: (B, C)}
     def loss_of(embeddings):                                              # {layer: (Q + P, C)}, the queries first
         query_rows = {layer: rows[:Q] for layer, rows in embeddings.items()}
         passage_rows = {layer: rows[Q:] for layer, rows in embeddings.items()}
         return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
                         teacher_scores, gold=tensor(gold), same=tensor(same))
-    return forward_backward(embed, texts, loss_of)
+    if pieces > 1:
+        return cached_backward(embed, token_ids, loss_of, pieces, seed, rank, world_size)
+    torch.manual_seed(hash((*seed, 0)))        # dropout by seed and step, so runs can resume
+    losses = loss_of(embed(token_ids))
+    losses[0].backward()
+    return losses
 
-def frozen_scores(teacher, texts, Q, args):
+def frozen_scores(teacher, token_ids, Q, args):
     """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size """
     layer, dim = list(named_sizes(teacher.config))[-1]
-    rows = evaluate.embed_ids(teacher, texts, [layer], args.dtype)[layer].to(args.device)            # (Q + P, C)
+    rows = evaluate.embed_ids(teacher, token_ids, [layer], args.dtype)[layer].to(args.device)        # (Q + P, C)
     return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
 
 # ==== Below is the training around the method: large batches and ranks, model, loop, flags ============================
-def cached_backward(embed, texts, loss_of, pieces, seed, rank=0, world_size=1):
-    """ With one piece and one process this is loss_of(embed(texts))[0].backward(). It gives the same gradient with
-    several processes, or for a batch that is too large for the memory. The texts of a batch depend on each other only
-    through their embeddings (gradient caching, arXiv 2101.06983), so
+def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=1):
+    """ The gradient of loss_of(embed(token_ids))[0].backward(), for several processes, or for a batch that is too large
+    for the memory. The texts of a batch depend on each other only through their embeddings (gradient caching, arXiv
+    2101.06983), so
       1. embed the pieces of the batch that are this rank's, and gather the embeddings of all ranks;
       2. compute the loss and its gradient with respect to the embeddings, the same on every rank;
       3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
     The activations of several pieces would fill the memory, so step 1 keeps no graph and step 3 embeds again. Piece k
-    is texts[k::pieces]; its dropout is drawn from (*seed, k), the same in both passes and on any number of ranks.
-    embed: list of B texts -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all texts -> (loss, ...): returned here. """
+    is token_ids[k::pieces]; its dropout is drawn from (*seed, k), the same in both passes and on any number of ranks.
+    embed: list of B (T,) ids -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all -> (loss, ...), which is returned. """
     mine, all_rows = range(rank, pieces, world_size), {}
     def embed_piece(k):
         torch.manual_seed(hash((*seed, k)))
-        return embed(texts[k::pieces])
+        return embed(token_ids[k::pieces])
     for k in mine:
         with torch.set_grad_enabled(len(mine) == 1):       # a single piece keeps its graph and is embedded once
             embeddings = embed_piece(k)
         for layer, rows in embeddings.items():
             if layer not in all_rows:
-                all_rows[layer] = rows.new_zeros(len(texts), rows.shape[1])             # (B, C)
+                all_rows[layer] = rows.new_zeros(len(token_ids), rows.shape[1])         # (B, C)
             all_rows[layer][k::pieces] = rows.detach()
     if world_size > 1:
         for rows in all_rows.values():
@@ -147,13 +150,14 @@ def cached_backward(embed, texts, loss_of, pieces, seed, rank=0, world_size=1):
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
-def build_model(args, sources):
-    """ -> Bert with sizes, pooling and similarity in its config; tokenizer. Raises ValueError for flags that misfit """
+def build_model(args, strings):
+    """ -> Bert with sizes, pooling and similarity in its config; tokenizer. strings: what load_pairs gives for each
+    source, for the vocabulary of a new model. Raises ValueError for flags that misfit """
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     init_from = args.out_dir if args.resume else args.init_from
     if init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
-        texts = (text for rows in sources for query, positives, negatives, _ in rows
+        texts = (text for rows in strings for query, positives, negatives, _ in rows
                  for text in [query, *positives, *negatives])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
@@ -190,17 +194,16 @@ def choose_sizes(args, config):
 
 def silence_last_channels(model):
     """ From scratch with mean pooling this lifts every size (results/README.md). The likely reason: LayerNorm gives all
-    tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. A small size can ignore
-    common words: their vectors move into channels that it drops. The full size drops none. So the last sixth of its
-    channels starts with a gain of 0, and common words can hide there. """
+    tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. Common words can hide in
+    channels that a small size drops. The full size drops none, so the last sixth of its channels starts silent. """
     C = model.config.hidden_size
     model.blocks[-1].norm2.weight.data[-C // 6:] = 0
 
-def order_channels(model, texts, sizes):
+def order_channels(model, token_ids, sizes):
     """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose
     embeddings vary most over the texts at the smallest size's layer, as many as it has dims, then those of the next
-    size. The full size stays the same function. texts: list of (T,) ids """
-    embeddings = evaluate.embed_ids(model, texts, sorted({layer for layer, _ in sizes}))
+    size. The full size stays the same function. token_ids: list of (T,) ids """
+    embeddings = evaluate.embed_ids(model, token_ids, sorted({layer for layer, _ in sizes}))
     order = []
     for layer, dim in sizes:
         variance = embeddings[layer].var(dim=0)                                         # (C,)
@@ -268,12 +271,12 @@ def main(args):
         data.Collection(test_set)                     # raises now, not after the training
     if test_set and args.eval_interval:
         data.Collection(f"{test_set}:dev")
-    sources = [data.load_pairs(source, args.columns) for source in args.train_pairs]
+    strings = [data.load_pairs(source, args.columns) for source in args.train_pairs]
     if args.hold_out:
-        sources[0], test_set = data.hold_out(sources[0], args.hold_out)
-    model, tokenizer = build_model(args, sources)
+        strings[0], test_set = data.hold_out(strings[0], args.hold_out)
+    model, tokenizer = build_model(args, strings)
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
-               for rows in sources]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
+               for rows in strings]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
     sizes = model.config.sizes
     shown_sizes = [size_name(sizes[0]), size_name(sizes[-1])]   # in the lines of the log
     batch_size, pieces, max_steps = plan(args, sources, world_size)
@@ -309,10 +312,8 @@ def main(args):
             group["lr"] = lr * group["scale"]
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         optimizer.zero_grad(set_to_none=True)
-        forward_backward = functools.partial(cached_backward, pieces=pieces, seed=(args.seed, step), rank=rank,
-                                             world_size=world_size)
-        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args,
-                                   forward_backward)
+        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args, step,
+                                   pieces, rank, world_size)
         sum_over_ranks(model.parameters(), world_size)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         terms = nce | {f"KL of {name}": value for name, value in kl.items()}

@@ -31,9 +31,9 @@ SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
 
 def default_sizes(config):
     """ {(layer, dim): name} of SIZES, small to large: 2:32 ... 12:768 for BERT-base, 1:8 ... 6:192 for the 6 layers x
-    192 of the scripts' default. Where two sizes of a tiny model round to the same pair, the later name counts. """
+    192 of the scripts' default """
     return {(max(1, round(config.num_hidden_layers * layers)), max(1, round(config.hidden_size * channels))): name
-            for name, layers, channels in SIZES}
+            for name, layers, channels in SIZES}   # in a tiny model two may round to the same pair: the later one stays
 
 def named_sizes(config):
     """ {(layer, dim): name or ""}: the sizes in the model's config; the default ones if it holds none """
@@ -57,12 +57,12 @@ class Pack(NamedTuple):
     starts: torch.Tensor         # (B,) where each text of the caller's list begins: its [CLS]
     groups: list                 # [(G, T), ...] in the order of the row; fillers come last, as texts of one token
 
-def pack(texts, device="cpu", multiple=1):
+def pack(token_ids, device="cpu", multiple=1):
     """ list of B (T,) integer arrays of token ids -> Pack. Raises ValueError on a text without tokens.
     multiple: round N up to a multiple with filler tokens, which belong to no text. A CPU's matrix library compiles a
-    kernel for every new N; multiples of 128 leave a dozen values. A batch below 8 x multiple stays as it is,
-    because fillers would cost more than they save. """
-    lengths = np.array([len(text) for text in texts])
+    kernel for every new N; with multiples of 128 only a dozen different N occur. A batch below 8 x multiple stays as it
+    is, because fillers would cost more than they save. """
+    lengths = np.array([len(text) for text in token_ids])
     if lengths.min() == 0:
         raise ValueError("a text without a single token; a tokenizer adds at least [CLS] and [SEP]")
     order = np.argsort(lengths, kind="stable")                              # (B,) short texts first
@@ -79,9 +79,9 @@ def pack(texts, device="cpu", multiple=1):
         return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
     def filled(array, filler):   # (N without fillers,) -> (N,)
         return tensor(np.append(array, np.full(fillers, filler)))
-    return Pack(input_ids=filled(np.concatenate([texts[i] for i in order]), 0),
+    return Pack(input_ids=filled(np.concatenate([token_ids[i] for i in order]), 0),
                 position_ids=filled(np.arange(ends[-1]) - starts[text_ids], 0),
-                text_ids=filled(text_ids, len(texts)), starts=tensor(starts), groups=groups)
+                text_ids=filled(text_ids, len(token_ids)), starts=tensor(starts), groups=groups)
 
 def mean_pool(hidden, batch):
     """ (N, C) -> (B, C): the mean over the tokens of each text, [CLS] and [SEP] included """
@@ -253,6 +253,39 @@ class MLMHead(nn.Module):
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================
+# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
+def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
+    in `faster` have a `scale` times higher learning rate: the training loop multiplies the rate of a step by the
+    "scale" of each group. """
+    rest = [parameter for name, parameter in parameters.items() if name not in faster]
+    matrices = [parameter for parameter in rest if parameter.dim() >= 2]
+    vectors = [parameter for parameter in rest if parameter.dim() < 2]
+    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
+              {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
+              {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
+
+def get_lr(step, max_steps, args, shape):
+    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
+    warmup_steps = max(1, round(args.warmup * max_steps))
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    rest = max(1, max_steps - warmup_steps)
+    if shape == "linear":
+        return args.learning_rate * (max_steps - step) / rest
+    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
+
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
+                parameter.copy_(parameter[:, order])             # the channels are the columns
+            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
+                parameter.copy_(parameter[order])                # the channels are the rows
+
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
@@ -296,15 +329,15 @@ class PackedAttention(torch.autograd.Function):
             width = q.shape[-1]
             part = grad[row:row + G * T].view(G, T, C // width, width).transpose(1, 2)
             g = as_contiguous(part, q.dtype).view(q.shape)                          # (G * H, T, width)
-            g_weights = torch.bmm(g, v.mT)                                          # (G * H, T, T)
+            g_weights = torch.bmm(g, v.mT)                                          # (G * H, T, T), dA once masked
             if mask is not None:
                 g_weights *= mask
-            g_scores = torch._softmax_backward_data(g_weights, weights, -1, q.dtype).mul_(width**-0.5)
+            g_scores = torch._softmax_backward_data(g_weights, weights, -1, q.dtype).mul_(width**-0.5)   # dS
             out = grad_qkv[row:row + G * T].view(G, T, 3, C // width, width)
             out = out.permute(2, 0, 3, 1, 4)                                        # (3, G, H, T, width)
-            out[0].copy_(torch.bmm(g_scores, k).view(out[0].shape))
-            out[1].copy_(torch.bmm(g_scores.mT, q).view(out[0].shape))
-            out[2].copy_(torch.bmm(dropped.mT, g).view(out[0].shape))
+            out[0].copy_(torch.bmm(g_scores, k).view(out[0].shape))                 # dQ
+            out[1].copy_(torch.bmm(g_scores.mT, q).view(out[0].shape))              # dK
+            out[2].copy_(torch.bmm(dropped.mT, g).view(out[0].shape))               # dV
             row += G * T
         return grad_qkv, None, None, None
 
@@ -321,9 +354,9 @@ def dropout(x, p):
 def dropout_mask(size, p, dtype):
     """ (size,): 0 with probability p, else 1 / (1 - p). On a CPU F.dropout draws one random number for each entry. Here
     one 64-bit number serves 8 entries, 13 times as fast, so p is a multiple of 1/256: 0.1 becomes 26/256. """
-    cut = min(255, round(256 * p))
+    threshold = min(255, round(256 * p))
     bits = torch.randint(-2**63, 2**63 - 1, (size // 8 + 1,)).view(torch.uint8)[:size]
-    return (bits >= cut).to(dtype).mul_(256 / (256 - cut))
+    return (bits >= threshold).to(dtype).mul_(256 / (256 - threshold))
 
 def fast_dtype():
     """ "bfloat16" where the machine multiplies it faster than float32 (GPUs, AVX512-BF16, AMX), else "float32" """
@@ -344,39 +377,6 @@ def keep_freed_memory(keep=True):
             libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep the free end of the heap
         else:
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
-
-# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
-def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
-    in `faster` have a `scale` times higher learning rate: the training loop multiplies the rate of a step by the
-    "scale" of each group. """
-    rest = [parameter for name, parameter in parameters.items() if name not in faster]
-    matrices = [parameter for parameter in rest if parameter.dim() >= 2]
-    vectors = [parameter for parameter in rest if parameter.dim() < 2]
-    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
-              {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
-              {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
-
-def get_lr(step, max_steps, args, shape):
-    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
-    warmup_steps = max(1, round(args.warmup * max_steps))
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    rest = max(1, max_steps - warmup_steps)
-    if shape == "linear":
-        return args.learning_rate * (max_steps - step) / rest
-    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
-
-def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
-    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
-                parameter.copy_(parameter[:, order])             # the channels are the columns
-            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
-                parameter.copy_(parameter[order])                # the channels are the rows
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 # our name -> their name; a name without a leading dot matches only at the start

@@ -55,8 +55,8 @@ def bottleneck(model, sliced, batch):
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M',) -> (S, M', C): what the decoder makes of the positions it must guess.
-    For reading; training uses `fast_decode`, which equals it without dropout. Change both, or pass this one in
-    `batch_loss`. """
+    For reading; training uses `fast_decode`, which equals it without dropout. If you change this function, let
+    `batch_loss` pass it. """
     decoded = []
     for vectors in bottlenecks:                                           # (B, C), one size
         # The bottleneck replaces [CLS]. It needs no position embedding, because it is always at position 0.
@@ -129,7 +129,7 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M', H, width), (M',)
     with torch.autocast(embeddings.device.type, enabled=False):
         others, logsumexp = [], []   # what the attention among all but position 0 gives, and its normaliser
-        # A filler is a text of one token: its logsumexp is that of nothing, -inf. No position to guess is a filler.
+        # A filler is a text of one token, without others: its logsumexp is -inf. No position to guess is a filler.
         for (G, T), rows in zip(batch.groups, qkv.split(tokens_of_groups)):
             rows = rows.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
             q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, width) each
@@ -171,12 +171,13 @@ class VocabularyLoss(torch.autograd.Function):
             x, w = hidden.to(dtype), weight.to(dtype)
             ce, hit = torch.empty_like(row_weights), torch.empty_like(labels, dtype=torch.bool)
             ctx.grads = [torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)] if needs_grad else []
-            size = min(VocabularyLoss.ROWS, max(1, len(x)))
+            at_once = min(VocabularyLoss.ROWS, max(1, len(x)))
             # Buffers, because on a CPU fresh memory of this size costs as much time as the product that fills it.
-            low, full = x.new_empty(size, len(w)), weight.new_empty(size, len(w))   # (ROWS, V), in dtype and float32
+            low = x.new_empty(at_once, len(w))                                      # (ROWS, V) in dtype
+            full = weight.new_empty(at_once, len(w))                                # (ROWS, V) in float32
             grad_w = torch.empty_like(w)                                            # (V, C)
-            for i in range(0, len(x), size):
-                rows = slice(i, i + size)
+            for i in range(0, len(x), at_once):
+                rows = slice(i, i + at_once)
                 xs, ys = x[rows], labels[rows, None]                    # (ROWS, C), (ROWS, 1)
                 logits = full[:len(xs)].copy_(torch.mm(xs, w.T, out=low[:len(xs)])).add_(bias)
                 top, true = logits.amax(1), logits.gather(1, ys)[:, 0]

@@ -44,13 +44,13 @@ def window(text, length, rng):
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
 def duplicates(queries, passages):
-    """ Q queries, P passages, (T,) ids -> (Q, P) bool: True where passage j is no negative of query i, because its text
-    is the positive of query i in this batch, or of a query with the same text. Passage i itself is False. None if
-    nothing is True. """
-    def number(texts):
+    """ Q queries, P passages, (T,) ids -> (Q, P) bool. True: passage j also answers query i, so it must not count as a
+    negative. It does if its text is the positive of query i in this batch, or of a query with the same text. The pair
+    (i, i), the positive itself, is False. None if nothing is True. """
+    def numbered(texts):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
-    query, passage = number(queries), number(passages)        # (Q,), (P,)
+    query, passage = numbered(queries), numbered(passages)    # (Q,), (P,)
     # Queries A B A with positives x y z: A has the answers x and z, so z is no negative of the first query, nor x of
     # the third.
     answers = np.zeros((len(queries), len(passages)), bool)   # [number of a query, number of a passage]
@@ -89,8 +89,8 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
-    """ B texts masked twice, sorted by length as in model.pack: a position is one in its row of N tokens, which has no
-    fillers here (with_ids in pretrain_smae.py adds them) """
+    """ B texts masked twice, sorted by length as in model.pack. Positions are indices into the row of N tokens. The row
+    has no fillers yet: with_ids in pretrain_smae.py adds them. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
     encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: about 20 %
@@ -108,10 +108,9 @@ def whole_word_mask(begins, rates, rng):
     The words are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a budget of
     round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked if its middle lies within
     the budget, so long words are masked as often as short ones. For example, at rate 0.5 with a budget of 2:
-      tokens           [CLS]  the  dra ##gon  sleeps  [SEP]
-      shuffled words   dragon  sleeps  the  [CLS]  [SEP]
-      length           2       1       1    1      1
-      middle           1       2.5     3.5  4.5    5.5        only "dragon" lies within the budget """
+      tokens   [CLS]  the  dra ##gon  sleeps  [SEP]       word     0  1  2 2  3  4
+      order    dragon  sleeps  the  [CLS]  [SEP]          length   2  1  1  1  1      (in this order)
+      middle   1       2.5     3.5  4.5    5.5            so "dragon" alone lies within the budget """
     word = np.cumsum(begins) - 1                                    # (T,) number of each token's word
     length = np.bincount(word)                                      # (words,) tokens of each word
     key = rng.random(len(length))                                   # (words,) words are sorted by it
@@ -134,12 +133,12 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     tokens, [CLS] and [SEP] included. rates: shares that are hidden from (encoder, decoder). seed: a list of integers
     that decides windows and masks. """
     rng, begins_word = np.random.default_rng(seed), word_begins(tokenizer)               # (V,)
-    cut, room = [], max_length - 2                                      # [CLS] and [SEP] take two
+    windows, room = [], max_length - 2                                  # [CLS] and [SEP] take two
     for document in documents:
         start = rng.integers(max(1, len(document) - room + 1))
-        cut.append(document[start:start + room])
+        windows.append(document[start:start + room])
     texts, masks = [], []
-    for ids in sorted(cut, key=len):                                    # the order of model.pack
+    for ids in sorted(windows, key=len):                                # the order of model.pack
         texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))   # (T,)
         begins = begins_word[texts[-1]]
         begins[1] = True                                                # a window may begin inside a word
@@ -295,128 +294,6 @@ STS_COLUMNS = ["sentence1", "sentence2", "score"]   # the two texts, then the go
 QRELS_COLUMNS = ["query-id", "corpus-id", "score"]  # a BEIR set has these, and _id, text, maybe title for its texts
 LOCAL = re.compile(r"\.(txt|jsonl|csv|tsv)(\.gz)?$")
 
-def read_lines(path):
-    """ yields the lines of a text file, gzipped or not. Raises ValueError for what is neither UTF-8 nor gzip. """
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        # surrogateescape lets bytes through that are not UTF-8, so that the line that holds them can be named
-        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for number, line in enumerate(file, start=1):
-                if "\0" in line or not line.isascii() and re.search("[\udc80-\udcff]", line):
-                    raise ValueError(f"{path}, line {number}: is not plain UTF-8 text; save the file as UTF-8")
-                yield line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: is no whole gzip file ({error}); make it again, or rename it") from None
-
-def read_cells(path, delimiter):
-    """ .csv or .tsv with a header -> yields (line number, dict); the line is the row's first, as cells may hold line
-    breaks. Raises ValueError for rows that do not fit the header, and for quotes that do not close. """
-    csv.field_size_limit(2**31 - 1)   # the default, 131,072 characters, is less than a long document
-    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
-    header, begin = [], 1             # begin: the line where the next row begins
-    try:
-        for cells in reader:
-            number, begin = begin, reader.line_num + 1
-            if not any(map(str.strip, cells)):
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                if twice := [name for name in header if name and header.count(name) > 1]:
-                    raise ValueError(f"{path}, line {number}: has the column {twice[0]} twice; rename one")
-            elif len(cells) != len(header):
-                raise ValueError(f"{path}, line {number}: has {len(cells)} cells and the header {len(header)}; leave a "
-                                 "cell empty rather than out, and put quotes around one that holds the separator")
-            else:
-                yield number, dict(zip(header, cells))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {begin}: a quote is not closed or text follows it ({error}); in a quoted cell "
-                         'write "" for a quote') from None
-
-def read_rows(path):
-    """ .jsonl, .csv or .tsv with a header, or .txt, each gzipped or not -> yields (line number, dict), {"text": line}
-    for .txt; blank lines are passed over. Raises ValueError that names the file and the line. """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    if kind in ("csv", "tsv"):
-        yield from read_cells(path, "\t" if kind == "tsv" else ",")
-        return
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line) if kind == "jsonl" else {"text": line}
-                assert isinstance(row, dict)
-            except (ValueError, RecursionError, AssertionError):
-                raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
-            yield number, row
-
-def load_table(source, error_start, streaming=False):
-    """ A .parquet file, or NAME[:CONFIG][:SPLIT] of the hub or of a local folder with the same layout (by default the
-    split "train") -> rows with named columns. Raises ValueError. error_start begins its message and says which other
-    sources there are: "--sts x: neither one of sts12, ..., nor a .csv file"; ", nor a data set that ..." follows. """
-    import datasets   # imported here, because that takes 0.7 s and local files do without
-    try:
-        if source.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=source, split="train", streaming=streaming)
-        name, config, split = (source.split(":") + ["", ""])[:3]
-        return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
-    except Exception as error:   # datasets has a dozen errors for "not there", being offline among them
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{error_start}, nor a data set that could be loaded as NAME[:CONFIG][:SPLIT], {source} "
-                         f"({reason})") from error
-
-def find_columns(where, columns, kinds, given):
-    """ the columns of the source `where` -> {kind: its columns that hold it}. given: --columns, as ["query=question"];
-    kinds that it does not name go by COLUMNS. Raises ValueError for a kind or a column that is not there. """
-    named = {kind: [] for kind in kinds}
-    for item in given:
-        kind, _, name = item.partition("=")
-        if kind not in kinds or name not in columns:
-            raise ValueError(f"--columns {item}: {where} has the columns {', '.join(columns)}; give KIND=COLUMN, where "
-                             f"KIND is {' or '.join(kinds)}")
-        named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)   # scored pairs are pairs
-        if any(len(named.get(one, [])) > 1 for one in ("query", "score", "text")):
-            raise ValueError(f"--columns {item}: is the second {kind}, and a row has one; leave out one of them")
-    return {kind: names or [column for column in columns if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
-            for kind, names in named.items()}
-
-# These three check a cell. `where` begins the message of the ValueError that they raise: "pairs.csv, line 3: query".
-def as_text(cell, where):
-    """ a cell -> itself, if it is a string """
-    if not isinstance(cell, str):
-        raise ValueError(f"{where} is {cell!r:.60}; it must be a text")
-    if not cell.isascii() and (half := re.search("[\ud800-\udfff]", cell)):   # a tokenizer refuses it
-        raise ValueError(f"{where} holds {half[0]!r}, half of a character, such as a cut emoji leaves; take it out")
-    return cell
-
-def as_texts(cell, where):
-    """ None, a string, a passage {"title": ..., "text": ...}, or a list of these -> list of strings, none blank """
-    if isinstance(cell, list):
-        return [text for item in cell for text in as_texts(item, where)]
-    if isinstance(cell, dict):
-        title, text = as_text(cell.get("title") or "", f"{where} title"), as_text(cell.get("text"), f"{where} text")
-        cell = f"{title} {text}".strip()
-    return [cell] if as_text("" if cell is None else cell, where).strip() else []
-
-def as_score(cell, where):
-    """ a number, or a string of one -> finite float """
-    try:
-        score = float(cell)
-        assert math.isfinite(score)
-    except (TypeError, ValueError, OverflowError, AssertionError):
-        raise ValueError(f"{where} {cell!r:.60} is not a finite number") from None
-    return score
-
-class Rows:
-    """ an iterable with a len that makes its rows anew each time, because MS MARCO does not fit a list of strings """
-    def __init__(self, length, make):
-        self.length, self.make = length, make
-    def __len__(self):
-        return self.length
-    def __iter__(self):
-        return self.make()
-
 def load_pairs(source, columns=()):
     """ One of --train_pairs -> Rows of (query, [positive, ...], [negative, ...], gold). Negatives may be empty; gold is
     a number where the columns are sentence1, sentence2 and score, else None. columns: see find_columns.
@@ -478,6 +355,45 @@ def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
             raise ValueError(f"{where}: has the columns {', '.join(row)}; it needs text; say which of yours that is: "
                              "--columns text=COLUMN")
         yield as_text(row[found[0]], f"{where}: {found[0]}")
+
+def find_columns(where, columns, kinds, given):
+    """ the columns of the source `where` -> {kind: its columns that hold it}. given: --columns, as ["query=question"];
+    kinds that it does not name go by COLUMNS. Raises ValueError for a kind or a column that is not there. """
+    named = {kind: [] for kind in kinds}
+    for item in given:
+        kind, _, name = item.partition("=")
+        if kind not in kinds or name not in columns:
+            raise ValueError(f"--columns {item}: {where} has the columns {', '.join(columns)}; give KIND=COLUMN, where "
+                             f"KIND is {' or '.join(kinds)}")
+        named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)   # scored pairs are pairs
+        if any(len(named.get(one, [])) > 1 for one in ("query", "score", "text")):
+            raise ValueError(f"--columns {item}: is the second {kind}, and a row has one; leave out one of them")
+    return {kind: names or [column for column in columns if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
+            for kind, names in named.items()}
+
+def load_table(source, error_start, streaming=False):
+    """ A .parquet file, or NAME[:CONFIG][:SPLIT] of the hub or of a local folder with the same layout (by default the
+    split "train") -> rows with named columns. Raises ValueError. error_start begins its message and says which other
+    sources there are: "--sts x: neither one of sts12, ..., nor a .csv file"; ", nor a data set that ..." follows. """
+    import datasets   # imported here, because that takes 0.7 s and local files do without
+    try:
+        if source.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=source, split="train", streaming=streaming)
+        name, config, split = (source.split(":") + ["", ""])[:3]
+        return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+    except Exception as error:   # datasets has a dozen errors for "not there", being offline among them
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{error_start}, nor a data set that could be loaded as NAME[:CONFIG][:SPLIT], {source} "
+                         f"({reason})") from error
+
+class Rows:
+    """ an iterable with a len that makes its rows anew each time, because MS MARCO does not fit a list of strings """
+    def __init__(self, length, make):
+        self.length, self.make = length, make
+    def __len__(self):
+        return self.length
+    def __iter__(self):
+        return self.make()
 
 # ---- sources of test sets: sentence pairs with gold scores, and retrieval collections --------------------------------
 STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
@@ -603,8 +519,9 @@ def write_beir(folder, corpus, queries, qrels):
 
 def hold_out(rows, n):
     """ rows as of load_pairs -> Rows to train on, the folder of a test set: n of the pairs, drawn at random; its corpus
-    is their positives. A row with a query or a positive that is in the test set, whatever its case and punctuation, is
-    not trained on. Raises ValueError if fewer than two pairs are left on one side. """
+    is their positives. A row that holds a query of the test set, whatever its case and punctuation, is not trained on.
+    A passage of the test set may be: a new question may have a known answer. Raises ValueError if fewer than two pairs
+    are left on one side. """
     usable = {i for i, (query, positives, *_) in enumerate(rows) if query.strip() and positives}
     drawn = set(np.random.default_rng(0).permutation(sorted(usable))[:n].tolist())
     pairs = [(query, text, gold) for i, (query, positives, _, gold) in enumerate(rows) if i in drawn
@@ -613,7 +530,7 @@ def hold_out(rows, n):
         raise ValueError("--hold_out: is for queries and passages; for scored pairs give evaluate.py a file with --sts")
     queries, corpus = {fold(query): query for query, *_ in pairs}, {fold(text): text for _, text, _ in pairs}
     kept = {i for i, (query, positives, *_) in enumerate(rows)
-            if not {fold(query), *map(fold, positives)} & (queries.keys() | corpus.keys())}
+            if not {fold(query), *map(fold, positives)} & queries.keys()}
     if min(n, len(kept & usable)) < 2:
         raise ValueError(f"--hold_out {n}: leaves {len(kept & usable)} of {len(usable)} pairs to train on; both sides "
                          "need two or more")
@@ -623,6 +540,7 @@ def hold_out(rows, n):
         write_beir(part, [{"_id": f"d{ids[key]}", "text": text} for key, text in corpus.items()],
                    [{"_id": f"q{ids[key]}", "text": text} for key, text in queries.items()],
                    {"test": dict.fromkeys((f"q{ids[fold(query)]}", f"d{ids[fold(text)]}") for query, text, _ in pairs)})
+    print(f"--hold_out: {len(drawn):,} pairs to test on, {len(kept & usable):,} of the others to train on")
     return Rows(len(kept), lambda: (row for i, row in enumerate(rows) if i in kept)), folder
 
 def load_passages(source):
@@ -645,6 +563,90 @@ def load_passages(source):
     if not passages:
         raise ValueError(f"--texts {source}: neither docs nor a file or folder of .txt, .md or .jsonl with text in it")
     return passages
+
+# ---- reading files: tables line by line, and what a cell may hold ----------------------------------------------------
+def read_rows(path):
+    """ .jsonl, .csv or .tsv with a header, or .txt, each gzipped or not -> yields (line number, dict), {"text": line}
+    for .txt; blank lines are passed over. Raises ValueError that names the file and the line. """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if kind in ("csv", "tsv"):
+        yield from read_cells(path, "\t" if kind == "tsv" else ",")
+        return
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line) if kind == "jsonl" else {"text": line}
+                assert isinstance(row, dict)
+            except (ValueError, RecursionError, AssertionError):
+                raise ValueError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]!r}") from None
+            yield number, row
+
+def read_cells(path, delimiter):
+    """ .csv or .tsv with a header -> yields (line number, dict); the line is the row's first, as cells may hold line
+    breaks. Raises ValueError for rows that do not fit the header, and for quotes that do not close. """
+    csv.field_size_limit(2**31 - 1)   # the default, 131,072 characters, is less than a long document
+    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
+    header, begin = [], 1             # begin: the line where the next row begins
+    try:
+        for cells in reader:
+            number, begin = begin, reader.line_num + 1
+            if not any(map(str.strip, cells)):
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                if twice := [name for name in header if name and header.count(name) > 1]:
+                    raise ValueError(f"{path}, line {number}: has the column {twice[0]} twice; rename one")
+            elif len(cells) != len(header):
+                raise ValueError(f"{path}, line {number}: has {len(cells)} cells and the header {len(header)}; leave a "
+                                 "cell empty rather than out, and put quotes around one that holds the separator")
+            else:
+                yield number, dict(zip(header, cells))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {begin}: a quote is not closed or text follows it ({error}); in a quoted cell "
+                         'write "" for a quote') from None
+
+def read_lines(path):
+    """ yields the lines of a text file, gzipped or not. Raises ValueError for what is neither UTF-8 nor gzip. """
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        # surrogateescape lets bytes through that are not UTF-8, so that the line that holds them can be named
+        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            for number, line in enumerate(file, start=1):
+                if "\0" in line or not line.isascii() and re.search("[\udc80-\udcff]", line):
+                    raise ValueError(f"{path}, line {number}: is not plain UTF-8 text; save the file as UTF-8")
+                yield line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: is no whole gzip file ({error}); make it again, or rename it") from None
+
+# These three check a cell. `where` begins the message of the ValueError that they raise: "pairs.csv, line 3: query".
+def as_text(cell, where):
+    """ a cell -> itself, if it is a string """
+    if not isinstance(cell, str):
+        raise ValueError(f"{where} is {cell!r:.60}; it must be a text")
+    if not cell.isascii() and (half := re.search("[\ud800-\udfff]", cell)):   # a tokenizer refuses it
+        raise ValueError(f"{where} holds {half[0]!r}, half of a character, such as a cut emoji leaves; take it out")
+    return cell
+
+def as_texts(cell, where):
+    """ None, a string, a passage {"title": ..., "text": ...}, or a list of these -> list of strings, none blank """
+    if isinstance(cell, list):
+        return [text for item in cell for text in as_texts(item, where)]
+    if isinstance(cell, dict):
+        title, text = as_text(cell.get("title") or "", f"{where} title"), as_text(cell.get("text"), f"{where} text")
+        cell = f"{title} {text}".strip()
+    return [cell] if as_text("" if cell is None else cell, where).strip() else []
+
+def as_score(cell, where):
+    """ a number, or a string of one -> finite float """
+    try:
+        score = float(cell)
+        assert math.isfinite(score)
+    except (TypeError, ValueError, OverflowError, AssertionError):
+        raise ValueError(f"{where} {cell!r:.60} is not a finite number") from None
+    return score
 
 # ---- docs: the documentation of this machine's Python packages, as training pairs and as a test collection -----------
 DOCS_PACKAGES = "numpy scipy torch transformers datasets pandas sympy networkx huggingface_hub".split()

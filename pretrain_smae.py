@@ -159,8 +159,11 @@ def fast_vocabulary_loss(model, hidden, labels):
 class VocabularyLoss(torch.autograd.Function):
     """ hidden (M, C), weight (V, C), bias (V,), labels (M,), row_weights (M,), needs_grad
     -> sum of row_weights * CE, CE (M,), hit (M,). needs_grad: forward itself cannot see whether it runs under no_grad.
-    The logits (M, V) never exist as a whole: ROWS rows are multiplied out, turned into their own gradient on the spot
-    and overwritten by the next. That takes three products, as any training step; checkpointing would take four. """
+        logits = hidden weight^T + bias,   CE = logsumexp(logits) - logits[label]
+        g = row_weights (softmax(logits) - onehot(label)),   the gradient of the logits, (M, V)
+        d hidden = g weight,   d weight = g^T hidden,   d bias = column sums of g
+    The logits never exist as a whole: ROWS rows are multiplied out, turned into their own gradient on the spot and
+    overwritten by the next. That takes three products, as any training step; checkpointing would take four. """
     ROWS = 1024   # rows: 50 MB of buffers with a vocabulary of 8,192, 190 MB with 30,522
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, row_weights, needs_grad):

@@ -13,7 +13,7 @@ trial() {      # NAME FLAGS...: fine-tune, then dev
     [ -e $out/eval.json ] || python evaluate.py $out --retrieval out/docs-heldout
 }
 # 1. learning rate of the blocks, and of the embeddings as a multiple of it
-for rate in "5e-4 8" "1e-3 8" "2.5e-4 8" "5e-4 16"; do
+for rate in "5e-4 8" "1e-3 8" "2.5e-4 8" "5e-4 16" "5e-4 32" "2.5e-4 16"; do
     flags="--learning_rate ${rate% *} --embedding_lr_scale ${rate#* }" name=${rate/ /x}
     trial srl-$name $flags
     trial 2dmse-$name $flags --method 2dmse

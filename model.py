@@ -303,18 +303,16 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx, qkv, groups, H, p):
         N, C, width = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // H
         dtype = torch.promote_types(qkv.dtype, torch.float32)
-        keep = dropout_mask(H * sum(G * T * T for G, T in groups), p, dtype) if p else None   # of all groups
-        mixed, saved, row, entry = qkv.new_empty(N, C), [], 0, 0
-        for G, T in groups:
-            part = qkv[row:row + G * T].view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
+        rows, entries = [G * T for G, T in groups], [G * H * T * T for G, T in groups]
+        masks = dropout_mask(sum(entries), p, dtype).split(entries) if p else [None] * len(groups)
+        mixed, saved = qkv.new_empty(N, C), []
+        for (G, T), part, out, mask in zip(groups, qkv.split(rows), mixed.split(rows), masks):
+            part = part.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
             q, k, v = as_contiguous(part, dtype).view(3, G * H, T, width)
             weights = torch.bmm(q, k.mT).mul_(width**-0.5).softmax(-1)              # (G * H, T, T)
-            mask = keep[entry:entry + G * H * T * T].view(weights.shape) if p else None
-            dropped = weights * mask if p else weights
-            out = torch.bmm(dropped, v).view(G, H, T, width)
-            mixed[row:row + G * T].view(G, T, H, width).copy_(out.transpose(1, 2))
+            dropped = weights * mask.view(weights.shape) if p else weights
+            out.view(G, T, H, width).copy_(torch.bmm(dropped, v).view(G, H, T, width).transpose(1, 2))
             saved += [q, k, v, weights, mask, dropped]                              # six tensors a group
-            row, entry = row + G * T, entry + G * H * T * T
         ctx.save_for_backward(*saved)
         ctx.groups = groups
         return mixed
@@ -323,22 +321,20 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         N, C = grad.shape
         saved = ctx.saved_tensors   # read once, because under gradient checkpointing each access recomputes them
-        grad_qkv, row = grad.new_empty(N, 3 * C), 0
-        for i, (G, T) in enumerate(ctx.groups):
+        grad_qkv, rows = grad.new_empty(N, 3 * C), [G * T for G, T in ctx.groups]
+        for i, ((G, T), part, out) in enumerate(zip(ctx.groups, grad.split(rows), grad_qkv.split(rows))):
             q, k, v, weights, mask, dropped = saved[6 * i:6 * i + 6]
             width = q.shape[-1]
-            part = grad[row:row + G * T].view(G, T, C // width, width).transpose(1, 2)
+            part = part.view(G, T, C // width, width).transpose(1, 2)
             g = as_contiguous(part, q.dtype).view(q.shape)                          # (G * H, T, width)
             g_weights = torch.bmm(g, v.mT)                                          # (G * H, T, T), dA once masked
             if mask is not None:
-                g_weights *= mask
+                g_weights *= mask.view(weights.shape)
             g_scores = torch._softmax_backward_data(g_weights, weights, -1, q.dtype).mul_(width**-0.5)   # dS
-            out = grad_qkv[row:row + G * T].view(G, T, 3, C // width, width)
-            out = out.permute(2, 0, 3, 1, 4)                                        # (3, G, H, T, width)
-            out[0].copy_(torch.bmm(g_scores, k).view(out[0].shape))                 # dQ
-            out[1].copy_(torch.bmm(g_scores.mT, q).view(out[0].shape))              # dK
-            out[2].copy_(torch.bmm(dropped.mT, g).view(out[0].shape))               # dV
-            row += G * T
+            dq, dk, dv = out.view(G, T, 3, C // width, width).permute(2, 0, 3, 1, 4)   # (G, H, T, width) each
+            dq.copy_(torch.bmm(g_scores, k).view(dq.shape))
+            dk.copy_(torch.bmm(g_scores.mT, q).view(dk.shape))
+            dv.copy_(torch.bmm(dropped.mT, g).view(dv.shape))
         return grad_qkv, None, None, None
 
 def as_contiguous(x, dtype):

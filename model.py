@@ -255,15 +255,12 @@ class MLMHead(nn.Module):
 # ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================
 # ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
 def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
-    in `faster` have a `scale` times higher learning rate: the training loop multiplies the rate of a step by the
-    "scale" of each group. """
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
+    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
     rest = [parameter for name, parameter in parameters.items() if name not in faster]
-    matrices = [parameter for parameter in rest if parameter.dim() >= 2]
-    vectors = [parameter for parameter in rest if parameter.dim() < 2]
     groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
-              {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
-              {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
+              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
 
 def get_lr(step, max_steps, args, shape):
@@ -271,7 +268,7 @@ def get_lr(step, max_steps, args, shape):
     warmup_steps = max(1, round(args.warmup * max_steps))
     if step < warmup_steps:
         return args.learning_rate * (step + 1) / warmup_steps
-    rest = max(1, max_steps - warmup_steps)
+    rest = max_steps - warmup_steps   # not 0, because step is one of these
     if shape == "linear":
         return args.learning_rate * (max_steps - step) / rest
     return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
@@ -355,18 +352,15 @@ def dropout_mask(size, p, dtype):
     return (bits >= threshold).to(dtype).mul_(256 / (256 - threshold))
 
 def fast_dtype():
-    """ "bfloat16" where the machine multiplies it faster than float32 (GPUs, AVX512-BF16, AMX), else "float32" """
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        cpu = torch.cpu.get_capabilities()
-        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return "bfloat16" if fast else "float32"
+    """ "bfloat16" where the machine multiplies it faster than float32, else "float32" """
+    cpu = torch.cpu.get_capabilities()
+    cpu_is_fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    is_fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_is_fast
+    return "bfloat16" if is_fast else "float32"
 
 def keep_freed_memory(keep=True):
-    """ Called first by every script. By default glibc returns large freed blocks to the system, and the system clears
-    their pages before the next step can use them: 3 to 10 % of a step. keep=True keeps freed blocks in the process.
-    keep=False takes the least memory: each block of 1 MB or more is returned as soon as it is free. """
+    """ keep=True: freed memory stays in the process. By default glibc returns large blocks, and the system clears their
+    pages before the next step can use them: 3 to 10 % of a step. keep=False returns every block of 1 MB or more. """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if keep:
             libc.mallopt(-4, 0)           # M_MMAP_MAX: map no block alone
@@ -620,10 +614,9 @@ def start_ranks(args):
 
 def sum_over_ranks(parameters, world_size):
     """ every gradient becomes the sum of the ranks' gradients """
-    if world_size > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:   # blocks above the largest size have none
-                dist.all_reduce(parameter.grad)
+    for parameter in parameters:
+        if world_size > 1 and parameter.grad is not None:   # blocks above the largest size have none
+            dist.all_reduce(parameter.grad)
 
 def catch_signals():
     """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
@@ -741,10 +734,8 @@ def average(records, world_size=1):
 
 def git_commit():
     """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
-    def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 def run_script(main, parse_args):
     """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """

@@ -401,39 +401,35 @@ def find_folder(name):
     if Path(name).exists():
         return Path(name)
     from huggingface_hub import snapshot_download
-    try:
-        wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
+    wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
+    with readable(f"{name}: neither a folder nor a model of the hub that could be had", "check the name"):
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:   # the hub has a dozen errors for "not there", being offline among them
-        raise ValueError(f"{name}: neither a folder nor a model of the hub that could be had "
-                         f"({str(error).splitlines()[0]})") from error
-
-def read_json(path, kind=dict):
-    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
-        assert isinstance(content, kind)
-    except (ValueError, AssertionError, RecursionError, IsADirectoryError):   # what is not UTF-8 is a ValueError
-        raise ValueError(f"{path}: not a JSON {kind.__name__}; the file is broken, copy or download it again") from None
-    return content
 
 @contextlib.contextmanager
 def readable(start, remedy):
     """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
     try:
         yield
-    except Exception as error:   # zip, pickle, torch and the tokenizers have a dozen errors for files that are broken
+    except Exception as error:   # the hub, zip, pickle, torch and the tokenizers have a dozen errors each
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
+
+def read_json(path, kind=dict):
+    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
+    if not path.exists():
+        return kind()
+    with readable(f"{path}: not a JSON {kind.__name__}", "copy or download the file again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(content, kind), f"a {type(content).__name__}"
+        return content
 
 def load_state(folder):
     """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
     from safetensors.torch import load_file
-    path = folder / "model.safetensors"
-    if not path.exists():
-        path = folder / "pytorch_model.bin"
-    if not path.exists():
-        raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
+    found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
+    if not found:
+        raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder; copy one there")
+    path = found[0]
     with readable(f"{path}: cannot be read", "copy or download it again, unquantised"):
         state = (load_file(path) if path.suffix == ".safetensors" else
                  torch.load(path, map_location="cpu", weights_only=True))
@@ -444,34 +440,31 @@ def load_state(folder):
                 for name, tensor in state.items()}
 
 def read_modules(folder):
-    """ A folder of sentence-transformers -> the folder of its BERT, and {"pooling", "similarity"}, those that its files
-    decide. Any other folder is its own BERT's. Raises ValueError for modules such as Dense. """
+    """ A folder -> the folder of its BERT, {"pooling", "similarity"}: what the files of sentence-transformers say of
+    them, if there are such files. Raises ValueError for modules such as Dense. """
     content = read_json(folder / "modules.json", list)
     with readable(f"{folder / 'modules.json'}: a module without type or path", "copy or download the file again"):
         modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in content}
     unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
-    bert_folder, settings = modules.get("Transformer", folder), {}
-    ours = read_json(bert_folder / "config.json")        # says both if this project wrote the folder
-    if "Pooling" in modules and "pooling" not in ours:
+    said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+    # after Normalize the dot product is the cosine
+    settings = {"similarity": "cosine" if "Normalize" in modules or not said else said}
+    if "Pooling" in modules:
         said = read_json(modules["Pooling"] / "config.json")
         # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
         modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
         settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
-    if "similarity" not in ours:
-        said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
-        # after Normalize the dot product is the cosine
-        settings["similarity"] = "cosine" if "Normalize" in modules or not said else said
-    return bert_folder, settings
+    return modules.get("Transformer", folder), settings
 
-def from_pretrained(name, **overrides):
-    """ Any BERT checkpoint, a local folder or a name on the Hugging Face hub -> Bert in eval mode, float32.
-    overrides: BertConfig fields to replace, for example hidden_dropout_prob. Raises ValueError if it is no BERT. """
+def from_pretrained(name, defaults={}, **overrides):
+    """ A folder or hub name of any BERT -> Bert in eval mode, float32. defaults, overrides: fields of BertConfig that
+    count less and more than config.json. Raises ValueError if it is no BERT. """
     folder = find_folder(name)
     if not (folder / "config.json").exists():
         raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
-    read = read_json(folder / "config.json")
+    read = defaults | read_json(folder / "config.json")
     positions = read.get("position_embedding_type", "absolute")
     if read.get("model_type") != "bert" or positions != "absolute":
         raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions is not supported; "
@@ -487,7 +480,7 @@ def from_pretrained(name, **overrides):
         config.size_names = tuple(config.size_names or ())
         model = Bert(config)
         model.load_state_dict(from_hf(state, model.state_dict()))
-    return model.float().eval()
+    return model.eval()
 
 def load_tokenizer(folder):
     """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
@@ -498,16 +491,16 @@ def load_tokenizer(folder):
         return tokenizer
 
 def load_model(name, device="cpu", max_length=None, **overrides):
-    """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
-    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
-    or of another model, and for what is not supported: a module such as Dense, a pooling that POOLINGS lacks. """
-    folder, settings = read_modules(find_folder(name))
-    model = from_pretrained(folder, **settings | overrides).to(device)
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
-    tokenizer = load_tokenizer(folder)
-    # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
-    words = 1 + max(tokenizer.get_vocab().values(), default=-1) if content[0] or (folder / "vocab.txt").exists() else 0
+    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. overrides:
+    fields of BertConfig. Raises ValueError for files that are broken, missing, of another model or not supported. """
+    folder, defaults = read_modules(find_folder(name))
+    model = from_pretrained(folder, defaults, **overrides).to(device)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_json(folder / file)   # raises for a broken one, with its name
+    tokenizer, words = load_tokenizer(folder), 0
+    # without one of these transformers returns a tokenizer of five words, and every text becomes [UNK]
+    if (folder / "tokenizer.json").exists() or (folder / "vocab.txt").exists():
+        words = 1 + max(tokenizer.get_vocab().values(), default=-1)
     message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
     if not 0 < words <= model.config.vocab_size:
         raise ValueError(message)
@@ -531,7 +524,7 @@ def load_head(name, config):
     if all(tensor is not None for tensor in theirs.values()):
         with readable(f"{name}: its MLM head does not fit its BERT", "copy or download the weights again"):
             head.load_state_dict(theirs)
-    return head.float()
+    return head
 
 def save_pretrained(model, tokenizer, folder, head=None):
     """ Write an ordinary Hugging Face folder: config.json, model.safetensors and tokenizer files, for AutoModel or,

@@ -527,33 +527,31 @@ def load_head(name, config):
     return head
 
 def save_pretrained(model, tokenizer, folder, head=None):
-    """ Write an ordinary Hugging Face folder: config.json, model.safetensors and tokenizer files, for AutoModel or,
-    with an MLMHead, for BertForMaskedLM; and what sentence-transformers needs to give the embeddings of the largest
-    size (any version: the newer ones read the older names). """
+    """ Write an ordinary Hugging Face folder, for AutoModel or, with an MLMHead, for BertForMaskedLM; and what
+    sentence-transformers, old or new, needs to give the embeddings of the largest size. """
     from safetensors.torch import save_file
-    config, folder = model.config, Path(folder)
+    config, folder, C = model.config, Path(folder), model.config.hidden_size
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
-    state, kind = to_hf(model.state_dict()), "BertModel"
-    if head is not None:
-        state, kind = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
-        state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
-    else:   # nothing here uses the pooler, but AutoModel warns of random weights where there is none
-        C = config.hidden_size
+    state, architecture = to_hf(model.state_dict()), "BertModel"
+    if head is None:   # nothing here uses the pooler, but AutoModel warns of random weights where there is none
         state |= {"pooler.dense.weight": torch.zeros(C, C), "pooler.dense.bias": torch.zeros(C)}
-    dim, last = config.sizes[-1][1] if config.sizes else config.hidden_size, model.blocks[-1].norm2
-    modules = {"Transformer": "", "Pooling": "1_Pooling"}
+    else:
+        state, architecture = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
+        state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
+    _, dim = list(named_sizes(config))[-1]
+    length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    last, modules = model.blocks[-1].norm2, {"Transformer": "", "Pooling": "1_Pooling"}
     # sentence-transformers normalises first and slices last, which is right only if all beyond the dims is 0
     if config.similarity == "cosine" and not last.weight[dim:].any() and not last.bias[dim:].any():
         modules["Normalize"] = "2_Normalize"
     files = {
-        "config.json": {"architectures": [kind], "model_type": "bert", **asdict(config)},
+        "config.json": {"architectures": [architecture], "model_type": "bert", **asdict(config)},
         "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{module}"}
                          for i, (module, path) in enumerate(modules.items())],
-        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode": config.pooling},
-        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": config.similarity}
-                                             | ({"truncate_dim": dim} if dim < config.hidden_size else {}),
-        "sentence_bert_config.json": {
-            "max_seq_length": min(tokenizer.model_max_length, config.max_position_embeddings), "do_lower_case": False}}
+        "1_Pooling/config.json": {"word_embedding_dimension": C, "pooling_mode": config.pooling},
+        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": config.similarity,
+                                              "truncate_dim": dim},
+        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save_pretrained(folder)

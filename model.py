@@ -632,8 +632,7 @@ def interrupted(caught, args, world_size):
     return found.item() > 0
 
 def check_finite(step, loss, norm, terms, args):
-    """ Raises FloatingPointError if the loss or the norm of the gradient is not finite. terms {name: scalar}: what the
-    loss consists of """
+    """ terms {name: scalar}: what the loss consists of. Raises FloatingPointError if loss or norm is not finite. """
     loss, norm = loss.item(), norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [name for name, value in terms.items() if not value.isfinite()]
@@ -671,9 +670,8 @@ def open_run(args, first_step=0):
     if args.resume:
         shutil.rmtree(replaced, ignore_errors=True)       # this run has a checkpoint
     if args.overwrite:
-        replaced.mkdir(exist_ok=True)
+        (replaced / "1_Pooling").mkdir(parents=True, exist_ok=True)
         moved = (replaced / "log.jsonl").exists()         # then a run without a checkpoint is what lies in out_dir
-        (replaced / "1_Pooling").mkdir(exist_ok=True)
         for name in RUN_FILES:
             if (path := out_dir / name).exists():
                 path.unlink() if moved else os.replace(path, replaced / name)
@@ -683,9 +681,9 @@ def open_run(args, first_step=0):
         kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     log_file.truncate(len("".join(kept).encode()))
     inputs = [args.init_from, *getattr(args, "train_pairs", [])]
-    begun = read_json(out_dir / "args.json") if args.resume else {   # files and folders may be gone later
-        "from_hub": [name for name in inputs if name not in ("scratch", "docs") and not Path(name).exists()
-                     and not Path(name.split(":")[0]).exists()]}
+    from_hub = [name for name in inputs if name not in ("scratch", "docs")
+                and not Path(name).exists() and not Path(name.split(":")[0]).exists()]
+    begun = read_json(out_dir / "args.json") if args.resume else {"from_hub": from_hub}   # files may be gone later
     about = begun | vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     return log_file
@@ -836,13 +834,13 @@ def parse_sizes(text):
 
 def check_sizes(sizes, config, name="the model", flag="--sizes"):
     """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
+    layers, dims = config.num_hidden_layers, config.hidden_size
     for layer, dim in sizes:
-        if not 1 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"{flag} asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
-                             f"use a layer between 1 and {config.num_hidden_layers}")
-        if not 1 <= dim <= config.hidden_size:
-            raise ValueError(f"{flag} asks for {dim} dims but {name} has {config.hidden_size}; "
-                             f"use 1 to {config.hidden_size}")
+        if not 1 <= layer <= layers:
+            raise ValueError(f"{flag} asks for layer {layer} but {name} has {layers} layers; "
+                             f"use a layer between 1 and {layers}")
+        if not 1 <= dim <= dims:
+            raise ValueError(f"{flag} asks for {dim} dims but {name} has {dims}; use 1 to {dims}")
     return tuple(sorted(set(sizes)))
 
 def device_arg(text):
@@ -858,13 +856,12 @@ def training_flags(parser):
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("columns of the data").add_argument
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN",
-        help="what yours are called, as query=question positive=answer negative=hard, or sentence1=a sentence2=b "
-             "score=label, or for text text=body; for what is not named, COLUMNS in data.py has the names")
+        help="what yours are called, as query=question positive=answer, or sentence1=a sentence2=b score=label, or "
+             "text=body; the others have the names in COLUMNS of data.py")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
     add("--sizes", type=parse_sizes,
-        help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion to "
-             "the model: 2:32,4:64,6:128,8:256,10:512,12:768 of BERT-base")
+        help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion")
     add("--dropout", type=fraction, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
     add = parser.add_argument_group("model from scratch; a loaded one brings its own").add_argument
     add("--num_layers", type=positive_int, default=6, help="blocks")
@@ -883,7 +880,7 @@ def training_flags(parser):
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False,
-        help="replace the run that is in --out_dir; it waits in OUT_DIR/replaced for the new run's first checkpoint")
+        help="replace the run in --out_dir; it stays in OUT_DIR/replaced until the new run has a checkpoint")
     add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
     add("--save_interval", type=nonneg_int, default=200, help="steps between two checkpoints; 0 saves at the end only")
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")

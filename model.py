@@ -291,11 +291,10 @@ def fast_attention(qkv, groups, H, p):
 
 class PackedAttention(torch.autograd.Function):
     """ `attention` as one node of the autograd graph, with the backward pass by hand: autograd would spend more time on
-    splitting, copying and concatenating dozens of small tensors than on the products. Always in float32, because
-    bfloat16 is slower for many small products of ever new shapes. With A the weights after the softmax, Z the dropout
-    mask (0 or 1 / (1 - p)) and g the gradient of the output,
-        dV = (A Z)^T g,   dA = (g V^T) Z,   dS = A (dA - rowsum(dA A)) / sqrt(width),   dQ = dS K,   dK = dS^T Q
-    where A Z and the like are products entry by entry. """
+    dozens of small tensors than on the products. In float32, because bfloat16 is slower for many small products of ever
+    new shapes. With A the weights after the softmax, Z the dropout mask (0 or 1 / (1 - p)), g the gradient of the
+    output, and * entry by entry:
+        dV = (A * Z)^T g,  dA = (g V^T) * Z,  dS = A * (dA - rowsum(dA * A)) / sqrt(width),  dQ = dS K,  dK = dS^T Q """
     @staticmethod
     def forward(ctx, qkv, groups, H, p):
         N, C, width = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // H
@@ -570,9 +569,8 @@ def cut(model, size):
     return small.eval()
 
 def cut_vocabulary(model, tokenizer, counts, vocab_size):
-    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, because they can spell any word,
-    and those with the highest counts (V,) -> model, tokenizer. The ids are numbered anew in the same order.
-    Raises ValueError if vocab_size is too small or too large for that. """
+    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
+    those with the highest counts (V,) -> model, tokenizer, renumbered in the same order. Raises ValueError if impossible. """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
     if not must.sum() <= vocab_size <= len(pieces):
@@ -743,7 +741,6 @@ def run_script(main, parse_args):
             dist.destroy_process_group()
 
 # ---- checkpoints of a training run -----------------------------------------------------------------------------------
-
 def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
     """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
     state {"model": ..., "optimizer": ...}; about: what else must be the same when the run is resumed.

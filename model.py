@@ -253,36 +253,6 @@ class MLMHead(nn.Module):
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================
-# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
-def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
-    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
-    rest = [parameter for name, parameter in parameters.items() if name not in faster]
-    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
-              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
-              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
-
-def get_lr(step, max_steps, args, shape):
-    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
-    warmup_steps = max(1, round(args.warmup * max_steps))
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    rest = max_steps - warmup_steps   # not 0, because step is one of these
-    if shape == "linear":
-        return args.learning_rate * (max_steps - step) / rest
-    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
-
-def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
-    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
-                parameter.copy_(parameter[:, order])             # the channels are the columns
-            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
-                parameter.copy_(parameter[order])                # the channels are the rows
-
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
@@ -367,33 +337,63 @@ def keep_freed_memory(keep=True):
         else:
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
 
+# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
+def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
+    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
+    rest = [parameter for name, parameter in parameters.items() if name not in faster]
+    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
+              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
+
+def get_lr(step, max_steps, args, shape):
+    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
+    warmup_steps = max(1, round(args.warmup * max_steps))
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    rest = max_steps - warmup_steps   # not 0, because step is one of these
+    if shape == "linear":
+        return args.learning_rate * (max_steps - step) / rest
+    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
+
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
+                parameter.copy_(parameter[:, order])             # the channels are the columns
+            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
+                parameter.copy_(parameter[order])                # the channels are the rows
+
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
-# our name -> their name; a name without a leading dot matches only at the start
-WEIGHT_NAMES = [("blocks.", "encoder.layer."), (".attention.out.", ".attention.output.dense."),
-                (".norm1.", ".attention.output.LayerNorm."), (".up.", ".intermediate.dense."),
-                (".down.", ".output.dense."), (".norm2.", ".output.LayerNorm."),
-                ("word.", "embeddings.word_embeddings."), ("position.", "embeddings.position_embeddings."),
-                ("token_type.", "embeddings.token_type_embeddings."), ("norm.", "embeddings.LayerNorm.")]
-HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense.bias",
-        "norm.weight": "transform.LayerNorm.weight", "norm.bias": "transform.LayerNorm.bias", "bias": "bias"}
-
-def hf_names(name):
-    """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one """
-    for ours, theirs in WEIGHT_NAMES:
-        if name.startswith(ours) or ours[0] == "." and ours in name:
-            name = name.replace(ours, theirs, 1)
-    if ".attention.qkv." not in name:
-        return [name]
-    return [name.replace("attention.qkv", f"attention.self.{part}") for part in ("query", "key", "value")]
-
-def to_hf(state):
-    """ our state_dict -> Hugging Face's BertModel state_dict """
-    return {theirs: piece.contiguous() for name, tensor in state.items()
-            for theirs, piece in zip(hf_names(name), tensor.chunk(len(hf_names(name))))}
-
-def from_hf(state, ours):
-    """ Hugging Face's state_dict, which may hold heads and a pooler too, and our names -> our state_dict """
-    return {name: torch.cat([state[theirs] for theirs in hf_names(name)]) for name in ours}
+def load_model(name, device="cpu", max_length=None, **overrides):
+    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. overrides:
+    fields of BertConfig. Raises ValueError for files that are broken, missing, of another model or not supported. """
+    folder, defaults = read_modules(find_folder(name))
+    model = from_pretrained(folder, defaults, **overrides).to(device)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_json(folder / file)   # raises for a broken one, with its name
+    tokenizer, words = load_tokenizer(folder), 0
+    # without one of these transformers returns a tokenizer of five words, and every text becomes [UNK]
+    if (folder / "tokenizer.json").exists() or (folder / "vocab.txt").exists():
+        words = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
+    if not 0 < words <= model.config.vocab_size:
+        raise ValueError(message)
+    if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
+        print("warning:", message, file=sys.stderr)
+    st_config = read_json(folder / "sentence_bert_config.json")
+    if st_config.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
+        from tokenizers.normalizers import Lowercase, Sequence
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = Sequence([Lowercase(), backend.normalizer])
+    length = max_length or st_config.get("max_seq_length") or tokenizer.model_max_length
+    with readable(f"{name}: its max_seq_length is {length!r}", "write 3 or more tokens there, or give --max_length"):
+        tokenizer.model_max_length = min(int(length), model.config.max_position_embeddings)
+        assert tokenizer.model_max_length >= 3, "[CLS], a token and [SEP]"
+    return model, tokenizer
 
 def find_folder(name):
     """ a local folder, or a name on the Hugging Face hub (downloaded once, then found offline too) -> Path """
@@ -403,40 +403,6 @@ def find_folder(name):
     wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
     with readable(f"{name}: neither a folder nor a model of the hub that could be had", "check the name"):
         return Path(snapshot_download(name, allow_patterns=wanted))
-
-@contextlib.contextmanager
-def readable(start, remedy):
-    """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
-    try:
-        yield
-    except Exception as error:   # the hub, zip, pickle, torch and the tokenizers have a dozen errors each
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
-
-def read_json(path, kind=dict):
-    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
-    if not path.exists():
-        return kind()
-    with readable(f"{path}: not a JSON {kind.__name__}", "copy or download the file again"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(content, kind), f"a {type(content).__name__}"
-        return content
-
-def load_state(folder):
-    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
-    from safetensors.torch import load_file
-    found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
-    if not found:
-        raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder; copy one there")
-    path = found[0]
-    with readable(f"{path}: cannot be read", "copy or download it again, unquantised"):
-        state = (load_file(path) if path.suffix == ".safetensors" else
-                 torch.load(path, map_location="cpu", weights_only=True))
-        for name, tensor in state.items():   # old checkpoints list their position_ids, too
-            assert tensor.is_floating_point() or name.endswith("_ids"), f"{name} is {tensor.dtype}, no float"
-        # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
-        return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
-                for name, tensor in state.items()}
 
 def read_modules(folder):
     """ A folder -> the folder of its BERT, {"pooling", "similarity"}: what the files of sentence-transformers say of
@@ -481,6 +447,49 @@ def from_pretrained(name, defaults={}, **overrides):
         model.load_state_dict(from_hf(state, model.state_dict()))
     return model.eval()
 
+def load_state(folder):
+    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
+    from safetensors.torch import load_file
+    found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
+    if not found:
+        raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder; copy one there")
+    path = found[0]
+    with readable(f"{path}: cannot be read", "copy or download it again, unquantised"):
+        state = (load_file(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+        for name, tensor in state.items():   # old checkpoints list their position_ids, too
+            assert tensor.is_floating_point() or name.endswith("_ids"), f"{name} is {tensor.dtype}, no float"
+        # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
+        return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
+                for name, tensor in state.items()}
+
+# our name -> their name; a name without a leading dot matches only at the start
+WEIGHT_NAMES = [("blocks.", "encoder.layer."), (".attention.out.", ".attention.output.dense."),
+                (".norm1.", ".attention.output.LayerNorm."), (".up.", ".intermediate.dense."),
+                (".down.", ".output.dense."), (".norm2.", ".output.LayerNorm."),
+                ("word.", "embeddings.word_embeddings."), ("position.", "embeddings.position_embeddings."),
+                ("token_type.", "embeddings.token_type_embeddings."), ("norm.", "embeddings.LayerNorm.")]
+HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense.bias",
+        "norm.weight": "transform.LayerNorm.weight", "norm.bias": "transform.LayerNorm.bias", "bias": "bias"}
+
+def hf_names(name):
+    """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one """
+    for ours, theirs in WEIGHT_NAMES:
+        if name.startswith(ours) or ours[0] == "." and ours in name:
+            name = name.replace(ours, theirs, 1)
+    if ".attention.qkv." not in name:
+        return [name]
+    return [name.replace("attention.qkv", f"attention.self.{part}") for part in ("query", "key", "value")]
+
+def from_hf(state, ours):
+    """ Hugging Face's state_dict, which may hold heads and a pooler too, and our names -> our state_dict """
+    return {name: torch.cat([state[theirs] for theirs in hf_names(name)]) for name in ours}
+
+def to_hf(state):
+    """ our state_dict -> Hugging Face's BertModel state_dict """
+    return {theirs: piece.contiguous() for name, tensor in state.items()
+            for theirs, piece in zip(hf_names(name), tensor.chunk(len(hf_names(name))))}
+
 def load_tokenizer(folder):
     """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
     from transformers import AutoTokenizer   # imported where it is used, because that takes a second or two
@@ -488,33 +497,6 @@ def load_tokenizer(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer("\N{SNOWMAN}")   # fails without [UNK], now rather than at the first rare word
         return tokenizer
-
-def load_model(name, device="cpu", max_length=None, **overrides):
-    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. overrides:
-    fields of BertConfig. Raises ValueError for files that are broken, missing, of another model or not supported. """
-    folder, defaults = read_modules(find_folder(name))
-    model = from_pretrained(folder, defaults, **overrides).to(device)
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        read_json(folder / file)   # raises for a broken one, with its name
-    tokenizer, words = load_tokenizer(folder), 0
-    # without one of these transformers returns a tokenizer of five words, and every text becomes [UNK]
-    if (folder / "tokenizer.json").exists() or (folder / "vocab.txt").exists():
-        words = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
-    if not 0 < words <= model.config.vocab_size:
-        raise ValueError(message)
-    if words <= model.config.vocab_size - 128:   # more than are needed to pad to a round number
-        print("warning:", message, file=sys.stderr)
-    st_config = read_json(folder / "sentence_bert_config.json")
-    if st_config.get("do_lower_case"):   # before the tokenizer proper, as sentence-transformers does
-        from tokenizers.normalizers import Lowercase, Sequence
-        backend = tokenizer.backend_tokenizer
-        backend.normalizer = Sequence([Lowercase(), backend.normalizer])
-    length = max_length or st_config.get("max_seq_length") or tokenizer.model_max_length
-    with readable(f"{name}: its max_seq_length is {length!r}", "write 3 or more tokens there, or give --max_length"):
-        tokenizer.model_max_length = min(int(length), model.config.max_position_embeddings)
-        assert tokenizer.model_max_length >= 3, "[CLS], a token and [SEP]"
-    return model, tokenizer
 
 def load_head(name, config):
     """ the MLMHead of a folder or hub name; a new one if the checkpoint has none """
@@ -570,7 +552,7 @@ def cut(model, size):
 
 def cut_vocabulary(model, tokenizer, counts, vocab_size):
     """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
-    those with the highest counts (V,) -> model, tokenizer, renumbered in the same order. Raises ValueError if impossible. """
+    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. May raise ValueError. """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
     if not must.sum() <= vocab_size <= len(pieces):
@@ -586,8 +568,42 @@ def cut_vocabulary(model, tokenizer, counts, vocab_size):
     smaller.model_max_length, model.config.pad_token_id = tokenizer.model_max_length, smaller.pad_token_id
     return model, smaller
 
+@contextlib.contextmanager
+def readable(start, remedy):
+    """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
+    try:
+        yield
+    except Exception as error:   # the hub, zip, pickle, torch and the tokenizers have a dozen errors each
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
+
+def read_json(path, kind=dict):
+    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
+    if not path.exists():
+        return kind()
+    with readable(f"{path}: not a JSON {kind.__name__}", "copy or download the file again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(content, kind), f"a {type(content).__name__}"
+        return content
+
 # ---- training runs, for both scripts: ranks, OUT_DIR, log, signals ---------------------------------------------------
 STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
+
+def run_script(main, parse_args):
+    """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
+    try:
+        main(parse_args())
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped")
+        sys.exit(130)                                            # not 0, so that a script stops, too
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if type(error) is RuntimeError and not dist.is_initialized() and "allocate memory" not in str(error):
+            raise                                                # a mistake of the program's: show where
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (ValueError, OSError)) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 def start_ranks(args):
     """ Join the processes that torchrun started -> rank, number of ranks; (0, 1) without it. Only rank 0 prints. """
@@ -600,43 +616,6 @@ def start_ranks(args):
         if rank > 0:
             sys.stdout = open(os.devnull, "w")
     return rank, world_size
-
-def sum_over_ranks(parameters, world_size):
-    """ every gradient becomes the sum of the ranks' gradients """
-    for parameter in parameters:
-        if world_size > 1 and parameter.grad is not None:   # blocks above the largest size have none
-            dist.all_reduce(parameter.grad)
-
-def catch_signals():
-    """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
-    caught = []
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
-
-def default_signals():
-    """ after the loop a signal ends the program at once again """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-def interrupted(caught, args, world_size):
-    """ Did a signal reach any rank? All ranks must leave the loop after the same step. """
-    found = torch.tensor(len(caught), device=args.device)
-    if world_size > 1:
-        dist.all_reduce(found)
-    return found.item() > 0
-
-def check_finite(step, loss, norm, terms, args):
-    """ terms {name: scalar}: what the loss consists of. Raises FloatingPointError if loss or norm is not finite. """
-    loss, norm = loss.item(), norm.item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        bad = [name for name, value in terms.items() if not value.isfinite()]
-        raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
-                                 f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
-                                 f"float32. {last_checkpoint(args)}")
 
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
@@ -698,6 +677,57 @@ def open_locked(path):
         pass
     return file
 
+def git_commit():
+    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+def catch_signals():
+    """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
+    caught = []
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
+
+def interrupted(caught, args, world_size):
+    """ Did a signal reach any rank? All ranks must leave the loop after the same step. """
+    found = torch.tensor(len(caught), device=args.device)
+    if world_size > 1:
+        dist.all_reduce(found)
+    return found.item() > 0
+
+def default_signals():
+    """ after the loop a signal ends the program at once again """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def sum_over_ranks(parameters, world_size):
+    """ every gradient becomes the sum of the ranks' gradients """
+    for parameter in parameters:
+        if world_size > 1 and parameter.grad is not None:   # blocks above the largest size have none
+            dist.all_reduce(parameter.grad)
+
+def check_finite(step, loss, norm, terms, args):
+    """ terms {name: scalar}: what the loss consists of. Raises FloatingPointError if loss or norm is not finite. """
+    loss, norm = loss.item(), norm.item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        bad = [name for name, value in terms.items() if not value.isfinite()]
+        raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
+                                 f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
+                                 f"float32. {last_checkpoint(args)}")
+
+def average(records, world_size=1):
+    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
+    names = dict.fromkeys(name for record in records for name in record)
+    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
+                         for name in names])
+    if world_size > 1:
+        dist.all_reduce(means)
+    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
+
 def log(log_file, record, line):
     """ a record to log.jsonl, a line to the screen; log_file is None on all ranks but the first """
     if log_file:
@@ -710,37 +740,29 @@ def status(step, max_steps, parts, lr, norm, seconds, tokens):
     return " | ".join([f"step {step}/{max_steps}", *parts, f"lr {lr:.1e}", f"norm {norm:.2f}",
                        f"{1000 * seconds:.0f} ms", f"{rate:.1f}k tok/s", f"eta {left:.1f}m"])
 
-def average(records, world_size=1):
-    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
-    names = dict.fromkeys(name for record in records for name in record)
-    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
-                         for name in names])
-    if world_size > 1:
-        dist.all_reduce(means)
-    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
-
-def git_commit():
-    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-def run_script(main, parse_args):
-    """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
-    try:
-        main(parse_args())
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped")
-        sys.exit(130)                                            # not 0, so that a script stops, too
-    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        if type(error) is RuntimeError and not dist.is_initialized() and "allocate memory" not in str(error):
-            raise                                                # a mistake of the program's: show where
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, OSError)) else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 # ---- checkpoints of a training run -----------------------------------------------------------------------------------
+def load_run(args):
+    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
+    path = Path(args.out_dir, STATE)
+    with readable(f"--resume: {path} cannot be read", "begin the run again with --overwrite"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))
+    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
+    if (saved.keys() ^ vars(args).keys()) - free:
+        raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
+    for name, value in vars(args).items():
+        if name not in free and saved[name] != value:
+            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
+                             "the flags it was begun with")
+    return state
+
+def check_about(args, state, about):
+    """ Raises ValueError when data or ranks are not those of the run to resume. """
+    for name, value in about.items():
+        if state["about"].get(name) != value:
+            raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
+                             f"({value} for {state['about'].get(name)}); resume with the same, or begin another run")
+
 def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
     """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
     state {"model": ..., "optimizer": ...}; about: what else must be the same when the run is resumed.
@@ -778,28 +800,6 @@ def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
 def last_checkpoint(args):
     """ the end of a message: what a run that fails leaves behind """
     return f"The last checkpoint: {args.out_dir if Path(args.out_dir, STATE).exists() else 'there is none'}"
-
-def load_run(args):
-    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
-    path = Path(args.out_dir, STATE)
-    with readable(f"--resume: {path} cannot be read", "begin the run again with --overwrite"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))
-    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
-    if (saved.keys() ^ vars(args).keys()) - free:
-        raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
-    for name, value in vars(args).items():
-        if name not in free and saved[name] != value:
-            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
-                             "the flags it was begun with")
-    return state
-
-def check_about(args, state, about):
-    """ Raises ValueError when data or ranks are not those of the run to resume. """
-    for name, value in about.items():
-        if state["about"].get(name) != value:
-            raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
-                             f"({value} for {state['about'].get(name)}); resume with the same, or begin another run")
 
 # ---- flags of both training scripts ----------------------------------------------------------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

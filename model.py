@@ -291,7 +291,7 @@ class PackedAttention(torch.autograd.Function):
         for i, ((G, T), part, out) in enumerate(zip(ctx.groups, grad.split(rows), grad_qkv.split(rows))):
             q, k, v, weights, mask, dropped = saved[6 * i:6 * i + 6]
             width = q.shape[-1]
-            part = part.view(G, T, C // width, width).transpose(1, 2)
+            part = part.view(G, T, C // width, width).transpose(1, 2)               # (G, H, T, width)
             g = as_contiguous(part, q.dtype).view(q.shape)                          # (G * H, T, width)
             g_weights = torch.bmm(g, v.mT)                                          # (G * H, T, T), dA once masked
             if mask is not None:
@@ -401,7 +401,7 @@ def find_folder(name):
         return Path(name)
     from huggingface_hub import snapshot_download
     wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
-    with readable(f"{name}: neither a folder nor a model of the hub that could be had", "check the name"):
+    with readable(f"{name}: neither a folder nor a model of the hub that could be had", "check name and network"):
         return Path(snapshot_download(name, allow_patterns=wanted))
 
 def read_modules(folder):
@@ -756,16 +756,15 @@ def load_run(args):
     return state
 
 def check_about(args, state, about):
-    """ Raises ValueError when data or ranks are not those of the run to resume. """
+    """ about {name: value}. Raises ValueError when data or ranks are not those of the run to resume. """
     for name, value in about.items():
         if state["about"].get(name) != value:
             raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
                              f"({value} for {state['about'].get(name)}); resume with the same, or begin another run")
 
 def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
-    """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
-    state {"model": ..., "optimizer": ...}; about: what else must be the same when the run is resumed.
-    Raises FloatingPointError rather than save numbers that are not finite, and OSError if the last step is lost. """
+    """ the model, then STATE for --resume; every file is whole at any moment. state {"model": ..., "optimizer": ...};
+    about: see check_about. Raises FloatingPointError for what is not finite, OSError if the last step is lost. """
     from safetensors import SafetensorError
     broken = [name for name, tensor in state["model"].state_dict().items() if not tensor.isfinite().all()]
     if broken:

@@ -253,39 +253,6 @@ class MLMHead(nn.Module):
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================
-# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
-def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. Parameters named
-    in `faster` have a `scale` times higher learning rate: the training loop multiplies the rate of a step by the
-    "scale" of each group. """
-    rest = [parameter for name, parameter in parameters.items() if name not in faster]
-    matrices = [parameter for parameter in rest if parameter.dim() >= 2]
-    vectors = [parameter for parameter in rest if parameter.dim() < 2]
-    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
-              {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
-              {"params": vectors, "weight_decay": 0.0, "scale": 1.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
-
-def get_lr(step, max_steps, args, shape):
-    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
-    warmup_steps = max(1, round(args.warmup * max_steps))
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    rest = max(1, max_steps - warmup_steps)
-    if shape == "linear":
-        return args.learning_rate * (max_steps - step) / rest
-    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
-
-def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
-    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
-                parameter.copy_(parameter[:, order])             # the channels are the columns
-            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
-                parameter.copy_(parameter[order])                # the channels are the rows
-
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
@@ -294,27 +261,24 @@ def fast_attention(qkv, groups, H, p):
 
 class PackedAttention(torch.autograd.Function):
     """ `attention` as one node of the autograd graph, with the backward pass by hand: autograd would spend more time on
-    splitting, copying and concatenating dozens of small tensors than on the products. Always in float32, because
-    bfloat16 is slower for many small products of ever new shapes. With A the weights after the softmax, Z the dropout
-    mask (0 or 1 / (1 - p)) and g the gradient of the output,
-        dV = (A Z)^T g,   dA = (g V^T) Z,   dS = A (dA - rowsum(dA A)) / sqrt(width),   dQ = dS K,   dK = dS^T Q
-    where A Z and the like are products entry by entry. """
+    dozens of small tensors than on the products. In float32, because bfloat16 is slower for many small products of ever
+    new shapes. With A the weights after the softmax, Z the dropout mask (0 or 1 / (1 - p)), g the gradient of the
+    output, and * entry by entry:
+        dV = (A * Z)^T g,  dA = (g V^T) * Z,  dS = A * (dA - rowsum(dA * A)) / sqrt(width),  dQ = dS K,  dK = dS^T Q """
     @staticmethod
     def forward(ctx, qkv, groups, H, p):
         N, C, width = len(qkv), qkv.shape[1] // 3, qkv.shape[1] // 3 // H
         dtype = torch.promote_types(qkv.dtype, torch.float32)
-        keep = dropout_mask(H * sum(G * T * T for G, T in groups), p, dtype) if p else None   # of all groups
-        mixed, saved, row, entry = qkv.new_empty(N, C), [], 0, 0
-        for G, T in groups:
-            part = qkv[row:row + G * T].view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
+        rows, entries = [G * T for G, T in groups], [G * H * T * T for G, T in groups]
+        masks = dropout_mask(sum(entries), p, dtype).split(entries) if p else [None] * len(groups)
+        mixed, saved = qkv.new_empty(N, C), []
+        for (G, T), part, out, mask in zip(groups, qkv.split(rows), mixed.split(rows), masks):
+            part = part.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
             q, k, v = as_contiguous(part, dtype).view(3, G * H, T, width)
             weights = torch.bmm(q, k.mT).mul_(width**-0.5).softmax(-1)              # (G * H, T, T)
-            mask = keep[entry:entry + G * H * T * T].view(weights.shape) if p else None
-            dropped = weights * mask if p else weights
-            out = torch.bmm(dropped, v).view(G, H, T, width)
-            mixed[row:row + G * T].view(G, T, H, width).copy_(out.transpose(1, 2))
+            dropped = weights * mask.view(weights.shape) if p else weights
+            out.view(G, T, H, width).copy_(torch.bmm(dropped, v).view(G, H, T, width).transpose(1, 2))
             saved += [q, k, v, weights, mask, dropped]                              # six tensors a group
-            row, entry = row + G * T, entry + G * H * T * T
         ctx.save_for_backward(*saved)
         ctx.groups = groups
         return mixed
@@ -323,22 +287,20 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         N, C = grad.shape
         saved = ctx.saved_tensors   # read once, because under gradient checkpointing each access recomputes them
-        grad_qkv, row = grad.new_empty(N, 3 * C), 0
-        for i, (G, T) in enumerate(ctx.groups):
+        grad_qkv, rows = grad.new_empty(N, 3 * C), [G * T for G, T in ctx.groups]
+        for i, ((G, T), part, out) in enumerate(zip(ctx.groups, grad.split(rows), grad_qkv.split(rows))):
             q, k, v, weights, mask, dropped = saved[6 * i:6 * i + 6]
             width = q.shape[-1]
-            part = grad[row:row + G * T].view(G, T, C // width, width).transpose(1, 2)
+            part = part.view(G, T, C // width, width).transpose(1, 2)               # (G, H, T, width)
             g = as_contiguous(part, q.dtype).view(q.shape)                          # (G * H, T, width)
             g_weights = torch.bmm(g, v.mT)                                          # (G * H, T, T), dA once masked
             if mask is not None:
-                g_weights *= mask
+                g_weights *= mask.view(weights.shape)
             g_scores = torch._softmax_backward_data(g_weights, weights, -1, q.dtype).mul_(width**-0.5)   # dS
-            out = grad_qkv[row:row + G * T].view(G, T, 3, C // width, width)
-            out = out.permute(2, 0, 3, 1, 4)                                        # (3, G, H, T, width)
-            out[0].copy_(torch.bmm(g_scores, k).view(out[0].shape))                 # dQ
-            out[1].copy_(torch.bmm(g_scores.mT, q).view(out[0].shape))              # dK
-            out[2].copy_(torch.bmm(dropped.mT, g).view(out[0].shape))               # dV
-            row += G * T
+            dq, dk, dv = out.view(G, T, 3, C // width, width).permute(2, 0, 3, 1, 4)   # (G, H, T, width) each
+            dq.copy_(torch.bmm(g_scores, k).view(dq.shape))
+            dk.copy_(torch.bmm(g_scores.mT, q).view(dk.shape))
+            dv.copy_(torch.bmm(dropped.mT, g).view(dv.shape))
         return grad_qkv, None, None, None
 
 def as_contiguous(x, dtype):
@@ -359,18 +321,15 @@ def dropout_mask(size, p, dtype):
     return (bits >= threshold).to(dtype).mul_(256 / (256 - threshold))
 
 def fast_dtype():
-    """ "bfloat16" where the machine multiplies it faster than float32 (GPUs, AVX512-BF16, AMX), else "float32" """
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        cpu = torch.cpu.get_capabilities()
-        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return "bfloat16" if fast else "float32"
+    """ "bfloat16" where the machine multiplies it faster than float32, else "float32" """
+    cpu = torch.cpu.get_capabilities()
+    cpu_is_fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    is_fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_is_fast
+    return "bfloat16" if is_fast else "float32"
 
 def keep_freed_memory(keep=True):
-    """ Called first by every script. By default glibc returns large freed blocks to the system, and the system clears
-    their pages before the next step can use them: 3 to 10 % of a step. keep=True keeps freed blocks in the process.
-    keep=False takes the least memory: each block of 1 MB or more is returned as soon as it is free. """
+    """ keep=True: freed memory stays in the process. By default glibc returns large blocks, and the system clears their
+    pages before the next step can use them: 3 to 10 % of a step. keep=False returns every block of 1 MB or more. """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if keep:
             libc.mallopt(-4, 0)           # M_MMAP_MAX: map no block alone
@@ -378,146 +337,48 @@ def keep_freed_memory(keep=True):
         else:
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
 
+# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
+def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
+    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
+    rest = [parameter for name, parameter in parameters.items() if name not in faster]
+    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
+              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
+
+def get_lr(step, max_steps, args, shape):
+    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
+    warmup_steps = max(1, round(args.warmup * max_steps))
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    rest = max_steps - warmup_steps   # above 0, because this step is one of them
+    if shape == "linear":
+        return args.learning_rate * (max_steps - step) / rest
+    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
+
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
+                parameter.copy_(parameter[:, order])             # the channels are the columns
+            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
+                parameter.copy_(parameter[order])                # the channels are the rows
+
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
-# our name -> their name; a name without a leading dot matches only at the start
-WEIGHT_NAMES = [("blocks.", "encoder.layer."), (".attention.out.", ".attention.output.dense."),
-                (".norm1.", ".attention.output.LayerNorm."), (".up.", ".intermediate.dense."),
-                (".down.", ".output.dense."), (".norm2.", ".output.LayerNorm."),
-                ("word.", "embeddings.word_embeddings."), ("position.", "embeddings.position_embeddings."),
-                ("token_type.", "embeddings.token_type_embeddings."), ("norm.", "embeddings.LayerNorm.")]
-HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense.bias",
-        "norm.weight": "transform.LayerNorm.weight", "norm.bias": "transform.LayerNorm.bias", "bias": "bias"}
-
-def hf_names(name):
-    """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one """
-    for ours, theirs in WEIGHT_NAMES:
-        if name.startswith(ours) or ours[0] == "." and ours in name:
-            name = name.replace(ours, theirs, 1)
-    if ".attention.qkv." not in name:
-        return [name]
-    return [name.replace("attention.qkv", f"attention.self.{part}") for part in ("query", "key", "value")]
-
-def to_hf(state):
-    """ our state_dict -> Hugging Face's BertModel state_dict """
-    return {theirs: piece.contiguous() for name, tensor in state.items()
-            for theirs, piece in zip(hf_names(name), tensor.chunk(len(hf_names(name))))}
-
-def from_hf(state, ours):
-    """ Hugging Face's state_dict, which may hold heads and a pooler too, and our names -> our state_dict """
-    return {name: torch.cat([state[theirs] for theirs in hf_names(name)]) for name in ours}
-
-def find_folder(name):
-    """ a local folder, or a name on the Hugging Face hub (downloaded once, then found offline too) -> Path """
-    if Path(name).exists():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    try:
-        wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:   # the hub has a dozen errors for "not there", being offline among them
-        raise ValueError(f"{name}: neither a folder nor a model of the hub that could be had "
-                         f"({str(error).splitlines()[0]})") from error
-
-def read_json(path, kind=dict):
-    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
-        assert isinstance(content, kind)
-    except (ValueError, AssertionError, RecursionError, IsADirectoryError):   # what is not UTF-8 is a ValueError
-        raise ValueError(f"{path}: not a JSON {kind.__name__}; the file is broken, copy or download it again") from None
-    return content
-
-@contextlib.contextmanager
-def readable(start, remedy):
-    """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
-    try:
-        yield
-    except Exception as error:   # zip, pickle, torch and the tokenizers have a dozen errors for files that are broken
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
-
-def load_state(folder):
-    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
-    from safetensors.torch import load_file
-    path = folder / "model.safetensors"
-    if not path.exists():
-        path = folder / "pytorch_model.bin"
-    if not path.exists():
-        raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder")
-    with readable(f"{path}: cannot be read", "copy or download it again, unquantised"):
-        state = (load_file(path) if path.suffix == ".safetensors" else
-                 torch.load(path, map_location="cpu", weights_only=True))
-        for name, tensor in state.items():   # old checkpoints list their position_ids, too
-            assert tensor.is_floating_point() or name.endswith("_ids"), f"{name} is {tensor.dtype}, no float"
-        # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
-        return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
-                for name, tensor in state.items()}
-
-def read_modules(folder):
-    """ A folder of sentence-transformers -> the folder of its BERT, and {"pooling", "similarity"}, those that its files
-    decide. Any other folder is its own BERT's. Raises ValueError for modules such as Dense. """
-    content = read_json(folder / "modules.json", list)
-    with readable(f"{folder / 'modules.json'}: a module without type or path", "copy or download the file again"):
-        modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in content}
-    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
-    bert_folder, settings = modules.get("Transformer", folder), {}
-    ours = read_json(bert_folder / "config.json")        # says both if this project wrote the folder
-    if "Pooling" in modules and "pooling" not in ours:
-        said = read_json(modules["Pooling"] / "config.json")
-        # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
-        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
-        settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
-    if "similarity" not in ours:
-        said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
-        # after Normalize the dot product is the cosine
-        settings["similarity"] = "cosine" if "Normalize" in modules or not said else said
-    return bert_folder, settings
-
-def from_pretrained(name, **overrides):
-    """ Any BERT checkpoint, a local folder or a name on the Hugging Face hub -> Bert in eval mode, float32.
-    overrides: BertConfig fields to replace, for example hidden_dropout_prob. Raises ValueError if it is no BERT. """
-    folder = find_folder(name)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
-    read = read_json(folder / "config.json")
-    positions = read.get("position_embedding_type", "absolute")
-    if read.get("model_type") != "bert" or positions != "absolute":
-        raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions is not supported; "
-                         "this code is BERT with absolute positions")
-    known = {field.name for field in fields(BertConfig)}
-    config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
-    for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):
-        if str(getattr(config, key)) not in choices:   # a list cannot be looked up
-            raise ValueError(f"{name}: {key} {getattr(config, key)!r} is not supported; known are {', '.join(choices)}")
-    state = load_state(folder)
-    with readable(f"{name}: config.json and the tensors of the checkpoint are not of one BERT", "copy both again"):
-        config.sizes = tuple((int(layer), int(dim)) for layer, dim in config.sizes or ())
-        config.size_names = tuple(config.size_names or ())
-        model = Bert(config)
-        model.load_state_dict(from_hf(state, model.state_dict()))
-    return model.float().eval()
-
-def load_tokenizer(folder):
-    """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
-    from transformers import AutoTokenizer   # imported where it is used, because that takes a second or two
-    with readable(f"{folder}: its tokenizer cannot be loaded", "copy or download its files again"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer("\N{SNOWMAN}")   # fails without [UNK], now rather than at the first rare word
-        return tokenizer
-
 def load_model(name, device="cpu", max_length=None, **overrides):
-    """ Any BERT -> model, tokenizer, with its own pooling, similarity and length, from our config.json or the files of
-    sentence-transformers. overrides: BertConfig fields to replace. Raises ValueError for files that are broken, missing
-    or of another model, and for what is not supported: a module such as Dense, a pooling that POOLINGS lacks. """
-    folder, settings = read_modules(find_folder(name))
-    model = from_pretrained(folder, **settings | overrides).to(device)
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    content = [read_json(folder / file) for file in files]   # raises for a broken one, with its name
-    tokenizer = load_tokenizer(folder)
-    # without files transformers returns a tokenizer of five words, and every text becomes [UNK]
-    words = 1 + max(tokenizer.get_vocab().values(), default=-1) if content[0] or (folder / "vocab.txt").exists() else 0
+    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. overrides:
+    fields of BertConfig. Raises ValueError for files that are broken, missing, of another model or not supported. """
+    folder, defaults = read_modules(find_folder(name))
+    model = from_pretrained(folder, defaults, **overrides).to(device)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_json(folder / file)   # raises for a broken one, with its name
+    tokenizer, words = load_tokenizer(folder), 0
+    # without one of these transformers returns a tokenizer of five words, and every text becomes [UNK]
+    if (folder / "tokenizer.json").exists() or (folder / "vocab.txt").exists():
+        words = 1 + max(tokenizer.get_vocab().values(), default=-1)
     message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
     if not 0 < words <= model.config.vocab_size:
         raise ValueError(message)
@@ -534,6 +395,108 @@ def load_model(name, device="cpu", max_length=None, **overrides):
         assert tokenizer.model_max_length >= 3, "[CLS], a token and [SEP]"
     return model, tokenizer
 
+def find_folder(name):
+    """ a local folder, or a name on the Hugging Face hub (downloaded once, then found offline too) -> Path """
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    wanted = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
+    with readable(f"{name}: neither a folder nor a model of the hub that could be had", "check name and network"):
+        return Path(snapshot_download(name, allow_patterns=wanted))
+
+def read_modules(folder):
+    """ A folder -> the folder of its BERT, {"pooling", "similarity"}: what the files of sentence-transformers say of
+    them, if there are such files. Raises ValueError for modules such as Dense. """
+    content = read_json(folder / "modules.json", list)
+    with readable(f"{folder / 'modules.json'}: a module without type or path", "copy or download the file again"):
+        modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in content}
+    unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
+    said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+    # after Normalize the dot product is the cosine
+    settings = {"similarity": "cosine" if "Normalize" in modules or not said else said}
+    if "Pooling" in modules:
+        said = read_json(modules["Pooling"] / "config.json")
+        # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
+        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
+        settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
+    return modules.get("Transformer", folder), settings
+
+def from_pretrained(name, defaults={}, **overrides):
+    """ A folder or hub name of any BERT -> Bert in eval mode, float32. defaults, overrides: fields of BertConfig that
+    count less and more than config.json. Raises ValueError if it is no BERT. """
+    folder = find_folder(name)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
+    read = defaults | read_json(folder / "config.json")
+    positions = read.get("position_embedding_type", "absolute")
+    if read.get("model_type") != "bert" or positions != "absolute":
+        raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions is not supported; "
+                         "this code is BERT with absolute positions")
+    known = {field.name for field in fields(BertConfig)}
+    config = BertConfig(**{key: value for key, value in (read | overrides).items() if key in known})
+    for key, choices in (("hidden_act", ACTIVATIONS), ("pooling", POOLINGS), ("similarity", SIMILARITIES)):
+        if str(getattr(config, key)) not in choices:   # a list cannot be looked up
+            raise ValueError(f"{name}: {key} {getattr(config, key)!r} is not supported; known are {', '.join(choices)}")
+    state = load_state(folder)
+    with readable(f"{name}: config.json and the tensors of the checkpoint are not of one BERT", "copy both again"):
+        config.sizes = tuple((int(layer), int(dim)) for layer, dim in config.sizes or ())
+        config.size_names = tuple(config.size_names or ())
+        model = Bert(config)
+        model.load_state_dict(from_hf(state, model.state_dict()))
+    return model.eval()
+
+def load_state(folder):
+    """ the weights in a Hugging Face folder, under the names of BertModel; raises ValueError if none can be read """
+    from safetensors.torch import load_file
+    found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()]
+    if not found:
+        raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin in this folder; copy one there")
+    path = found[0]
+    with readable(f"{path}: cannot be read", "copy or download it again, unquantised"):
+        state = (load_file(path) if path.suffix == ".safetensors" else
+                 torch.load(path, map_location="cpu", weights_only=True))
+        for name, tensor in state.items():   # old checkpoints list their position_ids, too
+            assert tensor.is_floating_point() or name.endswith("_ids"), f"{name} is {tensor.dtype}, no float"
+        # The oldest checkpoints say gamma and beta; checkpoints with a head say bert.encoder...
+        return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
+                for name, tensor in state.items()}
+
+# what stands in our name -> what stands in theirs
+WEIGHT_NAMES = [("blocks.", "encoder.layer."), ("attention.out.", "attention.output.dense."),
+                ("norm1.", "attention.output.LayerNorm."), ("norm2.", "output.LayerNorm."),
+                ("up.", "intermediate.dense."), ("down.", "output.dense."), ("norm.", "embeddings.LayerNorm."),
+                ("word.", "embeddings.word_embeddings."), ("position.", "embeddings.position_embeddings."),
+                ("token_type.", "embeddings.token_type_embeddings.")]
+HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense.bias",
+        "norm.weight": "transform.LayerNorm.weight", "norm.bias": "transform.LayerNorm.bias", "bias": "bias"}
+
+def hf_names(name):
+    """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one """
+    for ours, theirs in WEIGHT_NAMES:
+        name = name.replace(ours, theirs)
+    if ".attention.qkv." not in name:
+        return [name]
+    return [name.replace("attention.qkv", f"attention.self.{part}") for part in ("query", "key", "value")]
+
+def from_hf(state, ours):
+    """ Hugging Face's state_dict, which may hold heads and a pooler too, and our names -> our state_dict """
+    return {name: torch.cat([state[theirs] for theirs in hf_names(name)]) for name in ours}
+
+def to_hf(state):
+    """ our state_dict -> Hugging Face's BertModel state_dict """
+    return {theirs: piece.contiguous() for name, tensor in state.items()
+            for theirs, piece in zip(hf_names(name), tensor.chunk(len(hf_names(name))))}
+
+def load_tokenizer(folder):
+    """ the tokenizer of a Hugging Face folder -> transformers tokenizer """
+    from transformers import AutoTokenizer   # imported where it is used, because that takes a second or two
+    with readable(f"{folder}: its tokenizer cannot be loaded", "copy or download its files again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("\N{SNOWMAN}")   # fails without [UNK], now rather than at the first rare word
+        return tokenizer
+
 def load_head(name, config):
     """ the MLMHead of a folder or hub name; a new one if the checkpoint has none """
     state, head = load_state(find_folder(name)), MLMHead(config)
@@ -541,36 +504,34 @@ def load_head(name, config):
     if all(tensor is not None for tensor in theirs.values()):
         with readable(f"{name}: its MLM head does not fit its BERT", "copy or download the weights again"):
             head.load_state_dict(theirs)
-    return head.float()
+    return head
 
 def save_pretrained(model, tokenizer, folder, head=None):
-    """ Write an ordinary Hugging Face folder: config.json, model.safetensors and tokenizer files, for AutoModel or,
-    with an MLMHead, for BertForMaskedLM; and what sentence-transformers needs to give the embeddings of the largest
-    size (any version: the newer ones read the older names). """
+    """ Write an ordinary Hugging Face folder, for AutoModel or, with an MLMHead, for BertForMaskedLM; and what
+    sentence-transformers, old or new, needs to give the embeddings of the largest size. """
     from safetensors.torch import save_file
-    config, folder = model.config, Path(folder)
+    config, folder, C = model.config, Path(folder), model.config.hidden_size
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
-    state, kind = to_hf(model.state_dict()), "BertModel"
-    if head is not None:
-        state, kind = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
-        state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
-    else:   # nothing here uses the pooler, but AutoModel warns of random weights where there is none
-        C = config.hidden_size
+    state, architecture = to_hf(model.state_dict()), "BertModel"
+    if head is None:   # nothing here uses the pooler, but AutoModel warns of random weights where there is none
         state |= {"pooler.dense.weight": torch.zeros(C, C), "pooler.dense.bias": torch.zeros(C)}
-    dim, last = config.sizes[-1][1] if config.sizes else config.hidden_size, model.blocks[-1].norm2
-    modules = {"Transformer": "", "Pooling": "1_Pooling"}
+    else:
+        state, architecture = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
+        state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
+    _, dim = list(named_sizes(config))[-1]
+    length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    last, modules = model.blocks[-1].norm2, {"Transformer": "", "Pooling": "1_Pooling"}
     # sentence-transformers normalises first and slices last, which is right only if all beyond the dims is 0
     if config.similarity == "cosine" and not last.weight[dim:].any() and not last.bias[dim:].any():
         modules["Normalize"] = "2_Normalize"
     files = {
-        "config.json": {"architectures": [kind], "model_type": "bert", **asdict(config)},
+        "config.json": {"architectures": [architecture], "model_type": "bert", **asdict(config)},
         "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{module}"}
                          for i, (module, path) in enumerate(modules.items())],
-        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode": config.pooling},
-        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": config.similarity}
-                                             | ({"truncate_dim": dim} if dim < config.hidden_size else {}),
-        "sentence_bert_config.json": {
-            "max_seq_length": min(tokenizer.model_max_length, config.max_position_embeddings), "do_lower_case": False}}
+        "1_Pooling/config.json": {"word_embedding_dimension": C, "pooling_mode": config.pooling},
+        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": config.similarity,
+                                              "truncate_dim": dim},
+        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
@@ -589,9 +550,8 @@ def cut(model, size):
     return small.eval()
 
 def cut_vocabulary(model, tokenizer, counts, vocab_size):
-    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, because they can spell any word,
-    and those with the highest counts (V,) -> model, tokenizer. The ids are numbered anew in the same order.
-    Raises ValueError if vocab_size is too small or too large for that. """
+    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
+    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. May raise ValueError. """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
     if not must.sum() <= vocab_size <= len(pieces):
@@ -607,8 +567,42 @@ def cut_vocabulary(model, tokenizer, counts, vocab_size):
     smaller.model_max_length, model.config.pad_token_id = tokenizer.model_max_length, smaller.pad_token_id
     return model, smaller
 
+@contextlib.contextmanager
+def readable(start, remedy):
+    """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
+    try:
+        yield
+    except Exception as error:   # the hub, zip, pickle, torch and the tokenizers have a dozen errors each
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
+
+def read_json(path, kind=dict):
+    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
+    if not path.exists():
+        return kind()
+    with readable(f"{path}: not a JSON {kind.__name__}", "copy or download the file again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(content, kind), f"a {type(content).__name__}"
+        return content
+
 # ---- training runs, for both scripts: ranks, OUT_DIR, log, signals ---------------------------------------------------
 STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
+
+def run_script(main, parse_args):
+    """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
+    try:
+        main(parse_args())
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped")
+        sys.exit(130)                                            # not 0, so that a script stops, too
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if type(error) is RuntimeError and not dist.is_initialized() and "allocate memory" not in str(error):
+            raise                                                # a mistake of the program's: show where
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (ValueError, OSError)) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 def start_ranks(args):
     """ Join the processes that torchrun started -> rank, number of ranks; (0, 1) without it. Only rank 0 prints. """
@@ -621,45 +615,6 @@ def start_ranks(args):
         if rank > 0:
             sys.stdout = open(os.devnull, "w")
     return rank, world_size
-
-def sum_over_ranks(parameters, world_size):
-    """ every gradient becomes the sum of the ranks' gradients """
-    if world_size > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:   # blocks above the largest size have none
-                dist.all_reduce(parameter.grad)
-
-def catch_signals():
-    """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
-    caught = []
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
-
-def default_signals():
-    """ after the loop a signal ends the program at once again """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-def interrupted(caught, args, world_size):
-    """ Did a signal reach any rank? All ranks must leave the loop after the same step. """
-    found = torch.tensor(len(caught), device=args.device)
-    if world_size > 1:
-        dist.all_reduce(found)
-    return found.item() > 0
-
-def check_finite(step, loss, norm, terms, args):
-    """ Raises FloatingPointError if the loss or the norm of the gradient is not finite. terms {name: scalar}: what the
-    loss consists of """
-    loss, norm = loss.item(), norm.item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        bad = [name for name, value in terms.items() if not value.isfinite()]
-        raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
-                                 f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
-                                 f"float32. {last_checkpoint(args)}")
 
 RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
              "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
@@ -691,9 +646,8 @@ def open_run(args, first_step=0):
     if args.resume:
         shutil.rmtree(replaced, ignore_errors=True)       # this run has a checkpoint
     if args.overwrite:
-        replaced.mkdir(exist_ok=True)
+        (replaced / "1_Pooling").mkdir(parents=True, exist_ok=True)
         moved = (replaced / "log.jsonl").exists()         # then a run without a checkpoint is what lies in out_dir
-        (replaced / "1_Pooling").mkdir(exist_ok=True)
         for name in RUN_FILES:
             if (path := out_dir / name).exists():
                 path.unlink() if moved else os.replace(path, replaced / name)
@@ -703,9 +657,9 @@ def open_run(args, first_step=0):
         kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     log_file.truncate(len("".join(kept).encode()))
     inputs = [args.init_from, *getattr(args, "train_pairs", [])]
-    begun = read_json(out_dir / "args.json") if args.resume else {   # files and folders may be gone later
-        "from_hub": [name for name in inputs if name not in ("scratch", "docs") and not Path(name).exists()
-                     and not Path(name.split(":")[0]).exists()]}
+    from_hub = [name for name in inputs if name not in ("scratch", "docs")
+                and not Path(name).exists() and not Path(name.split(":")[0]).exists()]
+    begun = read_json(out_dir / "args.json") if args.resume else {"from_hub": from_hub}   # files may be gone later
     about = begun | vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     return log_file
@@ -722,6 +676,57 @@ def open_locked(path):
         pass
     return file
 
+def git_commit():
+    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+def catch_signals():
+    """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
+    caught = []
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
+
+def interrupted(caught, args, world_size):
+    """ Did a signal reach any rank? All ranks must leave the loop after the same step. """
+    found = torch.tensor(len(caught), device=args.device)
+    if world_size > 1:
+        dist.all_reduce(found)
+    return found.item() > 0
+
+def default_signals():
+    """ after the loop a signal ends the program at once again """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def sum_over_ranks(parameters, world_size):
+    """ every gradient becomes the sum of the ranks' gradients """
+    for parameter in parameters:
+        if world_size > 1 and parameter.grad is not None:   # blocks above the largest size have none
+            dist.all_reduce(parameter.grad)
+
+def check_finite(step, loss, norm, terms, args):
+    """ terms {name: scalar}: what the loss consists of. Raises FloatingPointError if loss or norm is not finite. """
+    loss, norm = loss.item(), norm.item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        bad = [name for name, value in terms.items() if not value.isfinite()]
+        raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g}, the norm of the gradient {norm:.4g}; not "
+                                 f"finite: {', '.join(bad) or 'the gradient'}. Lower --learning_rate, or use --dtype "
+                                 f"float32. {last_checkpoint(args)}")
+
+def average(records, world_size=1):
+    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
+    names = dict.fromkeys(name for record in records for name in record)
+    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
+                         for name in names])
+    if world_size > 1:
+        dist.all_reduce(means)
+    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
+
 def log(log_file, record, line):
     """ a record to log.jsonl, a line to the screen; log_file is None on all ranks but the first """
     if log_file:
@@ -734,44 +739,32 @@ def status(step, max_steps, parts, lr, norm, seconds, tokens):
     return " | ".join([f"step {step}/{max_steps}", *parts, f"lr {lr:.1e}", f"norm {norm:.2f}",
                        f"{1000 * seconds:.0f} ms", f"{rate:.1f}k tok/s", f"eta {left:.1f}m"])
 
-def average(records, world_size=1):
-    """ list of {name: scalar tensor} -> {name: float}, the mean over the records that have the name, and over ranks """
-    names = dict.fromkeys(name for record in records for name in record)
-    means = torch.stack([torch.stack([record[name].detach() for record in records if name in record]).mean()
-                         for name in names])
-    if world_size > 1:
-        dist.all_reduce(means)
-    return dict(zip(names, (means / world_size).tolist()))   # a single read, because each would wait for a GPU
-
-def git_commit():
-    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
-    def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-def run_script(main, parse_args):
-    """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
-    try:
-        main(parse_args())
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped")
-        sys.exit(130)                                            # not 0, so that a script stops, too
-    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        if type(error) is RuntimeError and not dist.is_initialized() and "allocate memory" not in str(error):
-            raise                                                # a mistake of the program's: show where
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, OSError)) else 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 # ---- checkpoints of a training run -----------------------------------------------------------------------------------
+def load_run(args):
+    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
+    path = Path(args.out_dir, STATE)
+    with readable(f"--resume: {path} cannot be read", "begin the run again with --overwrite"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))
+    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
+    if (saved.keys() ^ vars(args).keys()) - free:
+        raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
+    for name, value in vars(args).items():
+        if name not in free and saved[name] != value:
+            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
+                             "the flags it was begun with")
+    return state
+
+def check_about(args, state, about):
+    """ about {name: value}. Raises ValueError when data or ranks are not those of the run to resume. """
+    for name, value in about.items():
+        if state["about"].get(name) != value:
+            raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
+                             f"({value} for {state['about'].get(name)}); resume with the same, or begin another run")
 
 def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
-    """ the model for those who use it, then training_state.pt for --resume; every file is whole at any moment.
-    state {"model": ..., "optimizer": ...}; about: what else must be the same when the run is resumed.
-    Raises FloatingPointError rather than save numbers that are not finite, and OSError if the last step is lost. """
+    """ the model, then STATE for --resume; every file is whole at any moment. state {"model": ..., "optimizer": ...};
+    about: see check_about. Raises FloatingPointError for what is not finite, OSError if the last step is lost. """
     from safetensors import SafetensorError
     broken = [name for name, tensor in state["model"].state_dict().items() if not tensor.isfinite().all()]
     if broken:
@@ -806,28 +799,6 @@ def last_checkpoint(args):
     """ the end of a message: what a run that fails leaves behind """
     return f"The last checkpoint: {args.out_dir if Path(args.out_dir, STATE).exists() else 'there is none'}"
 
-def load_run(args):
-    """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
-    path = Path(args.out_dir, STATE)
-    with readable(f"--resume: {path} cannot be read", "begin the run again with --overwrite"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))
-    free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
-    if (saved.keys() ^ vars(args).keys()) - free:
-        raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
-    for name, value in vars(args).items():
-        if name not in free and saved[name] != value:
-            raise ValueError(f"--resume: --{name} is {value}, and the run in {args.out_dir} had {saved[name]}; give "
-                             "the flags it was begun with")
-    return state
-
-def check_about(args, state, about):
-    """ Raises ValueError when data or ranks are not those of the run to resume. """
-    for name, value in about.items():
-        if state["about"].get(name) != value:
-            raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
-                             f"({value} for {state['about'].get(name)}); resume with the same, or begin another run")
-
 # ---- flags of both training scripts ----------------------------------------------------------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """
@@ -858,13 +829,13 @@ def parse_sizes(text):
 
 def check_sizes(sizes, config, name="the model", flag="--sizes"):
     """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
+    layers, dims = config.num_hidden_layers, config.hidden_size
     for layer, dim in sizes:
-        if not 1 <= layer <= config.num_hidden_layers:
-            raise ValueError(f"{flag} asks for layer {layer} but {name} has {config.num_hidden_layers} layers; "
-                             f"use a layer between 1 and {config.num_hidden_layers}")
-        if not 1 <= dim <= config.hidden_size:
-            raise ValueError(f"{flag} asks for {dim} dims but {name} has {config.hidden_size}; "
-                             f"use 1 to {config.hidden_size}")
+        if not 1 <= layer <= layers:
+            raise ValueError(f"{flag} asks for layer {layer} but {name} has {layers} layers; "
+                             f"use a layer between 1 and {layers}")
+        if not 1 <= dim <= dims:
+            raise ValueError(f"{flag} asks for {dim} dims but {name} has {dims}; use 1 to {dims}")
     return tuple(sorted(set(sizes)))
 
 def device_arg(text):
@@ -880,13 +851,12 @@ def training_flags(parser):
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("columns of the data").add_argument
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN",
-        help="what yours are called, as query=question positive=answer negative=hard, or sentence1=a sentence2=b "
-             "score=label, or for text text=body; for what is not named, COLUMNS in data.py has the names")
+        help="what yours are called, as query=question positive=answer, or sentence1=a sentence2=b score=label, or "
+             "text=body; the others have the names in COLUMNS of data.py")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
     add("--sizes", type=parse_sizes,
-        help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion to "
-             "the model: 2:32,4:64,6:128,8:256,10:512,12:768 of BERT-base")
+        help="LAYER:DIM,... trained together; by default the loaded model's own, else the paper's six in proportion")
     add("--dropout", type=fraction, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
     add = parser.add_argument_group("model from scratch; a loaded one brings its own").add_argument
     add("--num_layers", type=positive_int, default=6, help="blocks")
@@ -905,7 +875,7 @@ def training_flags(parser):
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", help="where the model and the log go")
     add("--overwrite", action=flag, default=False,
-        help="replace the run that is in --out_dir; it waits in OUT_DIR/replaced for the new run's first checkpoint")
+        help="replace the run in --out_dir; it stays in OUT_DIR/replaced until the new run has a checkpoint")
     add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
     add("--save_interval", type=nonneg_int, default=200, help="steps between two checkpoints; 0 saves at the end only")
     add("--log_interval", type=positive_int, default=10, help="steps between two lines of the log")

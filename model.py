@@ -352,7 +352,7 @@ def get_lr(step, max_steps, args, shape):
     warmup_steps = max(1, round(args.warmup * max_steps))
     if step < warmup_steps:
         return args.learning_rate * (step + 1) / warmup_steps
-    rest = max_steps - warmup_steps   # above 0, because this step is one of them
+    rest = max_steps - warmup_steps   # not 0, because step is one of these
     if shape == "linear":
         return args.learning_rate * (max_steps - step) / rest
     return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
@@ -463,19 +463,20 @@ def load_state(folder):
         return {name.removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
                 for name, tensor in state.items()}
 
-# what stands in our name -> what stands in theirs
-WEIGHT_NAMES = [("blocks.", "encoder.layer."), ("attention.out.", "attention.output.dense."),
-                ("norm1.", "attention.output.LayerNorm."), ("norm2.", "output.LayerNorm."),
-                ("up.", "intermediate.dense."), ("down.", "output.dense."), ("norm.", "embeddings.LayerNorm."),
+# our name -> their name; a name without a leading dot matches only at the start
+WEIGHT_NAMES = [("blocks.", "encoder.layer."), (".attention.out.", ".attention.output.dense."),
+                (".norm1.", ".attention.output.LayerNorm."), (".up.", ".intermediate.dense."),
+                (".down.", ".output.dense."), (".norm2.", ".output.LayerNorm."),
                 ("word.", "embeddings.word_embeddings."), ("position.", "embeddings.position_embeddings."),
-                ("token_type.", "embeddings.token_type_embeddings.")]
+                ("token_type.", "embeddings.token_type_embeddings."), ("norm.", "embeddings.LayerNorm.")]
 HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense.bias",
         "norm.weight": "transform.LayerNorm.weight", "norm.bias": "transform.LayerNorm.bias", "bias": "bias"}
 
 def hf_names(name):
     """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one """
     for ours, theirs in WEIGHT_NAMES:
-        name = name.replace(ours, theirs)
+        if name.startswith(ours) or ours[0] == "." and ours in name:
+            name = name.replace(ours, theirs, 1)
     if ".attention.qkv." not in name:
         return [name]
     return [name.replace("attention.qkv", f"attention.self.{part}") for part in ("query", "key", "value")]

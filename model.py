@@ -253,6 +253,36 @@ class MLMHead(nn.Module):
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================
+# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
+def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
+    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
+    rest = [parameter for name, parameter in parameters.items() if name not in faster]
+    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
+              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
+
+def get_lr(step, max_steps, args, shape):
+    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
+    warmup_steps = max(1, round(args.warmup * max_steps))
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    rest = max_steps - warmup_steps   # not 0, because step is one of these
+    if shape == "linear":
+        return args.learning_rate * (max_steps - step) / rest
+    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
+
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
+                parameter.copy_(parameter[:, order])             # the channels are the columns
+            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
+                parameter.copy_(parameter[order])                # the channels are the rows
+
 # ---- faster on a CPU -------------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
@@ -337,36 +367,6 @@ def keep_freed_memory(keep=True):
         else:
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
 
-# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
-def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
-    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
-    rest = [parameter for name, parameter in parameters.items() if name not in faster]
-    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
-              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
-              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
-
-def get_lr(step, max_steps, args, shape):
-    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
-    warmup_steps = max(1, round(args.warmup * max_steps))
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    rest = max_steps - warmup_steps   # not 0, because step is one of these
-    if shape == "linear":
-        return args.learning_rate * (max_steps - step) / rest
-    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
-
-def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
-    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
-                parameter.copy_(parameter[:, order])             # the channels are the columns
-            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
-                parameter.copy_(parameter[order])                # the channels are the rows
-
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. overrides:
@@ -423,13 +423,13 @@ def read_modules(folder):
         settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
     return modules.get("Transformer", folder), settings
 
-def from_pretrained(name, defaults={}, **overrides):
+def from_pretrained(name, defaults=(), **overrides):
     """ A folder or hub name of any BERT -> Bert in eval mode, float32. defaults, overrides: fields of BertConfig that
     count less and more than config.json. Raises ValueError if it is no BERT. """
     folder = find_folder(name)
     if not (folder / "config.json").exists():
         raise ValueError(f"{name}: no config.json in this folder; give one that save_pretrained wrote")
-    read = defaults | read_json(folder / "config.json")
+    read = dict(defaults) | read_json(folder / "config.json")
     positions = read.get("position_embedding_type", "absolute")
     if read.get("model_type") != "bert" or positions != "absolute":
         raise ValueError(f"{name}: model_type {read.get('model_type')!r} with {positions} positions is not supported; "
@@ -531,7 +531,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
                          for i, (module, path) in enumerate(modules.items())],
         "1_Pooling/config.json": {"word_embedding_dimension": C, "pooling_mode": config.pooling},
         "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": config.similarity,
-                                              "truncate_dim": dim},
+                                              "truncate_dim": dim if dim < C else None},
         "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -167,32 +167,46 @@ def train_wordpiece(texts, vocab_size):
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
 def tokenize(texts, tokenizer, max_length):
-    """ list of B texts -> list of B (T,) integer arrays, [CLS] ... [SEP], T <= max_length """
-    dtype, ids = token_dtype(tokenizer), []
-    for i in range(0, len(texts), 4096):
-        chunk = tokenizer(texts[i:i + 4096], truncation=True, max_length=max_length, return_attention_mask=False,
-                          return_token_type_ids=False)["input_ids"]
-        ids += [np.array(text, dtype=dtype) for text in chunk]
-    return ids
+    """ list of B texts -> list of B (T,) unsigned integers, [CLS] ... [SEP], T <= max_length """
+    return [ids for chunk in chunks(texts, 4096)
+            for ids in token_ids(chunk, tokenizer, truncation=True, max_length=max_length)]
+
+def tokenize_documents(texts, tokenizer):
+    """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0 """
+    for chunk in chunks(texts, 1024):
+        yield from filter(len, token_ids(chunk, tokenizer, add_special_tokens=False, verbose=False))
+
+def token_ids(texts, tokenizer, **flags):
+    """ list of strings -> list of (T,) unsigned integers """
+    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **flags)["input_ids"]
+    dtype = token_dtype(tokenizer)
+    return [np.array(text, dtype) for text in ids]
+
+def token_dtype(tokenizer):
+    """ the smallest unsigned integers that hold an id; 12 M passages of MS MARCO take 2 GB with 16 bits """
+    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+
+def chunks(items, size):
+    """ yields the items as lists of `size`, the last maybe shorter """
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
     """ rows of load_pairs -> Pairs; rows without a query or a positive are left out, and their number is printed. Only
     one chunk of strings is in memory. """
-    pairs, stream = Pairs([], [], [], []), iter(rows)
-    bar = progress(total=len(rows), desc="tokenising pairs", unit=" rows")
-    while chunk := list(itertools.islice(stream, 4096)):
-        bar.update(len(chunk))
+    pairs = Pairs([], [], [], [])
+    for chunk in chunks(progress(rows, desc="tokenising pairs", unit=" rows"), 4096):
         chunk = [row for row in chunk if row[0].strip() and row[1]]
         texts = [text for _, positives, negatives, _ in chunk for text in positives + negatives]
         queries = tokenize([query for query, *_ in chunk], tokenizer, query_max_length)
         passages = iter(tokenize(texts, tokenizer, passage_max_length))
         for query, (_, positives, negatives, gold) in zip(queries, chunk):
             pairs.queries.append(query)
-            if gold is not None:
-                pairs.gold.append(gold)
             pairs.positives.append([next(passages) for _ in positives])
             pairs.negatives.append([next(passages) for _ in negatives])
-    bar.close()
+            if gold is not None:
+                pairs.gold.append(gold)
     if not pairs.queries:
         raise ValueError("--train_pairs: not a single row has a query and a positive; fill these columns")
     if left_out := len(rows) - len(pairs.queries):
@@ -211,19 +225,6 @@ def about_tokenizer(tokenizer):
     """ what decides the ids of a text: the vocabulary, and what is done to a text before, lower-casing for example """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)   # None if not of Rust
     return [sorted(tokenizer.get_vocab().items()), str(normalizer)]
-
-def token_dtype(tokenizer):
-    """ the smallest unsigned integers that hold an id; 12 M passages of MS MARCO take 2 GB with 16 bits """
-    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-
-def tokenize_documents(texts, tokenizer):
-    """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0 """
-    texts = iter(texts)
-    while chunk := list(itertools.islice(texts, 1024)):
-        for ids in tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                             verbose=False)["input_ids"]:
-            if ids:
-                yield np.array(ids, token_dtype(tokenizer))
 
 class TokenFile:
     """ tokenised documents in one memory-mapped file: it may be larger than memory """
@@ -244,9 +245,7 @@ class TokenFile:
 def token_file(source, tokenizer, columns=()):
     """ --train_text -> TokenFile. Tokenises once; found again by source, columns, tokenizer, and the path, size and
     date of each of its local files. A set of the hub is found by its name: it is taken to stay as it is. """
-    path = docs_folder() if source == "docs" else Path(source)
-    if not path.exists():
-        path = Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
+    path = docs_folder() if source == "docs" else Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
     files = [file for file in sorted({path, *path.rglob("*"), *map(Path, glob.glob(source))}) if file.is_file()]
     about = [source, *columns, about_tokenizer(tokenizer),
              [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
@@ -254,14 +253,14 @@ def token_file(source, tokenizer, columns=()):
     if not folder.exists():
         with atomic_write(folder) as part:
             part.mkdir()
-            ends, documents = [0], tokenize_documents(load_texts(source, columns=columns), tokenizer)
+            lengths, documents = [], tokenize_documents(load_texts(source, columns=columns), tokenizer)
             with open(part / "tokens.bin", "wb") as file:
                 for tokens in progress(documents, desc="tokenising", unit=" documents"):
                     tokens.tofile(file)
-                    ends.append(ends[-1] + len(tokens))
-            if len(ends) < 3:
-                raise ValueError(f"--train_text {source} holds {len(ends) - 1} documents with text; give two or more")
-            np.save(part / "ends.npy", np.array(ends[1:]))
+                    lengths.append(len(tokens))
+            if len(lengths) < 2:
+                raise ValueError(f"--train_text {source} holds {len(lengths)} documents with text; give two or more")
+            np.save(part / "ends.npy", np.cumsum(lengths))
     return TokenFile(folder, token_dtype(tokenizer))
 
 @contextlib.contextmanager
@@ -491,8 +490,7 @@ class Collection:
     def shards(self):
         """ yields ([id], [title + text]) of SHARD documents at a time; raises at the end if a judged one is missing """
         missing = dict(self.lines)
-        rows = self.texts("corpus")
-        while shard := list(itertools.islice(rows, SHARD)):
+        for shard in chunks(self.texts("corpus"), SHARD):
             ids, texts = map(list, zip(*shard))
             for key in ids:
                 missing.pop(key, None)

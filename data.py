@@ -363,9 +363,8 @@ def find_columns(where, columns, kinds, given):
             for kind, names in named.items()}
 
 def load_table(source, error_start, streaming=False):
-    """ A .parquet file, or NAME[:CONFIG][:SPLIT] of the hub or of a local folder with the same layout (by default the
-    split "train") -> rows with named columns. Raises ValueError. error_start begins its message and says which other
-    sources there are: "--sts x: neither one of sts12, ..., nor a .csv file"; ", nor a data set that ..." follows. """
+    """ A .parquet file, or NAME[:CONFIG][:SPLIT], by default the split "train", of the hub or of a folder with the
+    same layout -> rows with named columns. Raises ValueError that begins with error_start: "--sts x: neither ...". """
     import datasets   # imported here, because that takes 0.7 s and local files do without
     try:
         if source.endswith(".parquet"):
@@ -397,8 +396,7 @@ def task_name(name):
 
 def load_sts(name):
     """ A name in STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, first sentences,
-    second sentences, (pairs,) gold scores. Raises ValueError naming file and line for what is missing or no text or
-    no number. """
+    second sentences, (pairs,) gold scores. Raises ValueError that names file and line. """
     if LOCAL.search(name):
         rows = read_rows(name)
     else:

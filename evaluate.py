@@ -244,10 +244,11 @@ def evaluate_model(name, model, tokenizer, sizes, args):
 # ---- for embed_ids and retrieval: ranks, files of embeddings and of runs, BM25 ---------------------------------------
 def gather_rows(embeddings, device):
     """ {layer: (B, C)}, 0 in the rows of other ranks -> all rows on every rank: a sum that gathers """
-    gathered = {layer: rows.to(device) for layer, rows in embeddings.items()}
-    for rows in gathered.values():
+    for layer, rows in embeddings.items():
+        rows = rows.to(device)
         dist.all_reduce(rows)
-    return {layer: rows.cpu() for layer, rows in gathered.items()}
+        embeddings[layer] = rows.cpu()
+    return embeddings
 
 def own_documents(queries, ids):
     """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
@@ -272,7 +273,8 @@ def load_or_embed(file, widest, texts, embed):
                     for layer, path in files.items())
     if not whole:
         for layer, embeddings in embed(texts).items():                                 # (P, C)
-            write_array(files[layer], embeddings[:, :widest[layer]].numpy())
+            with data.atomic_write(files[layer]) as part, open(part, "wb") as out:
+                np.save(out, embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
 
 def write_run(folder, label, queries, rankings):
@@ -282,11 +284,6 @@ def write_run(folder, label, queries, rankings):
         for query, (ranked, values) in zip(queries, rankings):
             file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
                             for i, (document, value) in enumerate(zip(ranked, values), start=1))
-
-def write_array(path, array):
-    """ a .npy file, never half of one """
-    with data.atomic_write(path) as part, open(part, "wb") as file:
-        np.save(file, array)
 
 def search_bm25(collection):
     """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
@@ -534,16 +531,14 @@ def compare(specs, metrics=()):
                 raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
             found = value(file, task, metric, i)
             mean = spearman(found, items["gold"]) if metric == "Spearman" else np.mean(found)
-            star = "*" if p_value(metric, baseline, found, items) * comparisons < 0.05 else " "
+            p = 1.0
+            if found != baseline:
+                p = (paired_bootstrap(baseline, found, items["gold"]) if metric == "Spearman" else
+                     scipy.stats.ttest_rel(baseline, found).pvalue)
+            star = "*" if p * comparisons < 0.05 else " "
             cells.append(f"{sizes[file][i]} {mean:.4f}{star}")
         print("".join(f"{cell:>22}" for cell in cells))
     print(f"* differs from the first file at p < 0.05 / {comparisons} comparisons")
-
-def p_value(metric, x, y, items):
-    """ (n,) values of the baseline and of another model, item by item -> p of their difference """
-    if x == y:
-        return 1.0
-    return paired_bootstrap(x, y, items["gold"]) if metric == "Spearman" else scipy.stats.ttest_rel(x, y).pvalue
 
 def paired_bootstrap(x, y, gold, resamples=1000):
     """ (n,) cosines of two models, (n,) gold -> two-sided p of the difference of their Spearmans, taken as normal """

@@ -18,7 +18,7 @@ METRICS.
 What lies below the double line uses these.
 Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
 """
-import argparse, json, os, re, statistics, sys, time, zlib
+import argparse, contextlib, json, os, re, statistics, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -198,9 +198,8 @@ def best_documents(scores, docs, doc_ids):
 # ---- all tasks at all sizes: what main calls for every model ---------------------------------------------------------
 def evaluate_model(name, model, tokenizer, sizes, args):
     """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one.
-    "results" has one record a value, {"task", "metric", "layer", "dim", "value", "n"}; BM25 has layer and dim null.
-    "per_item" is for --compare: per_item[task][size][metric] has one value a query, or one cosine a sentence pair;
-    per_item[task] also has the queries' "ids" or the pairs' "gold". """
+    "results" has a record of each value, see record. per_item[task][size][metric], for --compare, has one value a query
+    or one cosine a sentence pair; per_item[task] also has the queries' "ids" or the pairs' "gold". """
     start = time.time()
     if args.grid:
         dims = sorted({dim for _, dim in sizes})
@@ -221,9 +220,8 @@ def evaluate_model(name, model, tokenizer, sizes, args):
         records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
         results += records
     if len(args.sts) > 1:
-        for size in sizes:
-            values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]
-            results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
+        for size, values in by_size(results).items():
+            results.append(record("mean of STS", "Spearman", size, statistics.fmean(values.values()), len(args.sts)))
     for task in args.retrieval or ([] if args.sts else ["docs"]):
         records, per_item[data.task_name(task)] = retrieval(
             model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
@@ -240,6 +238,13 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
     print_table(results, title, named_sizes(model.config))
     return [str(out)] if out else []
+
+def by_size(results):
+    """ records -> {(layer, dim): {(task, metric): value}} """
+    found = {}
+    for r in results:
+        found.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
+    return found
 
 # ---- for embed_ids and retrieval: ranks, files of embeddings and of runs, BM25 ---------------------------------------
 def gather_rows(embeddings, device):
@@ -315,9 +320,8 @@ def bm25(texts, queries, k1=1.2, b=0.75):
 
 # ---- search: ask a folder of texts, at each size ---------------------------------------------------------------------
 def search(model, tokenizer, question, sizes, args, model_folder):
-    """ Print the 5 passages of --texts that answer a question best, at each size, and those of the funnel where there
-    are several. Without a question ask for some. The passages' embeddings are kept in the model's folder until the
-    model or the passages change. """
+    """ Print the 5 passages of --texts that answer a question best, at each size and, of several, by the funnel.
+    Without a question ask for some. Embeddings stay in the model's folder until the model or the passages change. """
     passages, widest = data.load_passages(args.texts), widest_dims(sizes)
     texts = [text for _, text in passages]
     def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
@@ -329,10 +333,10 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     embeddings = load_or_embed(index, widest, texts, embed)                                   # {layer: (P, D)}
     similarity = model.config.similarity
     vectors = {(layer, dim): shorten(embeddings[layer], dim, similarity) for layer, dim in sizes}   # (P, D) each
+    ways = [(size,) for size in sizes]
+    if len(sizes) > 1:
+        ways.append((sizes[0], sizes[-1]))                                                    # the funnel
     for question in [question] if question else ask():
-        ways = [(size,) for size in sizes]
-        if len(sizes) > 1:
-            ways.append((sizes[0], sizes[-1]))                                                # the funnel
         for way in ways:
             start = time.perf_counter()
             queries = embed([data.as_text(question, "--search")], [layer for layer, _ in way])
@@ -357,11 +361,9 @@ def funnel(queries, passages, k, shortlist=100):
 
 def ask():
     """ yields what the user types, until an empty line """
-    try:
+    with contextlib.suppress(EOFError):
         while question := input("\nquestion (an empty line ends): ").strip():
             yield question
-    except EOFError:
-        pass
 
 # ---- handing over: a size as a folder of its own ---------------------------------------------------------------------
 def export(model, tokenizer, name, args):
@@ -382,8 +384,8 @@ def export(model, tokenizer, name, args):
     trained = model.config.sizes or ((model.config.num_hidden_layers, model.config.hidden_size),)
     for size, folder in zip(sizes, folders):
         if size not in trained:
-            print(f"warning: {name} has the sizes {', '.join(map(size_name, trained))}; {size_name(size)} may be worse",
-                  file=sys.stderr)
+            known = ", ".join(map(size_name, trained))
+            print(f"warning: {name} has the sizes {known}; {size_name(size)} may be worse", file=sys.stderr)
         save_pretrained(cut(smaller, size), small_tokenizer, folder)
         megabytes = (folder / "model.safetensors").stat().st_size / 1e6
         print(f"{size_name(size)} is in {folder}: {megabytes:.1f} MB of float32")
@@ -399,6 +401,7 @@ MADE_HERE = "<!-- written by evaluate.py, which replaces this file as long as th
 def write_card(folder, source):
     """ FOLDER/README.md, a model card as the hub reads it; one that the user wrote stays. source: the run's folder, for
     what the model was trained on, and for the results where the exported folder has none of its own. """
+    from huggingface_hub import EvalResult, ModelCardData   # imported here, because few commands write a card
     card, config, trained = folder / "README.md", read_json(folder / "config.json"), read_json(source / "args.json")
     if card.exists() and MADE_HERE not in card.read_text(encoding="utf-8"):
         return print(f"{card} stays as it is, because evaluate.py did not write it")
@@ -412,19 +415,17 @@ def write_card(folder, source):
     columns = list(table[sizes[-1]])
     rows = [columns, ["---"] * len(columns)] + [[row.get(column, "") for column in columns] for row in table.values()]
     def of_the_hub(names):   # NAME:CONFIG -> NAME; the hub rejects a card with names that are not its own
-        return list(dict.fromkeys(name.split(":")[0] for name in names if name in trained.get("from_hub", [])))
-    about = {
-        "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],
-        "base_model": of_the_hub([trained.get("init_from", "")]),
-        "datasets": of_the_hub(trained.get("train_pairs", [])),
-        "model-index": [{"name": name, "results": [
-            {"task": {"type": "sentence-similarity"}, "dataset": {"name": r["task"], "type": r["task"]}, "metrics": [
-                {"type": r["metric"], "name": f"{r['metric']} at {r['layer']}:{r['dim']}", "value": r["value"]}]}
-            for r in results]}] if results else []}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in about.items() if value), "---", MADE_HERE, "",
-             f"# {name}", "", "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at "
-             f"several sizes. Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
+        return list(dict.fromkeys(n.split(":")[0] for n in names if n in trained.get("from_hub", []))) or None
+    shown = [EvalResult("sentence-similarity", r["task"], r["task"], r["metric"], r["value"],
+                        metric_name=f"{r['metric']} at {r['layer']}:{r['dim']}") for r in results]
+    about = ModelCardData(
+        library_name="sentence-transformers", pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],
+        base_model=of_the_hub([trained.get("init_from", "")]), datasets=of_the_hub(trained.get("train_pairs", [])),
+        model_name=name if shown else None, eval_results=shown or None)
+    lines = ["---", about.to_yaml(), "---", MADE_HERE, "", f"# {name}", "",
+             "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at several sizes. "
+             f"Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
              *(f"| {' | '.join(row)} |" for row in rows), "",
              "```python", "from sentence_transformers import SentenceTransformer", "",
              f'model = SentenceTransformer("{name}")   # the path of this folder, or OWNER/NAME on the hub',
@@ -463,16 +464,13 @@ def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
 def print_table(results, title, names):
     """ one line a size, one column a value; names {size: name} """
     columns = list(dict.fromkeys((r["task"], r["metric"]) for r in results))
-    rows = {}
-    for r in results:
-        rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
     width = max([10] + [len(task) for task, _ in columns]) + 2
     def cell(v):
         return "" if v is None else f"{v:.4f}" if v < 2 else f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
     print(f"\n{title}")
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
-    for size, values in rows.items():
+    for size, values in by_size(results).items():
         label = f"{names.get(size, ''):8}{size_name(size)}" if size != BM25 else "BM25"
         print(f"{label:16}" + "".join(f"{cell(values.get(column)):>{width}}" for column in columns))
 
@@ -565,22 +563,21 @@ def plot(specs, path, metrics=()):
     for spec, color in zip(specs, colors * len(specs)):
         label, results, per_item = load_results(spec)
         chosen = [r for r in results if r["metric"] in (metrics or ("Spearman", "nDCG@10")) and r["task"] in per_item]
-        def mean(size):
-            return np.mean([r["value"] for r in chosen if (r["layer"], r["dim"]) == size])
-        sizes = sorted({(r["layer"], r["dim"]) for r in chosen} - {BM25})
+        quality = {size: statistics.fmean(values.values()) for size, values in by_size(chosen).items()}
+        sizes = sorted(quality.keys() - {BM25})
         mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
         if not chosen or set(metrics) - {r["metric"] for r in chosen} or set(sizes) - mflop.keys():
             raise ValueError(f"--plot: {spec} lacks {' or '.join(metrics) or 'Spearman and nDCG@10'}, or the cost of a "
                              "size; choose other --metrics, or evaluate again")
         x = [mflop[size] for size in sizes]
-        axes.plot(x, [mean(size) for size in sizes], "o-", color=color, label=label)
+        axes.plot(x, [quality[size] for size in sizes], "o-", color=color, label=label)
         if spec == specs[0]:
             names = [f"{size_name(size)}\n{4 * size[1]:,} B\n{cost:.2g}" for size, cost in zip(sizes, x)]
             axes.set_xscale("log")
             axes.set_xticks(x, names, fontsize=8)
             axes.set_xticks([], minor=True)
-            if any(r["layer"] is None for r in chosen):
-                axes.axhline(mean(BM25), color="grey", linestyle=":", label="BM25")
+            if BM25 in quality:
+                axes.axhline(quality[BM25], color="grey", linestyle=":", label="BM25")
     axes.legend(frameon=False, labelcolor="linecolor", loc="lower right")
     tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in chosen))
     axes.set(xlabel="layer:dim, bytes per vector, MFLOP per token (log scale; left is cheaper)",
@@ -602,12 +599,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("use").add_argument
     add("--search", nargs="?", const="", metavar="QUESTION",
         help="answer from --texts, with the largest size or with each of --sizes; without a question ask for some")
-    add("--texts", default="docs", metavar="PATH",
-        help="docs (this machine's documentation), or a file or folder of .txt, .md, .jsonl")
+    add("--texts", default="docs", metavar="PATH", help="docs, or a file or folder of .txt, .md, .jsonl")
     add("--export", nargs=2, metavar=("SIZE", "OUT"),
         help="write a folder for sentence-transformers and transformers: of one LAYER:DIM, of several, or of all sizes")
-    add("--vocab_size", type=positive_int, metavar="N",
-        help="of --export: keep the N vocabulary entries that are most frequent in --texts")
+    add("--vocab_size", type=positive_int, metavar="N", help="of --export: keep the N entries most frequent in --texts")
     add = parser.add_argument_group("sizes").add_argument
     add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
@@ -625,8 +620,7 @@ def parse_args(argv=None):
     add("--compare", nargs="+", metavar="[LABEL=]FILE.json[,FILE.json...]",
         help="results to compare; the first is the baseline; files joined by commas count as one, say one file a size")
     add("--metrics", nargs="+", default=[], choices=["Spearman", *METRICS],
-        help="of --compare, by default all (fewer metrics are fewer comparisons to correct for), and of --plot, by "
-             "default Spearman and nDCG@10")
+        help="of --compare, by default all (fewer need less correction); of --plot, by default Spearman and nDCG@10")
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     tasks = args.sts + args.retrieval

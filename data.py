@@ -221,26 +221,6 @@ def checksum(pairs):
             found = zlib.crc32(text.tobytes(), found)
     return zlib.crc32(repr(pairs.gold).encode(), found)
 
-def about_tokenizer(tokenizer):
-    """ what decides the ids of a text: the vocabulary, and what is done to a text before, lower-casing for example """
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)   # None if not of Rust
-    return [sorted(tokenizer.get_vocab().items()), str(normalizer)]
-
-class TokenFile:
-    """ tokenised documents in one memory-mapped file: it may be larger than memory """
-    def __init__(self, folder, dtype):
-        self.about = folder.name   # says which source, of what date, and which vocabulary
-        try:
-            self.ends = np.load(folder / "ends.npy")   # (documents,)
-            self.tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
-            assert len(self.tokens) == self.ends[-1]
-        except (FileNotFoundError, EOFError, ValueError, AssertionError):
-            raise ValueError(f"{folder}: no whole tokens.bin, ends.npy; delete the folder, to make it again") from None
-    def __len__(self):
-        return len(self.ends)
-    def __getitem__(self, i):
-        return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
-
 def token_file(source, tokenizer, columns=()):
     """ --train_text -> TokenFile. Tokenises once; found again by source, columns, tokenizer, and the path, size and
     date of each of its local files. A set of the hub is found by its name: it is taken to stay as it is. """
@@ -261,6 +241,26 @@ def token_file(source, tokenizer, columns=()):
                 raise ValueError(f"--train_text {source} holds {len(lengths)} documents with text; give two or more")
             np.save(part / "ends.npy", np.cumsum(lengths))
     return TokenFile(folder, token_dtype(tokenizer))
+
+def about_tokenizer(tokenizer):
+    """ what decides the ids of a text: the vocabulary, and what is done to a text before, lower-casing for example """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)   # None if not of Rust
+    return [sorted(tokenizer.get_vocab().items()), str(normalizer)]
+
+class TokenFile:
+    """ tokenised documents in one memory-mapped file: it may be larger than memory """
+    def __init__(self, folder, dtype):
+        self.about = folder.name   # says which source, of what date, and which vocabulary
+        try:
+            self.ends = np.load(folder / "ends.npy")   # (documents,)
+            self.tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+            assert len(self.tokens) == self.ends[-1]
+        except (FileNotFoundError, EOFError, ValueError, AssertionError):
+            raise ValueError(f"{folder}: no whole tokens.bin, ends.npy; delete the folder, to make it again") from None
+    def __len__(self):
+        return len(self.ends)
+    def __getitem__(self, i):
+        return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
 
 @contextlib.contextmanager
 def atomic_write(path):
@@ -641,28 +641,6 @@ def docs_folder():
     folder = CACHE / f"docs-{zlib.crc32(versions.encode()):08x}"
     return folder if folder.exists() else build_docs(folder)
 
-def docstrings(path):
-    """ one source file -> [(dotted name in the file, first paragraph, the rest)]; [] if it does not parse """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # invalid escape sequences in other people's code
-            tree = ast.parse(Path(path).read_text(encoding="utf-8", errors="ignore"))
-    except (SyntaxError, ValueError, RecursionError):
-        return []   # some packages hold Python 2 code and the like as test input
-    found, stack = [], [(tree, "")]
-    while stack:
-        node, name = stack.pop()
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if documented and node is not tree:
-            name += f".{node.name}"
-        stack += [(child, name) for child in ast.iter_child_nodes(node)]
-        if documented:
-            query, _, passage = (ast.get_docstring(node) or "").partition("\n\n")
-            query, passage = query.split(), passage.split()
-            if len(query) >= 3 and len(passage) >= 15:   # shorter ones ("Returns: bool") say too little
-                found.append((name, " ".join(query), " ".join(passage)))
-    return sorted(found)
-
 def build_docs(folder):
     """ Docstrings of the standard library and of DOCS_PACKAGES (query = first paragraph, passage = the rest) -> folder,
     in the layout of a BEIR set with train.jsonl {query, positive} beside it. A fifth of the source files is held out
@@ -698,3 +676,25 @@ def build_docs(folder):
         write_jsonl(part / "train.jsonl", [{"name": name, "query": query, "positive": passage}
                                            for name, query, passage in train])
     return folder
+
+def docstrings(path):
+    """ one source file -> [(dotted name in the file, first paragraph, the rest)]; [] if it does not parse """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # invalid escape sequences in other people's code
+            tree = ast.parse(Path(path).read_text(encoding="utf-8", errors="ignore"))
+    except (SyntaxError, ValueError, RecursionError):
+        return []   # some packages hold Python 2 code and the like as test input
+    found, stack = [], [(tree, "")]
+    while stack:
+        node, name = stack.pop()
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and node is not tree:
+            name += f".{node.name}"
+        stack += [(child, name) for child in ast.iter_child_nodes(node)]
+        if documented:
+            query, _, passage = (ast.get_docstring(node) or "").partition("\n\n")
+            query, passage = query.split(), passage.split()
+            if len(query) >= 3 and len(passage) >= 15:   # shorter ones ("Returns: bool") say too little
+                found.append((name, " ".join(query), " ".join(passage)))
+    return sorted(found)

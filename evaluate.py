@@ -18,7 +18,7 @@ METRICS.
 What lies below the double line uses these.
 Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
 """
-import argparse, contextlib, json, os, re, statistics, sys, time, zlib
+import argparse, contextlib, itertools, json, os, re, statistics, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -255,12 +255,6 @@ def gather_rows(embeddings, device):
         embeddings[layer] = rows.cpu()
     return embeddings
 
-def own_documents(queries, ids):
-    """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
-    documents, too; a document is no answer to itself. """
-    column = {key: column for column, key in enumerate(ids)}
-    return {row: column[key] for row, key in enumerate(queries) if key in column}
-
 def made_by(model, tokenizer, dtype):
     """ checksum of whatever decides the embedding of a text, for the names of files """
     weights = [zlib.crc32(parameter.detach().cpu().numpy()) for parameter in model.parameters()]
@@ -282,13 +276,11 @@ def load_or_embed(file, widest, texts, embed):
                 np.save(out, embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
 
-def write_run(folder, label, queries, rankings):
-    """ FOLDER/LABEL.run, one line a hit, in the format of trec_eval """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{label}.run", "w") as file:
-        for query, (ranked, values) in zip(queries, rankings):
-            file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
-                            for i, (document, value) in enumerate(zip(ranked, values), start=1))
+def own_documents(queries, ids):
+    """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
+    documents, too; a document is no answer to itself. """
+    column = {key: column for column, key in enumerate(ids)}
+    return {row: column[key] for row, key in enumerate(queries) if key in column}
 
 def search_bm25(collection):
     """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
@@ -317,6 +309,14 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     norm = np.repeat(k1 * (1 - b + b * length / max(length.mean(), 1e-9)), np.diff(tf.indptr))   # of each entry
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
     return count_words(queries) @ tf.T                                                 # (Q, P)
+
+def write_run(folder, label, queries, rankings):
+    """ FOLDER/LABEL.run, one line a hit, in the format of trec_eval """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{label}.run", "w") as file:
+        for query, (ranked, values) in zip(queries, rankings):
+            file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
+                            for i, (document, value) in enumerate(zip(ranked, values), start=1))
 
 # ---- search: ask a folder of texts, at each size ---------------------------------------------------------------------
 def search(model, tokenizer, question, sizes, args, model_folder):
@@ -474,36 +474,6 @@ def print_table(results, title, names):
         label = f"{names.get(size, ''):8}{size_name(size)}" if size != BM25 else "BM25"
         print(f"{label:16}" + "".join(f"{cell(values.get(column)):>{width}}" for column in columns))
 
-def read_results(file):
-    """ a file of evaluate_model -> name of its model, records, {task: per-item values}. Raises for another file """
-    run = json.loads(Path(file).read_text(encoding="utf-8"))
-    records = [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
-               for r in run["results"]]
-    for task, items in run["per_item"].items():
-        n = len(items.get("gold", items.get("ids", [])))                                # pairs or queries
-        for size in [size for size in items if ":" in size and parse_sizes(size)]:
-            for values in items[size].values():
-                assert np.isfinite(np.array(values, float).reshape(n)).all(), f"a value of {task} is no number"
-    return Path(run["model"]).name, records, run["per_item"]
-
-def load_results(spec):
-    """ [LABEL=]FILE[,FILE...] -> label, records, {task: per-item values}, those of several files (say one a size)
-    joined. Raises ValueError for a file that evaluate.py did not write. """
-    label, _, files = spec.rpartition("=")
-    results, per_item = [], {}
-    for file in files.split(","):
-        with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
-            name, records, tasks = read_results(file)
-        label, results = label or name, results + records
-        for task, items in tasks.items():
-            known = per_item.setdefault(task, {})
-            if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
-                raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")
-            if twice := [size for size in items if ":" in size and size in known]:
-                raise ValueError(f"--compare {spec}: two files have {task} at {twice[0]}; leave one of them out")
-            known.update(items)
-    return label, results, per_item
-
 def compare(specs, metrics=()):
     """ One table of several results, the first is the baseline. * marks differences that are significant at 0.05 after
     Bonferroni's correction for the whole table: a paired t-test over queries, for Spearman a bootstrap over sentence
@@ -513,28 +483,28 @@ def compare(specs, metrics=()):
              for per_item in per_items]   # of each file: ["2:32", ...] from small to large, without BM25
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
-    def value(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
-        return per_items[file].get(task, {}).get(sizes[file][i], {}).get(metric)
-    rows = [(task, metric, i) for task in per_items[0] for metric in metrics or ["Spearman", *METRICS]
-            for i in range(len(sizes[0])) if all(value(file, task, metric, i) for file in range(len(specs)))]
+    rows = []   # (task, metric, a size of each file, (n,) values of each file)
+    for task, metric, row in itertools.product(per_items[0], metrics or ["Spearman", *METRICS], zip(*sizes)):
+        values = [per_item.get(task, {}).get(size, {}).get(metric) for per_item, size in zip(per_items, row)]
+        if all(values):
+            rows.append((task, metric, row, values))
     if not rows:
         raise ValueError("--compare: no task and metric is in all files; evaluate on the same data, or see --metrics")
     comparisons = len(rows) * (len(specs) - 1)
     print("".join(f"{text:>22}" for text in ["", *labels]))
-    for task, metric, i in rows:
-        cells, baseline = [f"{task} {metric}"], value(0, task, metric, i)
-        for file, per_item in enumerate(per_items):
-            items = per_item[task]
-            if any(items.get(key) != per_items[0][task].get(key) for key in ("ids", "gold")):
-                raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
-            found = value(file, task, metric, i)
-            mean = spearman(found, items["gold"]) if metric == "Spearman" else np.mean(found)
-            p = 1.0
-            if found != baseline:
-                p = (paired_bootstrap(baseline, found, items["gold"]) if metric == "Spearman" else
-                     scipy.stats.ttest_rel(baseline, found).pvalue)
-            star = "*" if p * comparisons < 0.05 else " "
-            cells.append(f"{sizes[file][i]} {mean:.4f}{star}")
+    for task, metric, row, values in rows:
+        sets = [(per_item[task].get("ids"), per_item[task].get("gold")) for per_item in per_items]
+        if any(other != sets[0] for other in sets):
+            raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
+        cells, baseline, gold = [f"{task} {metric}"], values[0], sets[0][1]
+        for size, found in zip(row, values):
+            if metric == "Spearman":
+                mean = spearman(found, gold)
+                p = 1 if found == baseline else paired_bootstrap(baseline, found, gold)
+            else:
+                mean = np.mean(found)
+                p = 1 if found == baseline else scipy.stats.ttest_rel(baseline, found).pvalue
+            cells.append(f"{size} {mean:.4f}{'*' if p * comparisons < 0.05 else ' '}")
         print("".join(f"{cell:>22}" for cell in cells))
     print(f"* differs from the first file at p < 0.05 / {comparisons} comparisons")
 
@@ -585,6 +555,36 @@ def plot(specs, path, metrics=()):
     axes.margins(0.1, 0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+def load_results(spec):
+    """ [LABEL=]FILE[,FILE...] -> label, records, {task: per-item values}, those of several files (say one a size)
+    joined. Raises ValueError for a file that evaluate.py did not write. """
+    label, _, files = spec.rpartition("=")
+    results, per_item = [], {}
+    for file in files.split(","):
+        with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
+            name, records, tasks = read_results(file)
+        label, results = label or name, results + records
+        for task, items in tasks.items():
+            known = per_item.setdefault(task, {})
+            if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
+                raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")
+            if twice := [size for size in items if ":" in size and size in known]:
+                raise ValueError(f"--compare {spec}: two files have {task} at {twice[0]}; leave one of them out")
+            known.update(items)
+    return label, results, per_item
+
+def read_results(file):
+    """ a file of evaluate_model -> name of its model, records, {task: per-item values}. Raises for another file """
+    run = json.loads(Path(file).read_text(encoding="utf-8"))
+    records = [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
+               for r in run["results"]]
+    for task, items in run["per_item"].items():
+        n = len(items.get("gold", items.get("ids", [])))                                # pairs or queries
+        for size in [size for size in items if ":" in size and parse_sizes(size)]:
+            for values in items[size].values():
+                assert np.isfinite(np.array(values, float).reshape(n)).all(), f"a value of {task} is no number"
+    return Path(run["model"]).name, records, run["per_item"]
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):

@@ -167,32 +167,46 @@ def train_wordpiece(texts, vocab_size):
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
 
 def tokenize(texts, tokenizer, max_length):
-    """ list of B texts -> list of B (T,) integer arrays, [CLS] ... [SEP], T <= max_length """
-    dtype, ids = token_dtype(tokenizer), []
-    for i in range(0, len(texts), 4096):
-        chunk = tokenizer(texts[i:i + 4096], truncation=True, max_length=max_length, return_attention_mask=False,
-                          return_token_type_ids=False)["input_ids"]
-        ids += [np.array(text, dtype=dtype) for text in chunk]
-    return ids
+    """ list of B texts -> list of B (T,) unsigned integers, [CLS] ... [SEP], T <= max_length """
+    return [ids for chunk in chunks(texts, 4096)
+            for ids in token_ids(chunk, tokenizer, truncation=True, max_length=max_length)]
+
+def tokenize_documents(texts, tokenizer):
+    """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0 """
+    for chunk in chunks(texts, 1024):
+        yield from filter(len, token_ids(chunk, tokenizer, add_special_tokens=False, verbose=False))
+
+def token_ids(texts, tokenizer, **flags):
+    """ list of strings -> list of (T,) unsigned integers """
+    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **flags)["input_ids"]
+    dtype = token_dtype(tokenizer)
+    return [np.array(text, dtype) for text in ids]
+
+def token_dtype(tokenizer):
+    """ the smallest unsigned integers that hold an id; 12 M passages of MS MARCO take 2 GB with 16 bits """
+    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+
+def chunks(items, size):
+    """ yields the items as lists of `size`, the last maybe shorter """
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 def tokenize_pairs(rows, tokenizer, query_max_length, passage_max_length):
     """ rows of load_pairs -> Pairs; rows without a query or a positive are left out, and their number is printed. Only
     one chunk of strings is in memory. """
-    pairs, stream = Pairs([], [], [], []), iter(rows)
-    bar = progress(total=len(rows), desc="tokenising pairs", unit=" rows")
-    while chunk := list(itertools.islice(stream, 4096)):
-        bar.update(len(chunk))
+    pairs = Pairs([], [], [], [])
+    for chunk in chunks(progress(rows, desc="tokenising pairs", unit=" rows"), 4096):
         chunk = [row for row in chunk if row[0].strip() and row[1]]
         texts = [text for _, positives, negatives, _ in chunk for text in positives + negatives]
         queries = tokenize([query for query, *_ in chunk], tokenizer, query_max_length)
         passages = iter(tokenize(texts, tokenizer, passage_max_length))
         for query, (_, positives, negatives, gold) in zip(queries, chunk):
             pairs.queries.append(query)
-            if gold is not None:
-                pairs.gold.append(gold)
             pairs.positives.append([next(passages) for _ in positives])
             pairs.negatives.append([next(passages) for _ in negatives])
-    bar.close()
+            if gold is not None:
+                pairs.gold.append(gold)
     if not pairs.queries:
         raise ValueError("--train_pairs: not a single row has a query and a positive; fill these columns")
     if left_out := len(rows) - len(pairs.queries):
@@ -207,23 +221,31 @@ def checksum(pairs):
             found = zlib.crc32(text.tobytes(), found)
     return zlib.crc32(repr(pairs.gold).encode(), found)
 
+def token_file(source, tokenizer, columns=()):
+    """ --train_text -> TokenFile. Tokenises once; found again by source, columns, tokenizer, and the path, size and
+    date of each of its local files. A set of the hub is found by its name: it is taken to stay as it is. """
+    path = docs_folder() if source == "docs" else Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
+    files = [file for file in sorted({path, *path.rglob("*"), *map(Path, glob.glob(source))}) if file.is_file()]
+    about = [source, *columns, about_tokenizer(tokenizer),
+             [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
+    folder = CACHE / f"tokens-{zlib.crc32(json.dumps(about).encode()):08x}"
+    if not folder.exists():
+        with atomic_write(folder) as part:
+            part.mkdir()
+            lengths, documents = [], tokenize_documents(load_texts(source, columns=columns), tokenizer)
+            with open(part / "tokens.bin", "wb") as file:
+                for tokens in progress(documents, desc="tokenising", unit=" documents"):
+                    tokens.tofile(file)
+                    lengths.append(len(tokens))
+            if len(lengths) < 2:
+                raise ValueError(f"--train_text {source} holds {len(lengths)} documents with text; give two or more")
+            np.save(part / "ends.npy", np.cumsum(lengths))
+    return TokenFile(folder, token_dtype(tokenizer))
+
 def about_tokenizer(tokenizer):
     """ what decides the ids of a text: the vocabulary, and what is done to a text before, lower-casing for example """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)   # None if not of Rust
     return [sorted(tokenizer.get_vocab().items()), str(normalizer)]
-
-def token_dtype(tokenizer):
-    """ the smallest unsigned integers that hold an id; 12 M passages of MS MARCO take 2 GB with 16 bits """
-    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-
-def tokenize_documents(texts, tokenizer):
-    """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0 """
-    texts = iter(texts)
-    while chunk := list(itertools.islice(texts, 1024)):
-        for ids in tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                             verbose=False)["input_ids"]:
-            if ids:
-                yield np.array(ids, token_dtype(tokenizer))
 
 class TokenFile:
     """ tokenised documents in one memory-mapped file: it may be larger than memory """
@@ -234,35 +256,11 @@ class TokenFile:
             self.tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
             assert len(self.tokens) == self.ends[-1]
         except (FileNotFoundError, EOFError, ValueError, AssertionError):
-            raise ValueError(f"{folder}: holds no whole tokens.bin and ends.npy; delete the folder, it will be made "
-                             "again") from None
+            raise ValueError(f"{folder}: no whole tokens.bin, ends.npy; delete the folder, to make it again") from None
     def __len__(self):
         return len(self.ends)
     def __getitem__(self, i):
         return np.asarray(self.tokens[self.ends[i - 1] if i else 0:self.ends[i]])
-
-def token_file(source, tokenizer, columns=()):
-    """ --train_text -> TokenFile. Tokenises once; found again by source, columns, tokenizer, and the path, size and
-    date of each of its local files. A set of the hub is found by its name: it is taken to stay as it is. """
-    path = docs_folder() if source == "docs" else Path(source)
-    if not path.exists():
-        path = Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
-    files = [file for file in sorted({path, *path.rglob("*"), *map(Path, glob.glob(source))}) if file.is_file()]
-    about = [source, *columns, about_tokenizer(tokenizer),
-             [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
-    folder = CACHE / f"tokens-{zlib.crc32(json.dumps(about).encode()):08x}"
-    if not folder.exists():
-        with atomic_write(folder) as part:
-            part.mkdir()
-            ends, documents = [0], tokenize_documents(load_texts(source, columns=columns), tokenizer)
-            with open(part / "tokens.bin", "wb") as file:
-                for tokens in progress(documents, desc="tokenising", unit=" documents"):
-                    tokens.tofile(file)
-                    ends.append(ends[-1] + len(tokens))
-            if len(ends) < 3:
-                raise ValueError(f"--train_text {source} holds {len(ends) - 1} documents with text; give two or more")
-            np.save(part / "ends.npy", np.array(ends[1:]))
-    return TokenFile(folder, token_dtype(tokenizer))
 
 @contextlib.contextmanager
 def atomic_write(path):
@@ -290,25 +288,21 @@ def atomic_write(path):
 COLUMNS = {"query": ["query", "anchor", "sentence1"], "positive": ["positive", "positive_passages", "sentence2"],
            "negative": ["negative", "negatives", "negative_passages"], "text": ["text"],
            "sentence1": ["sentence1"], "sentence2": ["sentence2"], "score": ["score"]}
-STS_COLUMNS = ["sentence1", "sentence2", "score"]   # the two texts, then the gold score
-QRELS_COLUMNS = ["query-id", "corpus-id", "score"]  # a BEIR set has these, and _id, text, maybe title for its texts
 LOCAL = re.compile(r"\.(txt|jsonl|csv|tsv)(\.gz)?$")
 
 def load_pairs(source, columns=()):
     """ One of --train_pairs -> Rows of (query, [positive, ...], [negative, ...], gold). Negatives may be empty; gold is
     a number where the columns are sentence1, sentence2 and score, else None. columns: see find_columns.
-    source: "docs", a .jsonl/.csv/.tsv/.parquet file (.gz or not, but for parquet), or a name for load_table such as
-    sentence-transformers/all-nli:triplet or Tevatron/msmarco-passage. Raises ValueError for a source that it cannot
-    read; for a cell that it cannot read, when it comes to that row. """
+    source: "docs", a .jsonl/.csv/.tsv/.parquet file, or a name for load_table: sentence-transformers/all-nli:triplet.
+    Raises ValueError for a source that it cannot read; for a cell, when it comes to that row. """
     path = str(docs_folder() / "train.jsonl") if source == "docs" else source
     if LOCAL.search(path):
-        numbered = list(read_rows(path))
-        numbers, rows, unit = [number for number, _ in numbered], [row for _, row in numbered], "line"
-        present = list(dict.fromkeys(column for row in rows for column in row))   # a row of a .jsonl may lack some
+        rows, unit = list(read_rows(path)), "line"
+        present = list(dict.fromkeys(column for _, row in rows for column in row))   # a row of a .jsonl may lack some
     else:
-        rows = load_table(source, f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file")
-        numbers, present, unit = range(1, len(rows) + 1), rows.column_names, "row"
-    if not len(rows):
+        table, unit = load_table(source, f"--train_pairs {source}: neither a .jsonl/.csv/.tsv/.parquet file"), "row"
+        rows, present = Rows(len(table), lambda: enumerate(table, start=1)), table.column_names
+    if not rows:
         raise ValueError(f"--train_pairs {source} holds no pairs; give a file with at least one row")
     found = find_columns(source, present, [kind for kind in COLUMNS if kind != "text"], columns)
     if not found["query"] or not found["positive"]:
@@ -318,42 +312,39 @@ def load_pairs(source, columns=()):
     named = any(item.startswith(("sentence", "score=")) for item in columns)
     scored = found["score"] and (named or found["sentence1"] and found["sentence2"])
     query = found["query"][0]
+    def texts(row, kind, where):
+        return [text for column in found[kind] for text in as_texts(row.get(column), f"{where} {column}")]
     def make():
-        for number, row in zip(numbers, rows):
+        for number, row in rows:
             where = f"{source}, {unit} {number}:"
-            positives, negatives = ([text for column in found[kind]
-                                     for text in as_texts(row.get(column), f"{where} {column}")]
-                                    for kind in ("positive", "negative"))
             gold = as_score(row.get(found["score"][0]), f"{where} the score") if scored else None
-            yield as_text(row.get(query), f"{where} {query}"), positives, negatives, gold
+            query_text = as_text(row.get(query), f"{where} {query}")
+            yield query_text, texts(row, "positive", where), texts(row, "negative", where), gold
     return Rows(len(rows), make)
 
 def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
-    """ --train_text -> yields documents (strings): "docs" (its training part), a .txt file (a line is a document), a
-    file with a column "text", or a name for load_table such as HuggingFaceFW/fineweb:sample-100BT. columns: see
-    find_columns. streaming reads parquet and hub sets as they arrive; each of world_size ranks takes files of its own.
-    Raises ValueError. """
-    unit = "line" if LOCAL.search(source) else "row"
-    if source == "docs" and not streaming:
-        rows = read_rows(docs_folder() / "train.jsonl")
-        numbered = ((number, {"text": f"{row['query']} {row['positive']}"}) for number, row in rows)
-    elif unit == "row" and source != "docs":
-        rows = load_table(source, f"--train_text {source}: neither a .txt/.jsonl/.csv/.tsv/.parquet file", streaming)
+    """ --train_text -> yields documents (strings): those of "docs" (its training part), a line of a .txt file each, the
+    column "text" of another file or of a name for load_table such as HuggingFaceFW/fineweb:sample-100BT.
+    streaming reads tables as they arrive, each of world_size ranks files of its own. columns: see find_columns. """
+    local = source == "docs" or LOCAL.search(source)
+    if streaming and local:
+        raise ValueError(f"--streaming with {source}: is for .parquet files and hub sets; leave it out")
+    if source == "docs":
+        rows = ((number, {"text": f"{row['query']} {row['positive']}"})
+                for number, row in read_rows(docs_folder() / "train.jsonl"))
+    elif local:
+        rows = read_rows(source)
+    else:
+        table = load_table(source, f"--train_text {source}: neither a .txt/.jsonl/.csv/.tsv/.parquet file", streaming)
         if streaming:
             from datasets.distributed import split_dataset_by_node
-            rows = split_dataset_by_node(rows, rank, world_size)
-        numbered = enumerate(rows, start=1)
-    elif streaming:
-        raise ValueError(f"--streaming with {source}: is for .parquet files and hub sets; leave it out, the file is "
-                         "tokenised once, line by line, whatever its size")
-    else:
-        numbered = read_rows(source)
-    for number, row in numbered:
-        where = f"{source}, {unit} {number}"
+            table = split_dataset_by_node(table, rank, world_size)
+        rows = enumerate(table, start=1)
+    for number, row in rows:
+        where = f"{source}, {'line' if local else 'row'} {number}"
         found = find_columns(where, row, ["text"], columns)["text"]
         if not found:
-            raise ValueError(f"{where}: has the columns {', '.join(row)}; it needs text; say which of yours that is: "
-                             "--columns text=COLUMN")
+            raise ValueError(f"{where}: has the columns {', '.join(row)}; it needs text, or --columns text=COLUMN")
         yield as_text(row[found[0]], f"{where}: {found[0]}")
 
 def find_columns(where, columns, kinds, given):
@@ -372,9 +363,8 @@ def find_columns(where, columns, kinds, given):
             for kind, names in named.items()}
 
 def load_table(source, error_start, streaming=False):
-    """ A .parquet file, or NAME[:CONFIG][:SPLIT] of the hub or of a local folder with the same layout (by default the
-    split "train") -> rows with named columns. Raises ValueError. error_start begins its message and says which other
-    sources there are: "--sts x: neither one of sts12, ..., nor a .csv file"; ", nor a data set that ..." follows. """
+    """ A .parquet file, or NAME[:CONFIG][:SPLIT], by default the split "train", of the hub or of a folder with the
+    same layout -> rows with named columns. Raises ValueError that begins with error_start: "--sts x: neither ...". """
     import datasets   # imported here, because that takes 0.7 s and local files do without
     try:
         if source.endswith(".parquet"):
@@ -406,23 +396,22 @@ def task_name(name):
 
 def load_sts(name):
     """ A name in STS (its test split, from the hub) or a file {sentence1, sentence2, score} -> task, first sentences,
-    second sentences, (pairs,) gold scores. Raises ValueError naming file and line for what is missing or no text or
-    no number. """
+    second sentences, (pairs,) gold scores. Raises ValueError that names file and line. """
     if LOCAL.search(name):
         rows = read_rows(name)
     else:
         error_start = f"--sts {name}: neither one of {', '.join(STS)}, nor a .jsonl, .csv or .tsv file (.gz or not)"
         rows = enumerate(load_table(f"{STS.get(name, name)}::test", error_start), start=1)
-    pairs = []
+    first, second, gold = [], [], []
     for line, row in rows:
         where = f"{name}, line {line}:"
-        if set(STS_COLUMNS) - set(row):
-            raise ValueError(f"{where} has the columns {', '.join(row)}; needs {', '.join(STS_COLUMNS)}")
-        first, second = (as_text(row[column], f"{where} {column}") for column in STS_COLUMNS[:2])
-        pairs.append((first, second, as_score(row["score"], f"{where} the score")))
-    if len(pairs) < 2:
-        raise ValueError(f"{name}: {len(pairs)} pairs; a correlation needs two or more")
-    first, second, gold = zip(*pairs)
+        if not {"sentence1", "sentence2", "score"} <= set(row):
+            raise ValueError(f"{where} has the columns {', '.join(row)}; it needs sentence1, sentence2 and score")
+        first.append(as_text(row["sentence1"], f"{where} sentence1"))
+        second.append(as_text(row["sentence2"], f"{where} sentence2"))
+        gold.append(as_score(row["score"], f"{where} the score"))
+    if len(gold) < 2:
+        raise ValueError(f"{name}: {len(gold)} pairs; a correlation needs two or more")
     if len(set(gold)) < 2:
         raise ValueError(f"{name}: every score is {gold[0]}; a correlation needs two different ones")
     return task_name(name), first, second, np.array(gold)
@@ -443,8 +432,7 @@ class Collection:
         for line, row in judgements:
             where = f"{self.qrels_file}, line {line}"
             try:
-                query, document, grade = (row[column] for column in QRELS_COLUMNS)
-                query, document, grade = str(query), str(document), float(grade)
+                query, document, grade = str(row["query-id"]), str(row["corpus-id"]), float(row["score"])
                 assert grade.is_integer()
             except (KeyError, TypeError, ValueError, AssertionError):
                 raise ValueError(f"{where}: needs the columns query-id, corpus-id and score (a whole number)") from None
@@ -464,13 +452,11 @@ class Collection:
             source = f"BeIR/{hub_name}"
             rows = load_table(source, f"--retrieval {self.name}: neither docs, nor a folder in BEIR layout")
             return source, enumerate(rows, start=2)
-        path = self.folder / file
-        if not path.exists() and Path(f"{path}.gz").exists():
-            path = Path(f"{path}.gz")
-        if not path.exists():
-            raise ValueError(f"{self.folder} has no {file}; it needs corpus.jsonl, queries.jsonl and qrels/test.tsv; "
-                             "finetune_srl.py also qrels/dev.tsv, or --eval_interval 0")
-        return path, read_rows(path)
+        for path in (self.folder / file, self.folder / f"{file}.gz"):
+            if path.exists():
+                return path, read_rows(path)
+        raise ValueError(f"{self.folder} has no {file}; it needs corpus.jsonl, queries.jsonl and qrels/test.tsv; "
+                         "finetune_srl.py also qrels/dev.tsv, or --eval_interval 0")
 
     def texts(self, stem):
         """ yields (id, text) of the "corpus", where the title is part of the text, or of the "queries" """
@@ -491,8 +477,7 @@ class Collection:
     def shards(self):
         """ yields ([id], [title + text]) of SHARD documents at a time; raises at the end if a judged one is missing """
         missing = dict(self.lines)
-        rows = self.texts("corpus")
-        while shard := list(itertools.islice(rows, SHARD)):
+        for shard in chunks(self.texts("corpus"), SHARD):
             ids, texts = map(list, zip(*shard))
             for key in ids:
                 missing.pop(key, None)
@@ -520,10 +505,9 @@ def write_beir(folder, corpus, queries, qrels):
 def hold_out(rows, n):
     """ rows as of load_pairs -> Rows to train on, the folder of a test set: n of the pairs, drawn at random; its corpus
     is their positives. A row that holds a query of the test set, whatever its case and punctuation, is not trained on.
-    A passage of the test set may be: a new question may have a known answer. Raises ValueError if fewer than two pairs
-    are left on one side. """
-    usable = {i for i, (query, positives, *_) in enumerate(rows) if query.strip() and positives}
-    drawn = set(np.random.default_rng(0).permutation(sorted(usable))[:n].tolist())
+    A passage of the test set may be: a new question may have a known answer. """
+    usable = [i for i, (query, positives, *_) in enumerate(rows) if query.strip() and positives]
+    drawn = set(np.random.default_rng(0).permutation(usable)[:n].tolist())
     pairs = [(query, text, gold) for i, (query, positives, _, gold) in enumerate(rows) if i in drawn
              for text in positives]
     if any(gold is not None for *_, gold in pairs):
@@ -531,16 +515,16 @@ def hold_out(rows, n):
     queries, corpus = {fold(query): query for query, *_ in pairs}, {fold(text): text for _, text, _ in pairs}
     kept = {i for i, (query, positives, *_) in enumerate(rows)
             if not {fold(query), *map(fold, positives)} & queries.keys()}
-    if min(n, len(kept & usable)) < 2:
-        raise ValueError(f"--hold_out {n}: leaves {len(kept & usable)} of {len(usable)} pairs to train on; both sides "
-                         "need two or more")
+    left = len(kept.intersection(usable))
+    if min(n, left) < 2:
+        raise ValueError(f"--hold_out {n}: leaves {left} of {len(usable)} pairs to train on; both sides need 2 or more")
     ids = {key: i for i, key in enumerate(queries | corpus)}
     folder = CACHE / f"held-out-{zlib.crc32(repr([queries, corpus]).encode()):08x}"
     with atomic_write(folder) as part:
         write_beir(part, [{"_id": f"d{ids[key]}", "text": text} for key, text in corpus.items()],
                    [{"_id": f"q{ids[key]}", "text": text} for key, text in queries.items()],
                    {"test": dict.fromkeys((f"q{ids[fold(query)]}", f"d{ids[fold(text)]}") for query, text, _ in pairs)})
-    print(f"--hold_out: {len(drawn):,} pairs to test on, {len(kept & usable):,} of the others to train on")
+    print(f"--hold_out: {len(drawn):,} pairs to test on, {left:,} of the others to train on")
     return Rows(len(kept), lambda: (row for i, row in enumerate(rows) if i in kept)), folder
 
 def load_passages(source):
@@ -657,49 +641,30 @@ def docs_folder():
     folder = CACHE / f"docs-{zlib.crc32(versions.encode()):08x}"
     return folder if folder.exists() else build_docs(folder)
 
-def docstrings(path):
-    """ one source file -> [(dotted name in the file, first paragraph, the rest)]; [] if it does not parse """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # invalid escape sequences in other people's code
-            tree = ast.parse(Path(path).read_text(encoding="utf-8", errors="ignore"))
-    except (SyntaxError, ValueError, RecursionError):
-        return []   # some packages hold Python 2 code and the like as test input
-    found, stack = [], [(tree, "")]
-    while stack:
-        node, prefix = stack.pop()
-        for child in ast.iter_child_nodes(node):
-            named = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            stack.append((child, f"{prefix}.{child.name}" if named else prefix))
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            query, _, passage = (ast.get_docstring(node) or "").partition("\n\n")
-            query, passage = " ".join(query.split()), " ".join(passage.split())
-            if len(query.split()) >= 3 and len(passage.split()) >= 15:   # shorter ones ("Returns: bool") say too little
-                found.append((prefix, query, passage))
-    return sorted(found)
-
 def build_docs(folder):
     """ Docstrings of the standard library and of DOCS_PACKAGES (query = first paragraph, passage = the rest) -> folder,
-    in the layout of a BEIR set: train.jsonl {query, positive} to train on; corpus.jsonl, queries.jsonl, qrels/test.tsv
-    (1,000 queries) and qrels/dev.tsv (500). A fifth of the source files is held out whole for corpus and queries; a
-    text that occurs in both parts stays in the held-out part only. Deterministic for given package versions. """
+    in the layout of a BEIR set with train.jsonl {query, positive} beside it. A fifth of the source files is held out
+    whole, for the corpus, 1,000 test and 500 dev queries; a text that occurs in both parts stays in the held-out part
+    only. Deterministic for given package versions. """
     roots = [Path(sysconfig.get_path("stdlib"))]
     roots += [Path(importlib.util.find_spec(package).origin).parent for package in DOCS_PACKAGES]
     # Installed packages lie below the standard library but are not part of it; tests hold much code and little prose.
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     files = [(f"{root.name}/{path.relative_to(root).as_posix()}", path)
              for root in roots for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
+    def is_held_out(file):
+        return zlib.crc32(file.encode()) % 5 == 0
+    files.sort(key=lambda file: not is_held_out(file[0]))   # held-out files first: they keep shared texts
     with ProcessPoolExecutor() as pool:
         found = list(progress(pool.map(docstrings, [path for _, path in files], chunksize=16), total=len(files),
                               unit=" files", desc="docs: reading the docstrings of this machine's Python packages"))
-    held_out = [zlib.crc32(name.encode()) % 5 == 0 for name, _ in files]
     seen, train, corpus = set(), [], []
-    for i in sorted(range(len(files)), key=lambda i: not held_out[i]):   # held-out files first: they keep shared texts
-        module = re.sub(r"(/__init__)?\.py$", "", files[i][0]).replace("/", ".")
-        for name, query, passage in found[i]:
+    for (file, _), texts in zip(files, found):
+        module, part = re.sub(r"(/__init__)?\.py$", "", file).replace("/", "."), corpus if is_held_out(file) else train
+        for name, query, passage in texts:
             keys = {fold(query), fold(passage)}
             if not keys & seen:
-                (corpus if held_out[i] else train).append((module + name, query, passage))
+                part.append((module + name, query, passage))
             seen |= keys
     order = np.random.default_rng(0).permutation(len(corpus)).tolist()
     test, dev = order[:1000], order[1000:1500]
@@ -711,3 +676,25 @@ def build_docs(folder):
         write_jsonl(part / "train.jsonl", [{"name": name, "query": query, "positive": passage}
                                            for name, query, passage in train])
     return folder
+
+def docstrings(path):
+    """ one source file -> [(dotted name in the file, first paragraph, the rest)]; [] if it does not parse """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # invalid escape sequences in other people's code
+            tree = ast.parse(Path(path).read_text(encoding="utf-8", errors="ignore"))
+    except (SyntaxError, ValueError, RecursionError):
+        return []   # some packages hold Python 2 code and the like as test input
+    found, stack = [], [(tree, "")]
+    while stack:
+        node, name = stack.pop()
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and node is not tree:
+            name += f".{node.name}"
+        stack += [(child, name) for child in ast.iter_child_nodes(node)]
+        if documented:
+            query, _, passage = (ast.get_docstring(node) or "").partition("\n\n")
+            query, passage = query.split(), passage.split()
+            if len(query) >= 3 and len(passage) >= 15:   # shorter ones ("Returns: bool") say too little
+                found.append((name, " ".join(query), " ".join(passage)))
+    return sorted(found)

@@ -18,7 +18,7 @@ METRICS.
 What lies below the double line uses these.
 Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
 """
-import argparse, json, os, re, statistics, sys, time, zlib
+import argparse, contextlib, itertools, json, os, re, statistics, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -198,9 +198,8 @@ def best_documents(scores, docs, doc_ids):
 # ---- all tasks at all sizes: what main calls for every model ---------------------------------------------------------
 def evaluate_model(name, model, tokenizer, sizes, args):
     """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one.
-    "results" has one record a value, {"task", "metric", "layer", "dim", "value", "n"}; BM25 has layer and dim null.
-    "per_item" is for --compare: per_item[task][size][metric] has one value a query, or one cosine a sentence pair;
-    per_item[task] also has the queries' "ids" or the pairs' "gold". """
+    "results" has a record of each value, see record. per_item[task][size][metric], for --compare, has one value a query
+    or one cosine a sentence pair; per_item[task] also has the queries' "ids" or the pairs' "gold". """
     start = time.time()
     if args.grid:
         dims = sorted({dim for _, dim in sizes})
@@ -221,9 +220,8 @@ def evaluate_model(name, model, tokenizer, sizes, args):
         records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
         results += records
     if len(args.sts) > 1:
-        for size in sizes:
-            values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]
-            results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(args.sts)))
+        for size, values in by_size(results).items():
+            results.append(record("mean of STS", "Spearman", size, statistics.fmean(values.values()), len(args.sts)))
     for task in args.retrieval or ([] if args.sts else ["docs"]):
         records, per_item[data.task_name(task)] = retrieval(
             model, tokenizer, task, sizes, args.dtype, args.batch_tokens, args.embeddings_dir, args.save_run)
@@ -241,19 +239,21 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     print_table(results, title, named_sizes(model.config))
     return [str(out)] if out else []
 
+def by_size(results):
+    """ records -> {(layer, dim): {(task, metric): value}} """
+    found = {}
+    for r in results:
+        found.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
+    return found
+
 # ---- for embed_ids and retrieval: ranks, files of embeddings and of runs, BM25 ---------------------------------------
 def gather_rows(embeddings, device):
     """ {layer: (B, C)}, 0 in the rows of other ranks -> all rows on every rank: a sum that gathers """
-    gathered = {layer: rows.to(device) for layer, rows in embeddings.items()}
-    for rows in gathered.values():
+    for layer, rows in embeddings.items():
+        rows = rows.to(device)
         dist.all_reduce(rows)
-    return {layer: rows.cpu() for layer, rows in gathered.items()}
-
-def own_documents(queries, ids):
-    """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
-    documents, too; a document is no answer to itself. """
-    column = {key: column for column, key in enumerate(ids)}
-    return {row: column[key] for row, key in enumerate(queries) if key in column}
+        embeddings[layer] = rows.cpu()
+    return embeddings
 
 def made_by(model, tokenizer, dtype):
     """ checksum of whatever decides the embedding of a text, for the names of files """
@@ -272,21 +272,15 @@ def load_or_embed(file, widest, texts, embed):
                     for layer, path in files.items())
     if not whole:
         for layer, embeddings in embed(texts).items():                                 # (P, C)
-            write_array(files[layer], embeddings[:, :widest[layer]].numpy())
+            with data.atomic_write(files[layer]) as part, open(part, "wb") as out:
+                np.save(out, embeddings[:, :widest[layer]].numpy())
     return {layer: torch.from_numpy(np.load(path)) for layer, path in files.items()}
 
-def write_run(folder, label, queries, rankings):
-    """ FOLDER/LABEL.run, one line a hit, in the format of trec_eval """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{label}.run", "w") as file:
-        for query, (ranked, values) in zip(queries, rankings):
-            file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
-                            for i, (document, value) in enumerate(zip(ranked, values), start=1))
-
-def write_array(path, array):
-    """ a .npy file, never half of one """
-    with data.atomic_write(path) as part, open(part, "wb") as file:
-        np.save(file, array)
+def own_documents(queries, ids):
+    """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
+    documents, too; a document is no answer to itself. """
+    column = {key: column for column, key in enumerate(ids)}
+    return {row: column[key] for row, key in enumerate(queries) if key in column}
 
 def search_bm25(collection):
     """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
@@ -316,11 +310,18 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
     return count_words(queries) @ tf.T                                                 # (Q, P)
 
+def write_run(folder, label, queries, rankings):
+    """ FOLDER/LABEL.run, one line a hit, in the format of trec_eval """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{label}.run", "w") as file:
+        for query, (ranked, values) in zip(queries, rankings):
+            file.writelines(f"{query} Q0 {document} {i} {value:.9g} {label}\n"
+                            for i, (document, value) in enumerate(zip(ranked, values), start=1))
+
 # ---- search: ask a folder of texts, at each size ---------------------------------------------------------------------
 def search(model, tokenizer, question, sizes, args, model_folder):
-    """ Print the 5 passages of --texts that answer a question best, at each size, and those of the funnel where there
-    are several. Without a question ask for some. The passages' embeddings are kept in the model's folder until the
-    model or the passages change. """
+    """ Print the 5 passages of --texts that answer a question best, at each size and, of several, by the funnel.
+    Without a question ask for some. Embeddings stay in the model's folder until the model or the passages change. """
     passages, widest = data.load_passages(args.texts), widest_dims(sizes)
     texts = [text for _, text in passages]
     def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
@@ -332,10 +333,10 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     embeddings = load_or_embed(index, widest, texts, embed)                                   # {layer: (P, D)}
     similarity = model.config.similarity
     vectors = {(layer, dim): shorten(embeddings[layer], dim, similarity) for layer, dim in sizes}   # (P, D) each
+    ways = [(size,) for size in sizes]
+    if len(sizes) > 1:
+        ways.append((sizes[0], sizes[-1]))                                                    # the funnel
     for question in [question] if question else ask():
-        ways = [(size,) for size in sizes]
-        if len(sizes) > 1:
-            ways.append((sizes[0], sizes[-1]))                                                # the funnel
         for way in ways:
             start = time.perf_counter()
             queries = embed([data.as_text(question, "--search")], [layer for layer, _ in way])
@@ -360,11 +361,9 @@ def funnel(queries, passages, k, shortlist=100):
 
 def ask():
     """ yields what the user types, until an empty line """
-    try:
+    with contextlib.suppress(EOFError):
         while question := input("\nquestion (an empty line ends): ").strip():
             yield question
-    except EOFError:
-        pass
 
 # ---- handing over: a size as a folder of its own ---------------------------------------------------------------------
 def export(model, tokenizer, name, args):
@@ -385,8 +384,8 @@ def export(model, tokenizer, name, args):
     trained = model.config.sizes or ((model.config.num_hidden_layers, model.config.hidden_size),)
     for size, folder in zip(sizes, folders):
         if size not in trained:
-            print(f"warning: {name} has the sizes {', '.join(map(size_name, trained))}; {size_name(size)} may be worse",
-                  file=sys.stderr)
+            known = ", ".join(map(size_name, trained))
+            print(f"warning: {name} has the sizes {known}; {size_name(size)} may be worse", file=sys.stderr)
         save_pretrained(cut(smaller, size), small_tokenizer, folder)
         megabytes = (folder / "model.safetensors").stat().st_size / 1e6
         print(f"{size_name(size)} is in {folder}: {megabytes:.1f} MB of float32")
@@ -402,6 +401,7 @@ MADE_HERE = "<!-- written by evaluate.py, which replaces this file as long as th
 def write_card(folder, source):
     """ FOLDER/README.md, a model card as the hub reads it; one that the user wrote stays. source: the run's folder, for
     what the model was trained on, and for the results where the exported folder has none of its own. """
+    from huggingface_hub import EvalResult, ModelCardData   # imported here, because few commands write a card
     card, config, trained = folder / "README.md", read_json(folder / "config.json"), read_json(source / "args.json")
     if card.exists() and MADE_HERE not in card.read_text(encoding="utf-8"):
         return print(f"{card} stays as it is, because evaluate.py did not write it")
@@ -415,19 +415,17 @@ def write_card(folder, source):
     columns = list(table[sizes[-1]])
     rows = [columns, ["---"] * len(columns)] + [[row.get(column, "") for column in columns] for row in table.values()]
     def of_the_hub(names):   # NAME:CONFIG -> NAME; the hub rejects a card with names that are not its own
-        return list(dict.fromkeys(name.split(":")[0] for name in names if name in trained.get("from_hub", [])))
-    about = {
-        "library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],
-        "base_model": of_the_hub([trained.get("init_from", "")]),
-        "datasets": of_the_hub(trained.get("train_pairs", [])),
-        "model-index": [{"name": name, "results": [
-            {"task": {"type": "sentence-similarity"}, "dataset": {"name": r["task"], "type": r["task"]}, "metrics": [
-                {"type": r["metric"], "name": f"{r['metric']} at {r['layer']}:{r['dim']}", "value": r["value"]}]}
-            for r in results]}] if results else []}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in about.items() if value), "---", MADE_HERE, "",
-             f"# {name}", "", "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at "
-             f"several sizes. Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
+        return list(dict.fromkeys(n.split(":")[0] for n in names if n in trained.get("from_hub", []))) or None
+    shown = [EvalResult("sentence-similarity", r["task"], r["task"], r["metric"], r["value"],
+                        metric_name=f"{r['metric']} at {r['layer']}:{r['dim']}") for r in results]
+    about = ModelCardData(
+        library_name="sentence-transformers", pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],
+        base_model=of_the_hub([trained.get("init_from", "")]), datasets=of_the_hub(trained.get("train_pairs", [])),
+        model_name=name if shown else None, eval_results=shown or None)
+    lines = ["---", about.to_yaml(), "---", MADE_HERE, "", f"# {name}", "",
+             "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at several sizes. "
+             f"Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
              *(f"| {' | '.join(row)} |" for row in rows), "",
              "```python", "from sentence_transformers import SentenceTransformer", "",
              f'model = SentenceTransformer("{name}")   # the path of this folder, or OWNER/NAME on the hub',
@@ -466,48 +464,15 @@ def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
 def print_table(results, title, names):
     """ one line a size, one column a value; names {size: name} """
     columns = list(dict.fromkeys((r["task"], r["metric"]) for r in results))
-    rows = {}
-    for r in results:
-        rows.setdefault((r["layer"], r["dim"]), {})[r["task"], r["metric"]] = r["value"]
     width = max([10] + [len(task) for task, _ in columns]) + 2
     def cell(v):
         return "" if v is None else f"{v:.4f}" if v < 2 else f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
     print(f"\n{title}")
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
-    for size, values in rows.items():
+    for size, values in by_size(results).items():
         label = f"{names.get(size, ''):8}{size_name(size)}" if size != BM25 else "BM25"
         print(f"{label:16}" + "".join(f"{cell(values.get(column)):>{width}}" for column in columns))
-
-def read_results(file):
-    """ a file of evaluate_model -> name of its model, records, {task: per-item values}. Raises for another file """
-    run = json.loads(Path(file).read_text(encoding="utf-8"))
-    records = [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
-               for r in run["results"]]
-    for task, items in run["per_item"].items():
-        n = len(items.get("gold", items.get("ids", [])))                                # pairs or queries
-        for size in [size for size in items if ":" in size and parse_sizes(size)]:
-            for values in items[size].values():
-                assert np.isfinite(np.array(values, float).reshape(n)).all(), f"a value of {task} is no number"
-    return Path(run["model"]).name, records, run["per_item"]
-
-def load_results(spec):
-    """ [LABEL=]FILE[,FILE...] -> label, records, {task: per-item values}, those of several files (say one a size)
-    joined. Raises ValueError for a file that evaluate.py did not write. """
-    label, _, files = spec.rpartition("=")
-    results, per_item = [], {}
-    for file in files.split(","):
-        with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
-            name, records, tasks = read_results(file)
-        label, results = label or name, results + records
-        for task, items in tasks.items():
-            known = per_item.setdefault(task, {})
-            if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
-                raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")
-            if twice := [size for size in items if ":" in size and size in known]:
-                raise ValueError(f"--compare {spec}: two files have {task} at {twice[0]}; leave one of them out")
-            known.update(items)
-    return label, results, per_item
 
 def compare(specs, metrics=()):
     """ One table of several results, the first is the baseline. * marks differences that are significant at 0.05 after
@@ -518,32 +483,30 @@ def compare(specs, metrics=()):
              for per_item in per_items]   # of each file: ["2:32", ...] from small to large, without BM25
     if len(set(map(len, sizes))) > 1:
         raise ValueError(f"--compare: {', '.join(str(len(s)) for s in sizes)} sizes; evaluate all at as many --sizes")
-    def value(file, task, metric, i):   # (n,) of the i-th size; None if the file has none
-        return per_items[file].get(task, {}).get(sizes[file][i], {}).get(metric)
-    rows = [(task, metric, i) for task in per_items[0] for metric in metrics or ["Spearman", *METRICS]
-            for i in range(len(sizes[0])) if all(value(file, task, metric, i) for file in range(len(specs)))]
+    rows = []   # (task, metric, a size of each file, (n,) values of each file)
+    for task, metric, row in itertools.product(per_items[0], metrics or ["Spearman", *METRICS], zip(*sizes)):
+        values = [per_item.get(task, {}).get(size, {}).get(metric) for per_item, size in zip(per_items, row)]
+        if all(values):
+            rows.append((task, metric, row, values))
     if not rows:
         raise ValueError("--compare: no task and metric is in all files; evaluate on the same data, or see --metrics")
     comparisons = len(rows) * (len(specs) - 1)
     print("".join(f"{text:>22}" for text in ["", *labels]))
-    for task, metric, i in rows:
-        cells, baseline = [f"{task} {metric}"], value(0, task, metric, i)
-        for file, per_item in enumerate(per_items):
-            items = per_item[task]
-            if any(items.get(key) != per_items[0][task].get(key) for key in ("ids", "gold")):
-                raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
-            found = value(file, task, metric, i)
-            mean = spearman(found, items["gold"]) if metric == "Spearman" else np.mean(found)
-            star = "*" if p_value(metric, baseline, found, items) * comparisons < 0.05 else " "
-            cells.append(f"{sizes[file][i]} {mean:.4f}{star}")
+    for task, metric, row, values in rows:
+        sets = [(per_item[task].get("ids"), per_item[task].get("gold")) for per_item in per_items]
+        if any(other != sets[0] for other in sets):
+            raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
+        cells, baseline, gold = [f"{task} {metric}"], values[0], sets[0][1]
+        for size, found in zip(row, values):
+            if metric == "Spearman":
+                mean = spearman(found, gold)
+                p = 1 if found == baseline else paired_bootstrap(baseline, found, gold)
+            else:
+                mean = np.mean(found)
+                p = 1 if found == baseline else scipy.stats.ttest_rel(baseline, found).pvalue
+            cells.append(f"{size} {mean:.4f}{'*' if p * comparisons < 0.05 else ' '}")
         print("".join(f"{cell:>22}" for cell in cells))
     print(f"* differs from the first file at p < 0.05 / {comparisons} comparisons")
-
-def p_value(metric, x, y, items):
-    """ (n,) values of the baseline and of another model, item by item -> p of their difference """
-    if x == y:
-        return 1.0
-    return paired_bootstrap(x, y, items["gold"]) if metric == "Spearman" else scipy.stats.ttest_rel(x, y).pvalue
 
 def paired_bootstrap(x, y, gold, resamples=1000):
     """ (n,) cosines of two models, (n,) gold -> two-sided p of the difference of their Spearmans, taken as normal """
@@ -570,22 +533,21 @@ def plot(specs, path, metrics=()):
     for spec, color in zip(specs, colors * len(specs)):
         label, results, per_item = load_results(spec)
         chosen = [r for r in results if r["metric"] in (metrics or ("Spearman", "nDCG@10")) and r["task"] in per_item]
-        def mean(size):
-            return np.mean([r["value"] for r in chosen if (r["layer"], r["dim"]) == size])
-        sizes = sorted({(r["layer"], r["dim"]) for r in chosen} - {BM25})
+        quality = {size: statistics.fmean(values.values()) for size, values in by_size(chosen).items()}
+        sizes = sorted(quality.keys() - {BM25})
         mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
         if not chosen or set(metrics) - {r["metric"] for r in chosen} or set(sizes) - mflop.keys():
             raise ValueError(f"--plot: {spec} lacks {' or '.join(metrics) or 'Spearman and nDCG@10'}, or the cost of a "
                              "size; choose other --metrics, or evaluate again")
         x = [mflop[size] for size in sizes]
-        axes.plot(x, [mean(size) for size in sizes], "o-", color=color, label=label)
+        axes.plot(x, [quality[size] for size in sizes], "o-", color=color, label=label)
         if spec == specs[0]:
             names = [f"{size_name(size)}\n{4 * size[1]:,} B\n{cost:.2g}" for size, cost in zip(sizes, x)]
             axes.set_xscale("log")
             axes.set_xticks(x, names, fontsize=8)
             axes.set_xticks([], minor=True)
-            if any(r["layer"] is None for r in chosen):
-                axes.axhline(mean(BM25), color="grey", linestyle=":", label="BM25")
+            if BM25 in quality:
+                axes.axhline(quality[BM25], color="grey", linestyle=":", label="BM25")
     axes.legend(frameon=False, labelcolor="linecolor", loc="lower right")
     tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in chosen))
     axes.set(xlabel="layer:dim, bytes per vector, MFLOP per token (log scale; left is cheaper)",
@@ -593,6 +555,36 @@ def plot(specs, path, metrics=()):
     axes.margins(0.1, 0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+def load_results(spec):
+    """ [LABEL=]FILE[,FILE...] -> label, records, {task: per-item values}, those of several files (say one a size)
+    joined. Raises ValueError for a file that evaluate.py did not write. """
+    label, _, files = spec.rpartition("=")
+    results, per_item = [], {}
+    for file in files.split(","):
+        with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
+            name, records, tasks = read_results(file)
+        label, results = label or name, results + records
+        for task, items in tasks.items():
+            known = per_item.setdefault(task, {})
+            if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
+                raise ValueError(f"--compare {spec}: {task} is not the same set in all; evaluate on the same data")
+            if twice := [size for size in items if ":" in size and size in known]:
+                raise ValueError(f"--compare {spec}: two files have {task} at {twice[0]}; leave one of them out")
+            known.update(items)
+    return label, results, per_item
+
+def read_results(file):
+    """ a file of evaluate_model -> name of its model, records, {task: per-item values}. Raises for another file """
+    run = json.loads(Path(file).read_text(encoding="utf-8"))
+    records = [record(r["task"], r["metric"], (r["layer"], r["dim"]), float(r["value"]), r["n"])
+               for r in run["results"]]
+    for task, items in run["per_item"].items():
+        n = len(items.get("gold", items.get("ids", [])))                                # pairs or queries
+        for size in [size for size in items if ":" in size and parse_sizes(size)]:
+            for values in items[size].values():
+                assert np.isfinite(np.array(values, float).reshape(n)).all(), f"a value of {task} is no number"
+    return Path(run["model"]).name, records, run["per_item"]
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
@@ -607,12 +599,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("use").add_argument
     add("--search", nargs="?", const="", metavar="QUESTION",
         help="answer from --texts, with the largest size or with each of --sizes; without a question ask for some")
-    add("--texts", default="docs", metavar="PATH",
-        help="docs (this machine's documentation), or a file or folder of .txt, .md, .jsonl")
+    add("--texts", default="docs", metavar="PATH", help="docs, or a file or folder of .txt, .md, .jsonl")
     add("--export", nargs=2, metavar=("SIZE", "OUT"),
         help="write a folder for sentence-transformers and transformers: of one LAYER:DIM, of several, or of all sizes")
-    add("--vocab_size", type=positive_int, metavar="N",
-        help="of --export: keep the N vocabulary entries that are most frequent in --texts")
+    add("--vocab_size", type=positive_int, metavar="N", help="of --export: keep the N entries most frequent in --texts")
     add = parser.add_argument_group("sizes").add_argument
     add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
@@ -630,8 +620,7 @@ def parse_args(argv=None):
     add("--compare", nargs="+", metavar="[LABEL=]FILE.json[,FILE.json...]",
         help="results to compare; the first is the baseline; files joined by commas count as one, say one file a size")
     add("--metrics", nargs="+", default=[], choices=["Spearman", *METRICS],
-        help="of --compare, by default all (fewer metrics are fewer comparisons to correct for), and of --plot, by "
-             "default Spearman and nDCG@10")
+        help="of --compare, by default all (fewer need less correction); of --plot, by default Spearman and nDCG@10")
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     tasks = args.sts + args.retrieval

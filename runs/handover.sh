@@ -80,7 +80,7 @@ for task in (scifact, "docs"):
     passages = evaluate.load_or_embed(f"{out}/embeddings/{collection.task}-0000-{about}", dict(SIZES), texts,   # as above
                                       lambda texts: evaluate.embed_texts(model, tokenizer, texts, list(range(1, 7))))
     def ndcg(scores, docs):
-        rankings = evaluate.rank(scores.numpy(), docs.numpy(), ids)
+        rankings = evaluate.best_documents(scores.numpy(), docs.numpy(), ids)
         return float(np.mean([evaluate.ndcg_at_10(ranked, grades)
                               for (ranked, _), grades in zip(rankings, collection.qrels.values())]))
     def unit(x, dim):

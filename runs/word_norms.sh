@@ -9,9 +9,9 @@ import sys
 import numpy as np, torch
 from scipy.stats import spearmanr
 import data
-from model import from_pretrained, pack, size_name
+from model import from_pretrained, load_tokenizer, pack, size_name
 
-model, tokenizer = from_pretrained(sys.argv[1]), data.load_tokenizer(sys.argv[1])
+model, tokenizer = from_pretrained(sys.argv[1]), load_tokenizer(sys.argv[1])
 _, texts = next(data.Collection("docs").shards())
 texts = data.tokenize(texts[:2000], tokenizer, tokenizer.model_max_length)
 count = np.bincount(np.concatenate([np.unique(text) for text in texts]), minlength=len(tokenizer))   # (V,) texts a word

@@ -121,3 +121,17 @@ def test_worked_example_of_smae():
         assert shown[1:12] == [pieces[i] for i in ids[1:]]
         assert shown[12:] == ["guesses:", *(pieces[i] for i in true[positions])]
     assert encoder[0] == "[CLS]" and decoder[0] == "BOTTLENECK"
+
+
+def test_the_scripts_in_runs_name_what_there_is():
+    """ Every data.X, evaluate.X, finetune_srl.X, pretrain_smae.X and `from model import X` in runs/*.sh exists. """
+    found = 0
+    for script in sorted((ROOT / "runs").glob("*.sh")):
+        text = script.read_text()
+        used = re.findall(r"\b(data|evaluate|finetune_srl|pretrain_smae)\.(?!py\b|json\b)([a-zA-Z_]\w*)", text)
+        for module, names in re.findall(r"^from (data|evaluate|model) import (.+)$", text, re.M):
+            used += [(module, name.strip()) for name in names.split(",")]
+        for module, name in used:
+            assert hasattr(importlib.import_module(module), name), f"{script.name}: {module}.{name}"
+        found += len(used)
+    assert found > 20

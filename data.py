@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
     negatives: list   # of lists of such arrays: its hard negatives, maybe none
     gold: list        # of numbers: how similar the two texts of a row are; empty for pairs without a score
 
-# the last number of a seed, another for each kind of draw in a step of SRL; step_sizes uses SIZE_SEED
+# appended to a seed, so that windows, sources and sizes (step_sizes) are drawn independently of each other
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
 @functools.lru_cache(maxsize=64)
@@ -51,8 +51,8 @@ def duplicates(queries, passages):
         seen = {}
         return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
     query, passage = numbered(queries), numbered(passages)    # (Q,), (P,)
-    # Queries A B A with positives x y z: A has the answers x and z, so z is no negative of the first query, nor x of
-    # the third.
+    # Queries A B A with positives x y z have the numbers 0 1 0 and 0 1 2, and A has the answers x and z. So same is
+    # True at (0, 2) and (2, 0): z is no negative of the first query, nor x of the third.
     answers = np.zeros((len(queries), len(passages)), bool)   # [number of a query, number of a passage]
     answers[query, passage[:len(query)]] = True
     same = answers[query][:, passage]                         # (Q, P)
@@ -63,7 +63,7 @@ def batch_rows(sources, batch_size, seed, step):
     """ list of Pairs -> the Pairs that batch number `step` is drawn from, and the numbers of its rows """
     batches_per_source = [len(pairs.queries) // batch_size for pairs in sources]
     epoch, batch = divmod(step, sum(batches_per_source))
-    # Sources of 3 and 2 batches may take turns 0 1 0 0 1. Then batch 2 is of source 0, and its second: i = 1.
+    # Sources of 3 and 2 batches may take turns 0 1 0 0 1. Then batch 2 is of source 0, which has had one batch: i = 1.
     turns = np.repeat(np.arange(len(sources)), batches_per_source)
     turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)
     pairs = sources[turns[batch]]
@@ -108,9 +108,11 @@ def whole_word_mask(begins, rates, rng):
     The words are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a budget of
     round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked if its middle lies within
     the budget, so long words are masked as often as short ones. For example, at rate 0.5 with a budget of 2:
-      tokens   [CLS]  the  dra ##gon  sleeps  [SEP]       word     0  1  2 2  3  4
-      order    dragon  sleeps  the  [CLS]  [SEP]          length   2  1  1  1  1      (in this order)
-      middle   1       2.5     3.5  4.5    5.5            so "dragon" alone lies within the budget """
+      tokens           [CLS] the dra ##gon sleeps [SEP]
+      words, shuffled  dragon  sleeps  the  [CLS]  [SEP]
+      their lengths    2       1       1    1      1
+      their middles    1       2.5     3.5  4.5    5.5
+      masked           dra ##gon, the only word with a middle of 2 or less """
     word = np.cumsum(begins) - 1                                    # (T,) number of each token's word
     length = np.bincount(word)                                      # (words,) tokens of each word
     key = rng.random(len(length))                                   # (words,) words are sorted by it

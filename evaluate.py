@@ -155,7 +155,7 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
     for shard, (ids, texts) in enumerate(collection.shards()):
         file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{about}-"
                                                        f"{zlib.crc32(repr(texts).encode()):08x}")
-        passages = load_or_embed(file, widest, texts, embed)                           # {layer: (P, widest dim)}
+        passages = load_or_embed(file, widest, texts, embed)                           # {layer: (P, C or widest dim)}
         own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
             for start in range(0, Q, 1024):   # 1,024 queries and a shard have 100 MB of scores
@@ -186,7 +186,7 @@ def keep_best(best, rows, scores, first_doc, own_column):
 def best_documents(scores, docs, doc_ids):
     """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
     by descending id, as in trec_eval """
-    id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) position of each id in sorted order
+    id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) place of each document's id in the alphabet
     order = np.lexsort((-id_rank[docs], -scores), axis=-1)   # (Q, K) columns, sorted by score, then by id
     rankings = []
     for row in range(len(scores)):
@@ -263,7 +263,8 @@ def made_by(model, tokenizer, dtype):
     return f"{zlib.crc32(repr(about).encode()):08x}"
 
 def load_or_embed(file, widest, texts, embed):
-    """ texts -> {layer: (P, dim)}; with a file name from .npy files, made when one is missing or of another shape """
+    """ texts -> {layer: (P, C)}; with a file name {layer: (P, widest dim)} from .npy files, made when one is missing or
+    of another shape """
     if not file:
         return embed(texts)
     files = {layer: Path(f"{file}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}

@@ -39,7 +39,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     CoSENT then replaces InfoNCE, and the KL stays.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
     -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
-    assert sizes[-1] == tuple(map(max, zip(*sizes))), f"no full size last: {sizes}"
+    assert sizes[-1] == tuple(map(max, zip(*sizes))), f"no full size (deepest layer, widest dim) last: {sizes}"
     scores = {(layer, dim): score(queries[layer], passages[layer], dim, similarity) / temperature
               for layer, dim in sizes}                             # (Q, P) each
     if teacher_scores is None:
@@ -88,8 +88,8 @@ def step_sizes(method, sizes, seed, step):
 
 # ---- one step --------------------------------------------------------------------------------------------------------
 def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
-    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. pieces: see
-    cached_backward; more than one with --micro_batch or several processes """
+    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. pieces: into
+    how many parts the batch is split, because of --micro_batch or several processes; see cached_backward """
     queries, passages, same, gold = batch      # Q and P texts, (T,) ids each; (Q, P) bool or None; (Q,) or None
     Q, token_ids, seed = len(queries), queries + passages, (args.seed, step)
     layers = sorted({layer for layer, _ in sizes})
@@ -112,7 +112,7 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
     return losses
 
 def frozen_scores(teacher, token_ids, Q, args):
-    """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size """
+    """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size, divided by the temperature """
     layer, dim = list(named_sizes(teacher.config))[-1]
     rows = evaluate.embed_ids(teacher, token_ids, [layer], args.dtype)[layer].to(args.device)        # (Q + P, C)
     return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
@@ -193,16 +193,17 @@ def choose_sizes(args, config):
     config.num_hidden_layers = layer
 
 def silence_last_channels(model):
-    """ From scratch with mean pooling this lifts every size (results/README.md). The likely reason: LayerNorm gives all
-    tokens vectors of the same length, so "the" weighs as much in the mean as a rare word. Common words can hide in
-    channels that a small size drops. The full size drops none, so the last sixth of its channels starts silent. """
+    """ Set the last sixth of the full size's channels to 0, where they stay: a channel that is 0 in every text has no
+    gradient. From scratch with mean pooling this lifts every size (results/README.md). The likely reason: LayerNorm
+    gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word, unless common words
+    can hide in channels that are not scored. Small sizes have such channels anyway; now the full size has some, too. """
     C = model.config.hidden_size
     model.blocks[-1].norm2.weight.data[-C // 6:] = 0
 
 def order_channels(model, token_ids, sizes):
     """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose
     embeddings vary most over the texts at the smallest size's layer, as many as it has dims, then those of the next
-    size. The full size stays the same function. token_ids: list of (T,) ids """
+    size. A full size of all C channels stays the same function. token_ids: list of (T,) ids """
     embeddings = evaluate.embed_ids(model, token_ids, sorted({layer for layer, _ in sizes}))
     order = []
     for layer, dim in sizes:

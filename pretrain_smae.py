@@ -49,8 +49,8 @@ def sliced_taps(model, batch, sizes):
     return {size_name(size): tap[:, :size[1]] for size, tap in zip(sizes, taps)}
 
 def bottleneck(model, sliced, batch):
-    """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels. The MLM head does
-    it, because it accepts any D already: no size needs a projection of its own. """
+    """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels by the MLM head.
+    `transform` reads the first D columns of its matrix, so no size needs a projection of its own. """
     return torch.stack([model.head.transform(tap[batch.starts]) for tap in sliced.values()])
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
@@ -85,7 +85,8 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
     it can only do well if dim numbers say what the text is about. All sizes share the head and the decoder.
     batch, masked: Pack and Masked of the same texts. decode_with, loss_with: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
-    device, states, labels = batch.input_ids.device, {}, {}          # of each term: (M or M', C), (M or M',)
+    device = batch.input_ids.device
+    states, labels = {}, {}                                # {term: (M or M', C)}, {term: (M or M',) true ids}
     sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)                    # (N, D) each
     encoder_at = torch.from_numpy(masked.encoder_positions).to(device)                         # (M,)
     for name, tap in sliced.items():
@@ -98,7 +99,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
         decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, decoder_at)
         for name, state in zip(sliced, model.head.transform(decoded)):                         # (M', C) each
             states[f"mae {name}"], labels[f"mae {name}"] = state, batch.input_ids[decoder_at]
-    return loss_with(model, states, labels)   # L is the mean of its 2S terms
+    return loss_with(model, states, labels)   # L is the mean of the terms: 2S, or S with objective "mlm"
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
     """ documents -> what smae_loss returns, number of tokens. The two fast functions are below the double line. """
@@ -184,7 +185,7 @@ class VocabularyLoss(torch.autograd.Function):
                 xs, ys = x[rows], labels[rows, None]                    # (ROWS, C), (ROWS, 1)
                 logits = full[:len(xs)].copy_(torch.mm(xs, w.T, out=low[:len(xs)])).add_(bias)
                 top, true = logits.amax(1), logits.gather(1, ys)[:, 0]
-                probs = torch.softmax(logits, 1, out=logits)
+                probs = torch.softmax(logits, 1, out=logits)            # in the memory of the logits
                 ce[rows] = top - true - probs.amax(1).log()             # log sum exp = top - log(probability of top)
                 hit[rows] = true == top
                 if needs_grad:
@@ -247,7 +248,8 @@ def build_model(args, saved):
     return model, tokenizer, sizes
 
 def split_batch(args, world_size):
-    """ -> documents of a piece, pieces of a batch. Raises ValueError if the ranks cannot share the pieces equally. """
+    """ -> documents of a piece, pieces of a batch: 32 documents in micro-batches of 8 are 4 pieces, 2 for each of 2
+    ranks. Raises ValueError if the ranks cannot share the pieces equally. """
     micro_batch = args.micro_batch or args.batch_size // world_size
     pieces = args.batch_size // max(1, micro_batch)
     if micro_batch == 0 or args.batch_size % micro_batch or pieces % world_size:

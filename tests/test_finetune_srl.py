@@ -447,6 +447,10 @@ def test_the_largest_size_has_channels_that_it_does_not_score(pairs_file, tmp_pa
     gains = torch.stack([block.norm2.weight for block in bert.blocks])   # (blocks, 64)
     assert len(gains) == blocks and (gains[:-1] == 1).all() and (gains[-1, :53] == 1).all()
     assert (gains[-1, 53:] - last).abs().max() < 1e-9
+    run(pairs_file, tmp_path / "b", *flags)   # silent channels stay silent, because no gradient reaches them
+    norm = from_pretrained(tmp_path / "b").blocks[-1].norm2
+    assert last == 1 or not norm.weight[53:].any() and not norm.bias[53:].any()
+    assert norm.weight[:53].std() > 1e-4 and norm.bias[:53].all()
 
 
 def test_compiled_is_the_same(pairs_file, tmp_path):

@@ -152,6 +152,8 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     return Masked(texts, encoder_ids, np.flatnonzero(encoder_mask), decoder_ids, np.flatnonzero(decoder_mask))
 
 # ==== Below is tokenising and reading files, not the method ===========================================================
+# pairs: load_pairs -> Rows of (query, [positive, ...], [negative, ...], score or None) -> tokenize_pairs -> Pairs
+# text:  load_texts -> strings -> token_file -> TokenFile
 # one progress bar for all ranks, and none where stderr is no terminal
 progress = functools.partial(tqdm, disable=int(os.environ.get("RANK", 0)) > 0 or None)
 CACHE = Path(__file__).parent / "out"   # the docs corpus and tokenised text; git-ignored, made again when missing

@@ -198,8 +198,10 @@ def best_documents(scores, docs, doc_ids):
 # ---- all tasks at all sizes: what main calls for every model ---------------------------------------------------------
 def evaluate_model(name, model, tokenizer, sizes, args):
     """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one.
-    "results" has a record of each value, see record. per_item[task][size][metric], for --compare, has one value a query
-    or one cosine a sentence pair; per_item[task] also has the queries' "ids" or the pairs' "gold". """
+    In the file, with layer and dim null for BM25, and per_item for --compare:
+      "results": [{"task": "docs", "metric": "MRR@10", "layer": 1, "dim": 8, "value": 0.135, "n": 1000}, ...]
+      "per_item": {"docs": {"ids": [of the queries], "1:8": {"MRR@10": [one value a query], ...}, ...},
+                   "stsb": {"gold": [scores], "1:8": {"Spearman": [one cosine a pair]}, ...}} """
     start = time.time()
     if args.grid:
         dims = sorted({dim for _, dim in sizes})
@@ -625,7 +627,8 @@ def parse_args(argv=None):
     add("--plot", metavar="FILE.svg|png", help="draw the results of --compare, or of this evaluation")
     args = parser.parse_args(argv)
     tasks = args.sts + args.retrieval
-    searching, evaluating = args.search is not None, args.speed or args.grid or args.compare or args.out or args.plot
+    searching = args.search is not None
+    evaluating = args.speed or args.grid or args.compare or args.out or args.plot
     if not args.models and (not args.compare or tasks or searching or args.export):
         parser.error("nothing to do: name a MODEL, before the flags, or --compare FILE.json ...")
     if args.compare and len(args.compare) + len(args.models) < 2 and not args.plot:

@@ -196,7 +196,7 @@ def silence_last_channels(model):
     """ Set the last sixth of the full size's channels to 0, where they stay: a channel that is 0 in every text has no
     gradient. From scratch with mean pooling this lifts every size (results/README.md). The likely reason: LayerNorm
     gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word, unless common words
-    can hide in channels that are not scored. Small sizes have such channels anyway; now the full size has some, too. """
+    can hide in channels that are not scored. Small sizes have such channels anyway; now the full size has some. """
     C = model.config.hidden_size
     model.blocks[-1].norm2.weight.data[-C // 6:] = 0
 

@@ -173,14 +173,14 @@ def train_wordpiece(texts, vocab_size):
 def tokenize(texts, tokenizer, max_length):
     """ list of B texts -> list of B (T,) unsigned integers, [CLS] ... [SEP], T <= max_length """
     return [ids for chunk in chunks(texts, 4096)
-            for ids in token_ids(chunk, tokenizer, truncation=True, max_length=max_length)]
+            for ids in to_ids(chunk, tokenizer, truncation=True, max_length=max_length)]
 
 def tokenize_documents(texts, tokenizer):
     """ iterable of strings -> yields (T,) unsigned integers without [CLS] and [SEP], T > 0 """
     for chunk in chunks(texts, 1024):
-        yield from filter(len, token_ids(chunk, tokenizer, add_special_tokens=False, verbose=False))
+        yield from filter(len, to_ids(chunk, tokenizer, add_special_tokens=False, verbose=False))
 
-def token_ids(texts, tokenizer, **flags):
+def to_ids(texts, tokenizer, **flags):
     """ list of strings -> list of (T,) unsigned integers """
     ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **flags)["input_ids"]
     dtype = token_dtype(tokenizer)

@@ -5,7 +5,7 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py out/srl --search "invert a matrix"      # ask that documentation, or a folder: --texts notes
     python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev --speed
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
-    python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which differences matter
+    python evaluate.py --compare a/eval.json b/eval.json --plot figure.svg          # which are significant
     python evaluate.py out/srl --export 2:16 out/small         # a folder for sentence-transformers and transformers
 
 Prints a table and writes its values to --out, or to MODEL/eval.json if that is a folder with sizes of its own; see

@@ -88,8 +88,9 @@ def step_sizes(method, sizes, seed, step):
 
 # ---- one step --------------------------------------------------------------------------------------------------------
 def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
-    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. pieces: into
-    how many parts the batch is split, because of --micro_batch or several processes; see cached_backward """
+    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. step:
+    decides the dropout. pieces: into how many parts the batch is split, because of --micro_batch or several processes
+    (rank of world_size); see cached_backward """
     queries, passages, same, gold = batch      # Q and P texts, (T,) ids each; (Q, P) bool or None; (Q,) or None
     Q, token_ids, seed = len(queries), queries + passages, (args.seed, step)
     layers = sorted({layer for layer, _ in sizes})

@@ -303,10 +303,10 @@ class PackedAttention(torch.autograd.Function):
         masks = dropout_mask(sum(entries), p, dtype).split(entries) if p else [None] * len(groups)
         mixed, saved = qkv.new_empty(N, C), []
         for (G, T), part, out, mask in zip(groups, qkv.split(rows), mixed.split(rows), masks):
-            part = part.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
-            q, k, v = as_contiguous(part, dtype).view(3, G * H, T, width)
+            part = part.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)              # (3, G, H, T, width)
+            q, k, v = as_contiguous(part, dtype).view(3, G * H, T, width)           # (G * H, T, width) each
             weights = torch.bmm(q, k.mT).mul_(width**-0.5).softmax(-1)              # (G * H, T, T)
-            dropped = weights * mask.view(weights.shape) if p else weights
+            dropped = weights * mask.view(weights.shape) if p else weights          # (G * H, T, T)
             out.view(G, T, H, width).copy_(torch.bmm(dropped, v).view(G, H, T, width).transpose(1, 2))
             saved += [q, k, v, weights, mask, dropped]                              # six tensors a group
         ctx.save_for_backward(*saved)
@@ -552,7 +552,8 @@ def cut(model, size):
 
 def cut_vocabulary(model, tokenizer, counts, vocab_size):
     """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
-    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. May raise ValueError. """
+    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. Raises
+    ValueError if vocab_size is too small or too large for that. """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
     if not must.sum() <= vocab_size <= len(pieces):

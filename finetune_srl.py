@@ -280,7 +280,7 @@ def main(args):
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
                for rows in strings]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
     sizes = model.config.sizes
-    shown_sizes = [size_name(sizes[0]), size_name(sizes[-1])]   # in the lines of the log
+    shown_sizes = dict.fromkeys([size_name(sizes[0]), size_name(sizes[-1])])   # in the lines of the log; maybe one
     batch_size, pieces, max_steps = plan(args, sources, world_size)
     if args.order_channels and not args.resume:
         order_channels(model, sources[0].queries[:1000], sizes)

@@ -383,7 +383,7 @@ def main(args):
             steps_done = len(losses) * world_size / pieces
             seconds = (time.time() - clock) / steps_done
             shown = [f"{name} {mean_ce[name]:.2f} acc {mean_accuracy[name]:.2f}"
-                     for name in (list(mean_ce)[0], list(mean_ce)[-1])]
+                     for name in dict.fromkeys([list(mean_ce)[0], list(mean_ce)[-1]])]
             log(log_file, {"step": step + 1, "loss": mean_loss["loss"], "ce": mean_ce, "accuracy": mean_accuracy,
                            "learning_rate": lr, "norm": norm.item(), "ms": 1000 * seconds,
                            "tokens_per_second": tokens / steps_done / seconds, "seconds": time.time() - start},

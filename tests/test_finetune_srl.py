@@ -1,6 +1,7 @@
 """ The loss is the equation, gradients go where they should, and the script runs or says in one line why not. """
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -464,9 +465,11 @@ def test_compiled_is_the_same(pairs_file, tmp_path):
     assert from_pretrained(tmp_path / "b").config == from_pretrained(tmp_path / "a").config
 
 
-def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
-    """ --sizes 1:8 trains a separate model: one block, and no KL. """
+def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path, capsys):
+    """ --sizes 1:8 trains a separate model: one block, no KL, and a line of the log shows the size once. """
     run(pairs_file, tmp_path / "a", "--sizes", "1:8")
+    last_line, = re.findall(r"step 4/4 \|.*", capsys.readouterr().out)
+    assert last_line.count("| 1:8 ") == 1
     bert = from_pretrained(tmp_path / "a")
     assert len(bert.blocks) == bert.config.num_hidden_layers == 1 and bert.config.sizes == ((1, 8),)
     for record in logged(tmp_path / "a"):

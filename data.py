@@ -27,10 +27,17 @@ class Pairs(NamedTuple):
     negatives: list   # of lists of such arrays: its hard negatives, maybe none
     gold: list        # of numbers: how similar the two texts of a row are; empty for pairs without a score
 
+class Batch(NamedTuple):
+    """ Q queries and P >= Q passages. Passage i < Q is the positive of query i; the hard negatives follow. """
+    queries: list      # Q (T,) ids
+    passages: list     # P (T,) ids
+    same: np.ndarray   # (Q, P) bool, see duplicates, or None
+    gold: np.ndarray   # (Q,) gold scores, or None
+
 # appended to a seed, so that windows, sources and sizes (step_sizes) are drawn independently of each other
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)   # every step asks for it; sources take turns
 def epoch_order(rows, seed, epoch):
     """ (rows,) the order of the rows in one epoch """
     return np.random.default_rng([seed, epoch]).permutation(rows)
@@ -40,23 +47,20 @@ def window(text, length, rng):
     else a random window. """
     if len(text) <= length:
         return text
-    start = 1 if rng.random() < 0.5 else rng.integers(1, len(text) - length + 2)
+    last = len(text) - length + 1   # a window that starts here ends right before [SEP]
+    start = 1 if rng.random() < 0.5 else rng.integers(1, last + 1)
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
 def duplicates(queries, passages):
     """ Q queries, P passages, (T,) ids -> (Q, P) bool. True: passage j also answers query i, so it must not count as a
     negative. It does if its text is the positive of query i in this batch, or of a query with the same text. The pair
     (i, i), the positive itself, is False. None if nothing is True. """
-    def numbered(texts):
-        seen = {}
-        return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
-    query, passage = numbered(queries), numbered(passages)    # (Q,), (P,)
-    # Queries A B A with positives x y z have the numbers 0 1 0 and 0 1 2, and A has the answers x and z. So same is
-    # True at (0, 2) and (2, 0): z is no negative of the first query, nor x of the third.
-    answers = np.zeros((len(queries), len(passages)), bool)   # [number of a query, number of a passage]
-    answers[query, passage[:len(query)]] = True
-    same = answers[query][:, passage]                         # (Q, P)
-    np.fill_diagonal(same, False)                             # the positive itself
+    queries, passages = [text.tobytes() for text in queries], [text.tobytes() for text in passages]
+    answers = {query: set() for query in queries}    # text of a query -> texts of its positives in this batch
+    for query, positive in zip(queries, passages):   # passage i < Q is the positive of query i
+        answers[query].add(positive)
+    same = np.array([[passage in answers[query] for passage in passages] for query in queries])   # (Q, P)
+    np.fill_diagonal(same, False)                    # the positive itself
     return same if same.any() else None
 
 def batch_rows(sources, batch_size, seed, step):
@@ -71,9 +75,8 @@ def batch_rows(sources, batch_size, seed, step):
     return pairs, epoch_order(len(pairs.queries), seed, epoch)[i * batch_size:(i + 1) * batch_size]
 
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
-    """ list of Pairs -> batch number `step`: Q queries and P >= Q passages, lists of (T,) ids; what `duplicates` gives;
-    the gold scores (Q,) or None. Passage i < Q is the positive of query i; the hard negatives follow, at most
-    max_negatives a query, and count as negatives of all. Longer passages than passage_max_length are cut to a window.
+    """ list of Pairs -> Batch number `step`. A row has at most max_negatives hard negatives, which count as negatives
+    of all queries. Longer passages than passage_max_length are cut to a window.
     All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
     visits every row of every source at most once; an incomplete last batch is dropped. """
     pairs, rows = batch_rows(sources, batch_size, seed, step)
@@ -85,7 +88,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
     # Compares whole texts, because windows of copies may differ. Of scored pairs sentence2 may be no positive.
     same = None if pairs.gold else duplicates(queries, positives + hard)
-    return queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold
+    return Batch(queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold)
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
@@ -123,26 +126,29 @@ def whole_word_mask(begins, rates, rng):
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
     """ BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random token, 10 % the true one -> (N,) """
-    ids, at = ids.copy(), np.flatnonzero(masked)
+    ids = ids.copy()
+    at = np.flatnonzero(masked)
     dice = rng.random(len(at))
     ids[at[dice < 0.8]] = mask_token_id
-    at = at[dice >= 0.9]
-    ids[at] = rng.integers(vocab_size, size=len(at))
+    random_at = at[dice >= 0.9]
+    ids[random_at] = rng.integers(vocab_size, size=len(random_at))
     return ids
 
 def smae_batch(documents, max_length, rates, tokenizer, seed):
     """ B documents, (T,) ids without [CLS] and [SEP] -> Masked. Each gives one random window of at most max_length
     tokens, [CLS] and [SEP] included. rates: shares that are hidden from (encoder, decoder). seed: a list of integers
     that decides windows and masks. """
-    rng, begins_word = np.random.default_rng(seed), word_begins(tokenizer)               # (V,)
-    windows, room = [], max_length - 2                                  # [CLS] and [SEP] take two
+    rng = np.random.default_rng(seed)
+    begins_word = word_begins(tokenizer)                                                 # (V,)
+    room = max_length - 2                                               # [CLS] and [SEP] take two
+    windows = []
     for document in documents:
         start = rng.integers(max(1, len(document) - room + 1))
         windows.append(document[start:start + room])
     texts, masks = [], []
     for ids in sorted(windows, key=len):                                # the order of model.pack
         texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))   # (T,)
-        begins = begins_word[texts[-1]]
+        begins = begins_word[texts[-1]]                                 # (T,), a copy
         begins[1] = True                                                # a window may begin inside a word
         masks.append(whole_word_mask(begins, rates, rng))
     ids = np.concatenate(texts)                                                          # (N,)
@@ -154,6 +160,7 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
 # ==== Below is tokenising and reading files, not the method ===========================================================
 # pairs: load_pairs -> Rows of (query, [positive, ...], [negative, ...], score or None) -> tokenize_pairs -> Pairs
 # text:  load_texts -> strings -> token_file -> TokenFile
+
 # one progress bar for all ranks, and none where stderr is no terminal
 progress = functools.partial(tqdm, disable=int(os.environ.get("RANK", 0)) > 0 or None)
 CACHE = Path(__file__).parent / "out"   # the docs corpus and tokenised text; git-ignored, made again when missing
@@ -165,7 +172,8 @@ def train_wordpiece(texts, vocab_size):
     # The trainer numbers new letters in the order of a hash table and breaks ties by number. Give it the letters in a
     # fixed order and sort its pieces afterwards, so that the same texts always give the same vocabulary.
     letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
-    blank, special = BertTokenizer(), ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    blank = BertTokenizer()
     trained = blank.train_new_from_iterator(texts, vocab_size, new_special_tokens=letters, show_progress=False)
     pieces = special + sorted(set(trained.get_vocab()) - set(special))
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
@@ -230,9 +238,9 @@ def token_file(source, tokenizer, columns=()):
     date of each of its local files. A set of the hub is found by its name: it is taken to stay as it is. """
     path = docs_folder() if source == "docs" else Path(source.split(":")[0])   # FOLDER:CONFIG:SPLIT
     files = [file for file in sorted({path, *path.rglob("*"), *map(Path, glob.glob(source))}) if file.is_file()]
-    about = [source, *columns, about_tokenizer(tokenizer),
-             [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
-    folder = CACHE / f"tokens-{zlib.crc32(json.dumps(about).encode()):08x}"
+    decides_ids = [source, *columns, about_tokenizer(tokenizer),
+                   [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
+    folder = CACHE / f"tokens-{zlib.crc32(json.dumps(decides_ids).encode()):08x}"
     if not folder.exists():
         with atomic_write(folder) as part:
             part.mkdir()
@@ -254,7 +262,7 @@ def about_tokenizer(tokenizer):
 class TokenFile:
     """ tokenised documents in one memory-mapped file: it may be larger than memory """
     def __init__(self, folder, dtype):
-        self.about = folder.name   # says which source, of what date, and which vocabulary
+        self.name = folder.name   # says which source, of what date, and which vocabulary
         try:
             self.ends = np.load(folder / "ends.npy")   # (documents,)
             self.tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
@@ -315,15 +323,15 @@ def load_pairs(source, columns=()):
     # A score beside query and positive may say anything; beside sentence1 and sentence2 it says how similar they are.
     named = any(item.startswith(("sentence", "score=")) for item in columns)
     scored = found["score"] and (named or found["sentence1"] and found["sentence2"])
-    query = found["query"][0]
     def texts(row, kind, where):
         return [text for column in found[kind] for text in as_texts(row.get(column), f"{where} {column}")]
     def make():
         for number, row in rows:
             where = f"{source}, {unit} {number}:"
             gold = as_score(row.get(found["score"][0]), f"{where} the score") if scored else None
-            query_text = as_text(row.get(query), f"{where} {query}")
-            yield query_text, texts(row, "positive", where), texts(row, "negative", where), gold
+            column = found["query"][0]
+            query = as_text(row.get(column), f"{where} {column}")
+            yield query, texts(row, "positive", where), texts(row, "negative", where), gold
     return Rows(len(rows), make)
 
 def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
@@ -351,19 +359,19 @@ def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
             raise ValueError(f"{where}: has the columns {', '.join(row)}; it needs text, or --columns text=COLUMN")
         yield as_text(row[found[0]], f"{where}: {found[0]}")
 
-def find_columns(where, columns, kinds, given):
-    """ the columns of the source `where` -> {kind: its columns that hold it}. given: --columns, as ["query=question"];
-    kinds that it does not name go by COLUMNS. Raises ValueError for a kind or a column that is not there. """
+def find_columns(where, present, kinds, columns):
+    """ the columns of the source `where` -> {kind: those that hold it}. columns: the flag, as ["query=question"]; kinds
+    that it does not name go by COLUMNS. Raises ValueError for a kind or a column that is not there. """
     named = {kind: [] for kind in kinds}
-    for item in given:
+    for item in columns:
         kind, _, name = item.partition("=")
-        if kind not in kinds or name not in columns:
-            raise ValueError(f"--columns {item}: {where} has the columns {', '.join(columns)}; give KIND=COLUMN, where "
+        if kind not in kinds or name not in present:
+            raise ValueError(f"--columns {item}: {where} has the columns {', '.join(present)}; give KIND=COLUMN, where "
                              f"KIND is {' or '.join(kinds)}")
         named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)   # scored pairs are pairs
         if any(len(named.get(one, [])) > 1 for one in ("query", "score", "text")):
             raise ValueError(f"--columns {item}: is the second {kind}, and a row has one; leave out one of them")
-    return {kind: names or [column for column in columns if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
+    return {kind: names or [column for column in present if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
             for kind, names in named.items()}
 
 def load_table(source, error_start, streaming=False):
@@ -430,7 +438,7 @@ class Collection:
         self.name, _, split = name.partition(":")
         self.folder = docs_folder() if self.name == "docs" else Path(self.name)
         hub_split = "validation" if split == "dev" else split or "test"   # the hub calls it so
-        self.qrels_file, judgements = self.open(f"qrels/{split or 'test'}.tsv", f"{self.name}-qrels::{hub_split}")
+        self.qrels_file, judgements = self.open_table(f"qrels/{split or 'test'}.tsv", f"{self.name}-qrels::{hub_split}")
         texts = dict(self.texts("queries"))
         self.qrels, self.lines = {}, {}   # lines {document id: the first line that judges it}, for shards()
         for line, row in judgements:
@@ -450,7 +458,7 @@ class Collection:
             raise ValueError(f"{self.qrels_file}: no judgements; one line a judged document is needed")
         self.queries = {query: texts[query] for query in self.qrels}
 
-    def open(self, file, hub_name):
+    def open_table(self, file, hub_name):
         """ -> name of the source, (line number, row) of a file in the folder or of its counterpart on the hub """
         if not self.folder.is_dir():
             source = f"BeIR/{hub_name}"
@@ -464,7 +472,7 @@ class Collection:
 
     def texts(self, stem):
         """ yields (id, text) of the "corpus", where the title is part of the text, or of the "queries" """
-        source, rows = self.open(f"{stem}.jsonl", f"{self.name}:{stem}:{stem}")
+        source, rows = self.open_table(f"{stem}.jsonl", f"{self.name}:{stem}:{stem}")
         seen = set()
         for line, row in rows:
             where = f"{source}, line {line}:"
@@ -486,7 +494,8 @@ class Collection:
             for key in ids:
                 missing.pop(key, None)
             yield ids, texts
-        for document, line in missing.items():
+        if missing:
+            document, line = next(iter(missing.items()))   # the first in the file
             raise ValueError(f"{self.qrels_file}, line {line}: document {document!r} is not in the corpus")
 
 def fold(text):
@@ -510,6 +519,7 @@ def hold_out(rows, n):
     """ rows as of load_pairs -> Rows to train on, the folder of a test set: n of the pairs, drawn at random; its corpus
     is their positives. A row that holds a query of the test set, whatever its case and punctuation, is not trained on.
     A passage of the test set may be: a new question may have a known answer. """
+    # row numbers: usable have a query and a positive, drawn make the test set, kept are trained on
     usable = [i for i, (query, positives, *_) in enumerate(rows) if query.strip() and positives]
     drawn = set(np.random.default_rng(0).permutation(usable)[:n].tolist())
     pairs = [(query, text, gold) for i, (query, positives, _, gold) in enumerate(rows) if i in drawn

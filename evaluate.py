@@ -15,7 +15,6 @@ grow with the corpus; equal scores rank as in trec_eval. MS MARCO (8.8 M passage
 
 Reading order: embed_ids, from texts to embeddings; METRICS; sts; retrieval, which is search_corpus -> best_documents ->
 METRICS.
-What lies below the double line uses these.
 Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
 """
 import argparse, contextlib, itertools, json, os, re, statistics, sys, time, zlib
@@ -29,9 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, cut, cut_vocabulary, device_arg, find_folder,
-                   git_commit, keep_freed_memory, load_model, named_sizes, pack, parse_sizes, positive_int, read_json,
-                   readable, run_script, save_pretrained, score, shorten, size_name, text_length)
+from model import (POOLINGS, SIMILARITIES, HelpFormatter, autocast, check_sizes, cut, cut_vocabulary, device_arg,
+                   find_folder, git_commit, keep_freed_memory, load_model, named_sizes, pack, parse_sizes, positive_int,
+                   read_json, readable, run_script, save_pretrained, score, shorten, size_name, text_length)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -45,10 +44,9 @@ def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192, desc
         batch_tokens = min(batch_tokens, sum(map(len, token_ids)) // world_size)
     batches = batches_by_length(token_ids, batch_tokens)
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
+    silent = B < 1000 or rank > 0 or None   # None: silent where stderr is no terminal
     # one autocast around all batches, because it casts every weight once and keeps the copy
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    # disable=None: no bar where stderr is no terminal
-    with autocast, tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=B < 1000 or rank > 0 or None) as bar:
+    with autocast(device, dtype), tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=silent) as bar:
         for rows in batches[rank::world_size]:
             batch = pack([token_ids[i] for i in rows], device, multiple=128)
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
@@ -107,12 +105,12 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
     task, first, second, gold = data.load_sts(name)
     texts = list(dict.fromkeys(first + second))   # each sentence once
     row = {text: i for i, text in enumerate(texts)}
-    first, second = [row[text] for text in first], [row[text] for text in second]
+    left, right = [row[text] for text in first], [row[text] for text in second]   # (n,) rows of texts
     embeddings = embed_texts(model, tokenizer, texts, {layer for layer, _ in sizes}, dtype, batch_tokens, task)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
         x = shorten(embeddings[layer], dim, "cosine")         # (texts, D)
-        cosine = (x[first] * x[second]).sum(-1).numpy()       # (n,)
+        cosine = (x[left] * x[right]).sum(-1).numpy()         # (n,)
         if np.ptp(cosine) == 0:
             print(f"{task} {layer}:{dim}: the cosine of every pair is {cosine[0]:.4f}; Spearman counts as 0")
         records.append(record(task, "Spearman", (layer, dim), spearman(cosine, gold), len(gold)))
@@ -146,16 +144,18 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
 def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
     """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
     -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
-    Q, widest = len(collection.queries), widest_dims(sizes)
+    Q = len(collection.queries)
+    widest = dict(sorted(sizes))   # {layer: its largest dim}: in sorted order the largest comes last, and stays
     def embed(texts):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
     queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
     best, doc_ids = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}, []
-    about = embeddings_dir and made_by(model, tokenizer, dtype)
+    about, prefix = made_by(model, tokenizer, dtype) if embeddings_dir else "", None
     for shard, (ids, texts) in enumerate(collection.shards()):
-        file = embeddings_dir and Path(embeddings_dir, f"{collection.task}-{shard:04}-{about}-"
-                                                       f"{zlib.crc32(repr(texts).encode()):08x}")
-        passages = load_or_embed(file, widest, texts, embed)                           # {layer: (P, C or widest dim)}
+        if embeddings_dir:
+            prefix = Path(embeddings_dir,
+                          f"{collection.task}-{shard:04}-{about}-{zlib.crc32(repr(texts).encode()):08x}")
+        passages = load_or_embed(prefix, widest, texts, embed)                         # {layer: (P, C or widest dim)}
         own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
             for start in range(0, Q, 1024):   # 1,024 queries and a shard have 100 MB of scores
@@ -164,10 +164,6 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
                 keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
-
-def widest_dims(sizes):
-    """ -> {layer: the largest dim of its sizes}: in sorted order it comes last, and stays """
-    return {layer: dim for layer, dim in sorted(sizes)}
 
 def keep_best(best, rows, scores, first_doc, own_column):
     """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
@@ -232,11 +228,11 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     if args.speed:
         results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
     if out:
-        Path(out).write_text(json.dumps(allow_nan=False, obj={
-            "model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
-            "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
-            "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
-            "results": results, "per_item": per_item}) + "\n")
+        run = {"model": str(name), "commit": git_commit(), "python": sys.version.split()[0],
+               "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
+               "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
+               "results": results, "per_item": per_item}
+        Path(out).write_text(json.dumps(run, allow_nan=False) + "\n")
     title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
     print_table(results, title, named_sizes(model.config))
     return [str(out)] if out else []
@@ -264,13 +260,13 @@ def made_by(model, tokenizer, dtype):
     about = [weights, config, data.about_tokenizer(tokenizer), tokenizer.model_max_length, dtype]
     return f"{zlib.crc32(repr(about).encode()):08x}"
 
-def load_or_embed(file, widest, texts, embed):
-    """ texts -> {layer: (P, C)}; with a file name {layer: (P, widest dim)} from .npy files, made when one is missing or
-    of another shape """
-    if not file:
+def load_or_embed(prefix, widest, texts, embed):
+    """ texts -> {layer: (P, C)}; with a prefix {layer: (P, widest dim)} from the .npy files whose names begin so, made
+    when one is missing or of another shape """
+    if not prefix:
         return embed(texts)
-    files = {layer: Path(f"{file}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}
-    with readable(f"{file}...npy: embeddings that cannot be read", "delete the files, they will be made again"):
+    files = {layer: Path(f"{prefix}-layer{layer}-dims{dim}.npy") for layer, dim in widest.items()}
+    with readable(f"{prefix}...npy: embeddings that cannot be read", "delete the files, they will be made again"):
         whole = all(path.exists() and np.load(path, mmap_mode="r").shape == (len(texts), widest[layer])
                     for layer, path in files.items())
     if not whole:
@@ -282,8 +278,8 @@ def load_or_embed(file, widest, texts, embed):
 def own_documents(queries, ids):
     """ {row of a query: column of the document with the same id}. In some BEIR sets (ArguAna) the queries are
     documents, too; a document is no answer to itself. """
-    column = {key: column for column, key in enumerate(ids)}
-    return {row: column[key] for row, key in enumerate(queries) if key in column}
+    column_of = {key: column for column, key in enumerate(ids)}
+    return {row: column_of[key] for row, key in enumerate(queries) if key in column_of}
 
 def search_bm25(collection):
     """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
@@ -325,7 +321,7 @@ def write_run(folder, label, queries, rankings):
 def search(model, tokenizer, question, sizes, args, model_folder):
     """ Print the 5 passages of --texts that answer a question best, at each size and, of several, by the funnel.
     Without a question ask for some. Embeddings stay in the model's folder until the model or the passages change. """
-    passages, widest = data.load_passages(args.texts), widest_dims(sizes)
+    passages, widest = data.load_passages(args.texts), dict(sorted(sizes))                    # as in search_corpus
     texts = [text for _, text in passages]
     def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, layers, args.dtype, args.batch_tokens)
@@ -355,9 +351,10 @@ def search(model, tokenizer, question, sizes, args, model_folder):
 def funnel(queries, passages, k, shortlist=100):
     """ lists of one or two (Q, D) and (P, D), the small size first -> scores (Q, k), docs (Q, k). The first size finds
     as many passages as the shortlist holds, reading few numbers of each; the last ranks these with all its numbers. """
-    found = (queries[0] @ passages[0].T).topk(min(shortlist if len(queries) > 1 else k, len(passages[0])))
+    scores = queries[0] @ passages[0].T                                                       # (Q, P)
     if len(queries) == 1:
-        return found
+        return scores.topk(min(k, len(passages[0])))
+    found = scores.topk(min(shortlist, len(passages[0])))
     scores = (passages[-1][found.indices] @ queries[-1][:, :, None])[:, :, 0]                 # (Q, shortlist)
     scores, order = scores.topk(min(k, scores.shape[1]))                                      # (Q, k)
     return scores, found.indices.gather(1, order)
@@ -443,9 +440,12 @@ def write_card(folder, source):
 # ---- cost, table, comparison, figure ---------------------------------------------------------------------------------
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks' matrices (2 FLOP an entry) """
+    def count(*modules):
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
     def costs(layer, dim):
-        return {"parameters": model.num_params(layer), "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
+        parameters = count(model.word, model.position, model.token_type, model.norm, *model.blocks[:layer])
+        return {"parameters": parameters, "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
     return [record("cost", metric, size, value, 1) for size in sizes for metric, value in costs(*size).items()]
 
 def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
@@ -469,7 +469,11 @@ def print_table(results, title, names):
     columns = list(dict.fromkeys((r["task"], r["metric"]) for r in results))
     width = max([10] + [len(task) for task, _ in columns]) + 2
     def cell(v):
-        return "" if v is None else f"{v:.4f}" if v < 2 else f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
+        if v is None:
+            return ""
+        if v < 2:
+            return f"{v:.4f}"
+        return f"{v:,.1f}" if v % 1 else f"{v:,.0f}"
     print(f"\n{title}")
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
@@ -684,8 +688,9 @@ def main(args):
                 evaluate_model(folder, *exported, tuple(named_sizes(exported[0].config)), args)
         if not args.export and not args.out and (Path(name) / "args.json").exists():
             folders = [Path(name)]                          # a run, whose results are new
-        for folder in folders if model.config.sizes else []:   # the card says: trained with Starbucks
-            write_card(folder, find_folder(name))
+        if model.config.sizes:                              # the card says: trained with Starbucks
+            for folder in folders:
+                write_card(folder, find_folder(name))
     if len(files) > 1:
         compare(files, args.metrics)
     if args.plot and files:

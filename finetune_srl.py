@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from model import (POOLINGS, SIMILARITIES, STATE, Bert, BertConfig, HelpFormatter, average, catch_signals, check_about,
+from model import (POOLINGS, SIMILARITIES, STATE, HelpFormatter, autocast, average, catch_signals, check_about,
                    check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, get_lr, interrupted,
-                   keep_freed_memory, load_model, load_run, log, named_sizes, nonneg_float, nonneg_int, open_run, pack,
-                   permute_channels, positive_float, positive_int, readable, run_script, save_run, score, size_name,
-                   start_ranks, status, sum_over_ranks, text_length, training_flags)
+                   keep_freed_memory, load_model, load_run, log, named_sizes, new_bert, nonneg_float, nonneg_int,
+                   open_run, pack, permute_channels, positive_float, positive_int, readable, run_script, save_run,
+                   score, set_sizes, size_name, start_ranks, status, sum_over_ranks, text_length, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -39,16 +39,17 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     CoSENT then replaces InfoNCE, and the KL stays.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
     -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
-    assert sizes[-1] == tuple(map(max, zip(*sizes))), f"no full size (deepest layer, widest dim) last: {sizes}"
+    full = max(layer for layer, _ in sizes), max(dim for _, dim in sizes)
+    assert sizes[-1] == full, f"no full size (deepest layer, widest dim) last: {sizes}"
     scores = {(layer, dim): score(queries[layer], passages[layer], dim, similarity) / temperature
               for layer, dim in sizes}                             # (Q, P) each
     if teacher_scores is None:
-        teacher_scores = scores[sizes[-1]].detach()   # detached: the full size must not move towards the others
+        teacher_scores = scores[full].detach()        # detached: the full size must not move towards the others
     if same is not None:                              # -1e9 gives probability 0; -inf would make the KL NaN
         teacher_scores = teacher_scores.masked_fill(same, -1e9)
         scores = {size: values.masked_fill(same, -1e9) for size, values in scores.items()}
     teacher_probs = teacher_scores.softmax(-1)                                          # (Q, P)
-    nce, kl = {}, {}
+    nce, kl = {}, {}                                  # by size name; nce holds CoSENT where there is gold
     for size in sizes:
         log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
         nce[size_name(size)] = info_nce(log_probs) if gold is None else cosent(scores[size].diagonal(), gold)
@@ -88,33 +89,32 @@ def step_sizes(method, sizes, seed, step):
 
 # ---- one step --------------------------------------------------------------------------------------------------------
 def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
-    """ One batch, as srl_batch gives it -> what srl_loss returns. Adds to the gradients of the parameters. step:
-    decides the dropout. pieces: into how many parts the batch is split, because of --micro_batch or several processes
-    (rank of world_size); see cached_backward """
-    queries, passages, same, gold = batch      # Q and P texts, (T,) ids each; (Q, P) bool or None; (Q,) or None
-    Q, token_ids, seed = len(queries), queries + passages, (args.seed, step)
-    layers = sorted({layer for layer, _ in sizes})
-    def tensor(array):
-        return None if array is None else torch.from_numpy(array).to(args.device)
+    """ Batch -> what srl_loss returns. Adds to the gradients of the parameters. step: decides the dropout. pieces: into
+    how many parts the batch is split, because of --micro_batch or several processes (rank of world_size); see
+    cached_backward """
+    token_ids = batch.queries + batch.passages            # of Q + P texts, (T,) each
+    Q, layers = len(batch.queries), sorted({layer for layer, _ in sizes})
     teacher_scores = frozen_scores(teacher, token_ids, Q, args) if teacher else None                  # (Q, P)
-    def embed(token_ids):
-        with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32"):
-            return model.encode(pack(token_ids, args.device, multiple=128), layers)      # {layer: (B, C)}
-    def loss_of(embeddings):                                              # {layer: (Q + P, C)}, the queries first
+    def embed(texts):                                     # B of the token_ids -> {layer: (B, C)}
+        with autocast(args.device, args.dtype):
+            return model.encode(pack(texts, args.device, multiple=128), layers)
+    def loss_of(embeddings):                              # {layer: (Q + P, C)}, the queries first
         query_rows = {layer: rows[:Q] for layer, rows in embeddings.items()}
         passage_rows = {layer: rows[Q:] for layer, rows in embeddings.items()}
+        gold, same = (None if array is None else torch.from_numpy(array).to(args.device)
+                      for array in (batch.gold, batch.same))
         return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
-                        teacher_scores, gold=tensor(gold), same=tensor(same))
-    if pieces > 1:
-        return cached_backward(embed, token_ids, loss_of, pieces, seed, rank, world_size)
-    torch.manual_seed(hash((*seed, 0)))        # dropout by seed and step, so runs can resume
-    losses = loss_of(embed(token_ids))
-    losses[0].backward()
-    return losses
+                        teacher_scores, gold, same)
+    if pieces == 1:
+        torch.manual_seed(hash((args.seed, step, 0)))     # dropout by seed and step, so runs can resume. Python's hash
+        losses = loss_of(embed(token_ids))                # of numbers, unlike that of strings, is always the same
+        losses[0].backward()
+        return losses
+    return cached_backward(embed, token_ids, loss_of, pieces, (args.seed, step), rank, world_size)
 
 def frozen_scores(teacher, token_ids, Q, args):
     """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size, divided by the temperature """
-    layer, dim = list(named_sizes(teacher.config))[-1]
+    layer, dim = list(named_sizes(teacher.config))[-1]               # the full size
     rows = evaluate.embed_ids(teacher, token_ids, [layer], args.dtype)[layer].to(args.device)        # (Q + P, C)
     return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
 
@@ -129,7 +129,8 @@ def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=
     The activations of several pieces would fill the memory, so step 1 keeps no graph and step 3 embeds again. Piece k
     is token_ids[k::pieces]; its dropout is drawn from (*seed, k), the same in both passes and on any number of ranks.
     embed: list of B (T,) ids -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all -> (loss, ...), which is returned. """
-    mine, all_rows = range(rank, pieces, world_size), {}
+    mine = range(rank, pieces, world_size)
+    all_rows = {}
     def embed_piece(k):
         torch.manual_seed(hash((*seed, k)))
         return embed(token_ids[k::pieces])
@@ -147,26 +148,24 @@ def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=
     losses[0].backward()
     for k in mine:
         if len(mine) > 1:
-            embeddings = embed_piece(k)
+            embeddings = embed_piece(k)   # a single piece still has those of the loop above, with their graph
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
 def build_model(args, strings):
     """ -> Bert with sizes, pooling and similarity in its config; tokenizer. strings: what load_pairs gives for each
     source, for the vocabulary of a new model. Raises ValueError for flags that misfit """
-    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     init_from = args.out_dir if args.resume else args.init_from
     if init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
         texts = (text for rows in strings for query, positives, negatives, _ in rows
                  for text in [query, *positives, *negatives])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
-        model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
-                                num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
-                                intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
-                                initializer_range=0.01, **dropout))   # half of BERT's, so that AdamW's steps weigh more
+        # half of BERT's standard deviation, so that AdamW's steps weigh more
+        model = new_bert(args, tokenizer, args.max_length, initializer_range=0.01)
     else:
-        model, tokenizer = load_model(init_from, **dropout)
+        model, tokenizer = load_model(init_from, hidden_dropout_prob=args.dropout,
+                                      attention_probs_dropout_prob=args.dropout)
     config = model.config
     for name in ("query_max_length", "passage_max_length"):
         if getattr(args, name) > config.max_position_embeddings:
@@ -182,9 +181,7 @@ def build_model(args, strings):
 
 def choose_sizes(args, config):
     """ --sizes, else the model's own -> config. Raises ValueError if they lack a full size, or what 2dmse draws. """
-    names = named_sizes(config)
-    config.sizes = check_sizes(args.sizes or names, config)
-    config.size_names = tuple(names.get(size, "") for size in config.sizes)
+    set_sizes(config, check_sizes(args.sizes or named_sizes(config), config))
     layer, dim = config.sizes[-1][0], max(dim for _, dim in config.sizes)
     if config.sizes[-1] != (layer, dim):
         raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
@@ -198,8 +195,8 @@ def silence_last_channels(model):
     gradient. From scratch with mean pooling this lifts every size (results/README.md). The likely reason: LayerNorm
     gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word, unless common words
     can hide in channels that are not scored. Small sizes have such channels anyway; now the full size has some. """
-    C = model.config.hidden_size
-    model.blocks[-1].norm2.weight.data[-C // 6:] = 0
+    silent = math.ceil(model.config.hidden_size / 6)
+    model.blocks[-1].norm2.weight.data[-silent:] = 0      # the bias is 0 already
 
 def order_channels(model, token_ids, sizes):
     """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose
@@ -227,7 +224,8 @@ def load_teacher(args, tokenizer):
     return teacher
 
 def plan(args, sources, world_size):
-    """ list of Pairs -> queries of a batch, pieces of a batch, steps. Raises ValueError if nothing can be learned. """
+    """ list of Pairs -> queries of a batch, pieces of a batch, steps of the training. Raises ValueError where nothing
+    can be learned, and warns if the first batch has nothing to learn from. """
     counts = [len(pairs.queries) for pairs in sources]
     batch_size = min([args.batch_size, *counts])
     if batch_size < 2 * world_size:
@@ -236,8 +234,8 @@ def plan(args, sources, world_size):
     if any(len(set(pairs.gold)) == 1 for pairs in sources):
         raise ValueError("--train_pairs: every score of a source is the same, so there is no order to learn; take "
                          "the scores out, if the texts of every pair belong together")
-    _, passages, same, _ = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, 0)
-    if same is not None and same.sum() == batch_size * (len(passages) - 1):
+    first = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, 0)
+    if first.same is not None and first.same.sum() == batch_size * (len(first.passages) - 1):
         print("warning: all queries or all positives of the first batch are the same text, so it has no negatives to "
               "learn from", file=sys.stderr)
     pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
@@ -255,7 +253,11 @@ def evaluate_saved(args, test_set, rank, world_size):
     speed is measured without other ranks only, because they would wait for each other. """
     if world_size > 1:
         dist.barrier()   # until rank 0 has saved the model
-    flags = ["--speed"] if world_size == 1 else ["--out", os.devnull] if rank else []
+    flags = []
+    if world_size == 1:
+        flags = ["--speed"]
+    elif rank > 0:
+        flags = ["--out", os.devnull]
     evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), *flags,
                                        "--device", args.device, "--dtype", args.dtype]))
 
@@ -271,8 +273,8 @@ def main(args):
     test_set = args.retrieval
     if test_set:
         data.Collection(test_set)                     # raises now, not after the training
-    if test_set and args.eval_interval:
-        data.Collection(f"{test_set}:dev")
+        if args.eval_interval:
+            data.Collection(f"{test_set}:dev")
     strings = [data.load_pairs(source, args.columns) for source in args.train_pairs]
     if args.hold_out:
         strings[0], test_set = data.hold_out(strings[0], args.hold_out)
@@ -289,15 +291,15 @@ def main(args):
     # optimizer
     optimizer = configure_optimizer(dict(model.named_parameters()), args.learning_rate, args.weight_decay,
                                     ("word.weight", "position.weight", "token_type.weight"), args.embedding_lr_scale)
-    trained, first_step = {"model": model, "optimizer": optimizer}, 0
+    parts = {"model": model, "optimizer": optimizer}
+    first_step = saved["step"] if saved else 0
     about = {"--train_pairs": [data.checksum(pairs) for pairs in sources], "pieces of a batch": pieces,
              "--teacher": teacher and evaluate.made_by(teacher, tokenizer, args.dtype)}
     if saved:
         check_about(args, saved, about)
         with readable(f"--resume: the model in {args.out_dir} is not that of {STATE}", "begin again with --overwrite"):
-            for name, part in trained.items():
+            for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        first_step = saved["step"]
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -322,7 +324,7 @@ def main(args):
         check_finite(step, loss, norm, terms, args)
         optimizer.step()
 
-        tokens += sum(map(len, batch[0] + batch[1]))
+        tokens += sum(map(len, batch.queries + batch.passages))
         losses.append(({"loss": loss}, nce, kl))
         last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
         if (step + 1) % args.log_interval == 0 or last_step:
@@ -340,7 +342,7 @@ def main(args):
             evaluate_dev(args, model, tokenizer, step + 1, max_steps, log_file)
             clock += time.time() - pause
         if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
-            save_run(args, step + 1, model, tokenizer, trained, about, last_step)
+            save_run(args, step + 1, model, tokenizer, parts, about, last_step)
         if last_step and step + 1 < max_steps:
             raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
     default_signals()
@@ -355,6 +357,7 @@ def main(args):
 def parse_args(argv=None):
     """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",
         help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with the columns query, positive, "
@@ -378,7 +381,7 @@ def parse_args(argv=None):
     add("--temperature", type=positive_float, default=0.1, help="divides the similarities; use 1 with --similarity dot")
     add("--method", choices=["srl", "2dmse"], default="srl", help="which sizes a step trains: see step_sizes")
     add("--teacher", help="a frozen model whose full size every size follows; by default the trained model's own")
-    add("--order_channels", action=argparse.BooleanOptionalAction, default=False,
+    add("--order_channels", action=flag, default=False,
         help="for a loaded model: before training, sort the channels so that the first dims matter most")
     add("--kl_weight", type=nonneg_float, default=1.0, help="of the KL from the full size; 0 leaves it out")
     add("--embedding_lr_scale", type=positive_float,

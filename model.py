@@ -13,7 +13,7 @@ Letters for shapes, the same in all files:
 In formulas L is the loss, q a query, p a passage; as an argument of a function p is the dropout.
 """
 import argparse, contextlib, copy, ctypes, functools, json, math, os, re, shutil, signal, subprocess, sys, tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,12 @@ def named_sizes(config):
     """ {(layer, dim): name or ""}: the sizes in the model's config; the default ones if it holds none """
     if not config.sizes:
         return default_sizes(config)
-    return dict(zip(config.sizes, [*config.size_names, *[""] * len(config.sizes)]))
+    return dict.fromkeys(config.sizes, "") | dict(zip(config.sizes, config.size_names))
+
+def set_sizes(config, sizes):
+    """ sizes -> config, with the names that named_sizes has for them """
+    names = named_sizes(config)
+    config.sizes, config.size_names = tuple(sizes), tuple(names.get(size, "") for size in sizes)
 
 def size_name(size):
     """ (2, 32) -> "2:32" """
@@ -138,12 +143,13 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": functools.partial(F.g
 
 def attention(qkv, groups, H, p):
     """ softmax(q k^T / sqrt(C / H)) v within each text, H heads, dropout p: (N, 3C) -> (N, C) """
-    C, out, tokens_of_groups = qkv.shape[1] // 3, [], [G * T for G, T in groups]
-    for (G, T), rows in zip(groups, qkv.split(tokens_of_groups)):                    # (G * T, 3C)
+    C = qkv.shape[1] // 3
+    mixed = []                                                                       # of each group: (G * T, C)
+    for (G, T), rows in zip(groups, qkv.split([G * T for G, T in groups])):          # (G * T, 3C)
         q, k, v = rows.view(G, T, 3, H, C // H).permute(2, 0, 3, 1, 4)               # (G, H, T, C / H) each
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                 # no mask: nothing is padded
-        out.append(mixed.transpose(1, 2).reshape(G * T, C))
-    return torch.cat(out)
+        heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                 # no mask: nothing is padded
+        mixed.append(heads.transpose(1, 2).reshape(G * T, C))
+    return torch.cat(mixed)
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
@@ -178,11 +184,11 @@ class Block(nn.Module):
 
     def after_attention(self, x, mixed):
         """ block input (N, C), output of its attention (N, C) -> (N, C) """
-        p = self.p if self.training else 0.0
-        x = self.norm1(x + dropout(mixed, p))
-        return self.norm2(x + dropout(self.down(self.act(self.up(x))), p))
+        x = self.norm1(x + dropout(mixed, self.p, self.training))
+        return self.norm2(x + dropout(self.down(self.act(self.up(x))), self.p, self.training))
 
 class Bert(nn.Module):
+    """ BERT's embedding layer and its blocks. forward gives the taps, encode the vectors of the texts. """
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -205,7 +211,7 @@ class Bert(nn.Module):
         """ Pack -> (N, C), layer 0. One text is one segment, so the segment id is 0 everywhere. """
         assert max(T for _, T in batch.groups) <= self.config.max_position_embeddings, f"{batch.groups}"
         x = self.word(batch.input_ids) + self.position(batch.position_ids) + self.token_type.weight[0]
-        x = dropout(self.norm(x), self.config.hidden_dropout_prob if self.training else 0.0)
+        x = dropout(self.norm(x), self.config.hidden_dropout_prob, self.training)
         if not self.training and torch.is_autocast_enabled(x.device.type):
             # Training keeps sums and LayerNorms in float32. For encoding bfloat16 is 7 % faster and as accurate.
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -218,7 +224,7 @@ class Bert(nn.Module):
         return function(*args)
 
     def forward(self, batch, layers):
-        """ Pack, list of layers (0 .. num_hidden_layers) -> their taps, (N, C) each. No block above the last runs. """
+        """ Pack, list of layers (0 .. num_hidden_layers) -> {layer: tap (N, C)}. No block above the last runs. """
         assert all(0 <= n <= len(self.blocks) for n in layers), f"{layers}, and the model has {len(self.blocks)} blocks"
         x = self.embed(batch)
         taps = {0: x}
@@ -226,16 +232,11 @@ class Bert(nn.Module):
             x = self.maybe_checkpoint(block, x, batch.groups)
             if n in layers:
                 taps[n] = x
-        return [taps[n] for n in layers]
+        return {n: taps[n] for n in layers}
 
     def encode(self, batch, layers):
         """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts """
-        return {n: pool(tap, batch, self.config.pooling) for n, tap in zip(layers, self(batch, layers))}
-
-    def num_params(self, layer):
-        """ parameters that a size of this layer needs: the embedding layer and the first `layer` blocks """
-        used = [self.word, self.position, self.token_type, self.norm, *self.blocks[:layer]]
-        return sum(parameter.numel() for module in used for parameter in module.parameters())
+        return {n: pool(tap, batch, self.config.pooling) for n, tap in self(batch, layers).items()}
 
 class MLMHead(nn.Module):
     """ BERT's masked-language-model head. Its output matrix is the word embeddings, so only the bias is here. """
@@ -252,38 +253,10 @@ class MLMHead(nn.Module):
         """ (..., D) -> (..., C): the dense layer uses its first D input columns, so one head serves all sizes """
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
-# ==== Below is not the encoder: speed, optimizer, file formats, and what both training scripts share ==================
-# ---- optimizer, learning rate, order of the channels -----------------------------------------------------------------
-def configure_optimizer(parameters, learning_rate, weight_decay, faster=(), scale=1.0):
-    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
-    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
-    rest = [parameter for name, parameter in parameters.items() if name not in faster]
-    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
-              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
-              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
-
-def get_lr(step, max_steps, args, shape):
-    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
-    warmup_steps = max(1, round(args.warmup * max_steps))
-    if step < warmup_steps:
-        return args.learning_rate * (step + 1) / warmup_steps
-    rest = max_steps - warmup_steps   # not 0, because step is one of these
-    if shape == "linear":
-        return args.learning_rate * (max_steps - step) / rest
-    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
-
-def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
-    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
-                parameter.copy_(parameter[:, order])             # the channels are the columns
-            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
-                parameter.copy_(parameter[order])                # the channels are the rows
-
-# ---- faster on a CPU -------------------------------------------------------------------------------------------------
+# ==== Below is not the encoder, but what the scripts share ============================================================
+# speed; optimizer and learning rate; a trained model changed (order of channels, one size, fewer words); Hugging Face
+# folders; a training run; its folder OUT_DIR; flags
+# ---- speed, mostly on a CPU ------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
     with torch.autocast("cpu", enabled=False):
@@ -337,18 +310,22 @@ def as_contiguous(x, dtype):
     """ cast and reorder in one copy """
     return x.to(dtype, memory_format=torch.contiguous_format).contiguous()   # to() may return x itself
 
-def dropout(x, p):
+def dropout(x, p, training):
     """ F.dropout, with dropout_mask on a CPU """
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
+    if p == 0 or not training or x.device.type != "cpu":
+        return F.dropout(x, p, training)
     return x * dropout_mask(x.numel(), p, x.dtype).view(x.shape)
 
 def dropout_mask(size, p, dtype):
     """ (size,): 0 with probability p, else 1 / (1 - p). On a CPU F.dropout draws one random number for each entry. Here
     one 64-bit number serves 8 entries, 13 times as fast, so p is a multiple of 1/256: 0.1 becomes 26/256. """
     threshold = min(255, round(256 * p))
-    bits = torch.randint(-2**63, 2**63 - 1, (size // 8 + 1,)).view(torch.uint8)[:size]
+    bits = torch.randint(-2**63, 2**63 - 1, (size // 8 + 1,)).view(torch.uint8)[:size]   # one number to spare
     return (bits >= threshold).to(dtype).mul_(256 / (256 - threshold))
+
+def autocast(device, dtype, **flags):
+    """ with autocast(...): matrix products in dtype, "float32" or "bfloat16" """
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32", **flags)
 
 def fast_dtype():
     """ "bfloat16" where the machine multiplies it faster than float32, else "float32" """
@@ -367,6 +344,87 @@ def keep_freed_memory(keep=True):
         else:
             libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
 
+# ---- optimizer and learning rate -------------------------------------------------------------------------------------
+def configure_optimizer(parameters, learning_rate, weight_decay, faster, scale):
+    """ {name: parameter} -> AdamW. Matrices decay, also the embeddings; biases and LayerNorms do not. The training loop
+    multiplies the learning rate by the "scale" of each group: `scale` for the names in `faster`, else 1. """
+    rest = [parameter for name, parameter in parameters.items() if name not in faster]
+    groups = [{"params": [parameters[name] for name in faster], "weight_decay": weight_decay, "scale": scale},
+              {"params": [matrix for matrix in rest if matrix.dim() >= 2], "weight_decay": weight_decay, "scale": 1.0},
+              {"params": [vector for vector in rest if vector.dim() < 2], "weight_decay": 0.0, "scale": 1.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)   # fused: all tensors in one kernel
+
+def get_lr(step, max_steps, args, shape):
+    """ the learning rate of a step: linear warm-up, then a "linear" or "cosine" decay to 0 """
+    warmup_steps = max(1, round(args.warmup * max_steps))
+    if step < warmup_steps:
+        return args.learning_rate * (step + 1) / warmup_steps
+    rest = max_steps - warmup_steps   # not 0, because step is one of these
+    if shape == "linear":
+        return args.learning_rate * (max_steps - step) / rest
+    return args.learning_rate * (1 + math.cos(math.pi * (step - warmup_steps) / rest)) / 2
+
+# ---- a trained model changed: the order of its channels, one size alone, fewer words ---------------------------------
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
+                parameter.copy_(parameter[:, order])             # the channels are the columns
+            elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
+                parameter.copy_(parameter[order])                # the channels are the rows
+
+def cut(model, size):
+    """ -> the model of one size alone: its layers, and a last LayerNorm that gives 0 beyond its dims. Zeros change no
+    cosine and no dot product, so programs that normalise before they slice, or never slice, are right as well. """
+    layer, dim = size
+    small = copy.deepcopy(model)
+    set_sizes(small.config, [size])   # first: the names of default sizes depend on the number of layers
+    small.config.num_hidden_layers = layer
+    del small.blocks[layer:]
+    small.blocks[-1].norm2.weight.data[dim:] = 0
+    small.blocks[-1].norm2.bias.data[dim:] = 0
+    return small.eval()
+
+def cut_vocabulary(model, tokenizer, counts, vocab_size):
+    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
+    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. Raises
+    ValueError if vocab_size is too small or too large for that. """
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
+    if not must.sum() <= vocab_size <= len(pieces):
+        raise ValueError(f"--vocab_size {vocab_size}: {must.sum()} special tokens and single characters must stay, and "
+                         f"there are {len(pieces)} entries; give a number between")
+    kept = np.sort(np.lexsort((-counts, ~must))[:vocab_size]).tolist()   # equal counts: the lower id stays
+    model = copy.deepcopy(model)
+    model.word = nn.Embedding.from_pretrained(model.word.weight[kept], freeze=False)
+    model.config.vocab_size = vocab_size
+    vocab = {"vocab": {pieces[old]: new for new, old in enumerate(kept)}, "added_tokens_decoder": {}}
+    smaller = type(tokenizer)(**tokenizer.init_kwargs | vocab)
+    smaller.backend_tokenizer.normalizer = tokenizer.backend_tokenizer.normalizer
+    smaller.model_max_length, model.config.pad_token_id = tokenizer.model_max_length, smaller.pad_token_id
+    return model, smaller
+
+# ---- files that may be broken ----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def readable(start, remedy):
+    """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
+    try:
+        yield
+    except Exception as error:   # the hub, zip, pickle, torch and the tokenizers have a dozen errors each
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
+
+def read_json(path, kind=dict):
+    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
+    if not path.exists():
+        return kind()
+    with readable(f"{path}: not a JSON {kind.__name__}", "copy or download the file again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(content, kind), f"a {type(content).__name__}"
+        return content
+
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 def load_model(name, device="cpu", max_length=None, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. overrides:
@@ -375,10 +433,10 @@ def load_model(name, device="cpu", max_length=None, **overrides):
     model = from_pretrained(folder, defaults, **overrides).to(device)
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         read_json(folder / file)   # raises for a broken one, with its name
-    tokenizer, words = load_tokenizer(folder), 0
-    # without one of these transformers returns a tokenizer of five words, and every text becomes [UNK]
-    if (folder / "tokenizer.json").exists() or (folder / "vocab.txt").exists():
-        words = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    tokenizer = load_tokenizer(folder)
+    # without one of these files transformers returns a tokenizer of five words, and every text becomes [UNK]
+    has_words = (folder / "tokenizer.json").exists() or (folder / "vocab.txt").exists()
+    words = 1 + max(tokenizer.get_vocab().values(), default=-1) if has_words else 0
     message = f"{name}: {words} words in the tokenizer, {model.config.vocab_size} in the model; copy its files there"
     if not 0 < words <= model.config.vocab_size:
         raise ValueError(message)
@@ -413,14 +471,14 @@ def read_modules(folder):
     unknown = set(modules) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ValueError(f"{folder}: modules.json asks for {', '.join(unknown)}, which is not supported")
-    said = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+    similarity = read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name")
     # after Normalize the dot product is the cosine
-    settings = {"similarity": "cosine" if "Normalize" in modules or not said else said}
+    settings = {"similarity": "cosine" if "Normalize" in modules or not similarity else similarity}
     if "Pooling" in modules:
-        said = read_json(modules["Pooling"] / "config.json")
+        pooling = read_json(modules["Pooling"] / "config.json")
         # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
-        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if "pooling_mode_" in key and on]
-        settings["pooling"] = str(said.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
+        modes = [key.removeprefix("pooling_mode_") for key, on in pooling.items() if "pooling_mode_" in key and on]
+        settings["pooling"] = str(pooling.get("pooling_mode") or re.sub(r"_tokens?\b", "", " and ".join(modes)))
     return modules.get("Transformer", folder), settings
 
 def from_pretrained(name, defaults=(), **overrides):
@@ -519,7 +577,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
     else:
         state, architecture = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
         state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
-    _, dim = list(named_sizes(config))[-1]
+    _, dim = list(named_sizes(config))[-1]   # of the full size
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
     last, modules = model.blocks[-1].norm2, {"Transformer": "", "Pooling": "1_Pooling"}
     # sentence-transformers normalises first and slices last, which is right only if all beyond the dims is 0
@@ -539,57 +597,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode)   # safetensors lets no others read
 
-def cut(model, size):
-    """ -> the model of one size alone: its layers, and a last LayerNorm that gives 0 beyond its dims. Zeros change no
-    cosine and no dot product, so programs that normalise before they slice, or never slice, are right as well. """
-    layer, dim = size
-    names = (named_sizes(model.config).get(size, ""),)
-    small = Bert(replace(model.config, num_hidden_layers=layer, sizes=(size,), size_names=names))
-    small.load_state_dict(model.state_dict(), strict=False)   # leaves the blocks above out
-    small.blocks[-1].norm2.weight.data[dim:] = 0
-    small.blocks[-1].norm2.bias.data[dim:] = 0
-    return small.eval()
-
-def cut_vocabulary(model, tokenizer, counts, vocab_size):
-    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
-    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. Raises
-    ValueError if vocab_size is too small or too large for that. """
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
-    if not must.sum() <= vocab_size <= len(pieces):
-        raise ValueError(f"--vocab_size {vocab_size}: {must.sum()} special tokens and single characters must stay, and "
-                         f"there are {len(pieces)} entries; give a number between")
-    kept = np.sort(np.lexsort((-counts, ~must))[:vocab_size]).tolist()   # equal counts: the lower id stays
-    model = copy.deepcopy(model)
-    model.word = nn.Embedding.from_pretrained(model.word.weight[kept], freeze=False)
-    model.config.vocab_size = vocab_size
-    vocab = {"vocab": {pieces[old]: new for new, old in enumerate(kept)}, "added_tokens_decoder": {}}
-    smaller = type(tokenizer)(**tokenizer.init_kwargs | vocab)
-    smaller.backend_tokenizer.normalizer = tokenizer.backend_tokenizer.normalizer
-    smaller.model_max_length, model.config.pad_token_id = tokenizer.model_max_length, smaller.pad_token_id
-    return model, smaller
-
-@contextlib.contextmanager
-def readable(start, remedy):
-    """ with readable(...): whatever goes wrong inside raises ValueError("START (REASON); REMEDY") """
-    try:
-        yield
-    except Exception as error:   # the hub, zip, pickle, torch and the tokenizers have a dozen errors each
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{start} ({reason:.300}); {remedy}") from None
-
-def read_json(path, kind=dict):
-    """ a JSON file -> dict or list, empty if there is no such file; raises ValueError if it holds something else """
-    if not path.exists():
-        return kind()
-    with readable(f"{path}: not a JSON {kind.__name__}", "copy or download the file again"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(content, kind), f"a {type(content).__name__}"
-        return content
-
-# ---- training runs, for both scripts: ranks, OUT_DIR, log, signals ---------------------------------------------------
-STATE = "training_state.pt"   # for --resume; the other files of a run are for those who use the model
-
+# ---- a training run, for both scripts: start, ranks, signals, log ----------------------------------------------------
 def run_script(main, parse_args):
     """ main(parse_args()); one line and exit status 2 for a mistake of the user's, 1 for what went wrong in the run """
     try:
@@ -618,70 +626,11 @@ def start_ranks(args):
             sys.stdout = open(os.devnull, "w")
     return rank, world_size
 
-RUN_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
-             "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
-             "sentence_bert_config.json", "eval.json", "args.json", "log.jsonl")   # the last two alone: nothing saved
-
-def check_out_dir(parser, args):
-    """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
-    out_dir = Path(args.out_dir)
-    if not args.out_dir or out_dir.exists() and not out_dir.is_dir():
-        parser.error(f"--out_dir {args.out_dir!r} is no folder; name one, it is made when missing")
-    if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run and --overwrite replaces it; give one of the two")
-    if args.resume and not (out_dir / STATE).exists():
-        parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
-                     "checkpoint; leave --resume out to begin a run")
-    found = [name for name in (*RUN_FILES[:-2], "pytorch_model.bin") if (out_dir / name).exists()]
-    if found and not args.resume and not args.overwrite:
-        parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
-                     + (" or --resume" if STATE in found else ""))
-
-def open_run(args, first_step=0):
-    """ Write args.json -> log.jsonl, open and locked. A resumed run keeps its lines up to first_step. With --overwrite
-    the earlier run moves to OUT_DIR/replaced until this one has saved something. Raises ValueError if it is locked. """
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log_file, replaced = open_locked(out_dir / "log.jsonl"), out_dir / "replaced"
-    for leftover in out_dir.glob("save.*.part"):          # of a killed run
-        shutil.rmtree(leftover)
-    if args.resume:
-        shutil.rmtree(replaced, ignore_errors=True)       # this run has a checkpoint
-    if args.overwrite:
-        (replaced / "1_Pooling").mkdir(parents=True, exist_ok=True)
-        moved = (replaced / "log.jsonl").exists()         # then a run without a checkpoint is what lies in out_dir
-        for name in RUN_FILES:
-            if (path := out_dir / name).exists():
-                path.unlink() if moved else os.replace(path, replaced / name)
-        log_file = open_locked(out_dir / "log.jsonl")
-    log_file.seek(0)
-    with readable(f"{out_dir / 'log.jsonl'}: is no log of a run", "move it away, or choose another --out_dir"):
-        kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    log_file.truncate(len("".join(kept).encode()))
-    inputs = [args.init_from, *getattr(args, "train_pairs", [])]
-    from_hub = [name for name in inputs if name not in ("scratch", "docs")
-                and not Path(name).exists() and not Path(name.split(":")[0]).exists()]
-    begun = read_json(out_dir / "args.json") if args.resume else {"from_hub": from_hub}   # files may be gone later
-    about = begun | vars(args) | {"commit": git_commit(), "torch": torch.__version__}
-    (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-    return log_file
-
-def open_locked(path):
-    """ -> the file, open to read and append, which no other process can lock. Raises ValueError if one has. """
-    file = open(path, "a+")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--out_dir {path.parent}: another run is writing there; choose another folder") from None
-    except (ImportError, OSError):   # Windows and some network drives cannot: two runs into one folder go unnoticed
-        pass
-    return file
-
-def git_commit():
-    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+def sum_over_ranks(parameters, world_size):
+    """ every gradient becomes the sum of the ranks' gradients """
+    for parameter in parameters:
+        if world_size > 1 and parameter.grad is not None:   # blocks above the largest size have none
+            dist.all_reduce(parameter.grad)
 
 def catch_signals():
     """ -> a list, empty until Ctrl-C or SIGTERM arrives: the loop then saves and ends. A second signal kills. """
@@ -704,12 +653,6 @@ def default_signals():
     """ after the loop a signal ends the program at once again """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-def sum_over_ranks(parameters, world_size):
-    """ every gradient becomes the sum of the ranks' gradients """
-    for parameter in parameters:
-        if world_size > 1 and parameter.grad is not None:   # blocks above the largest size have none
-            dist.all_reduce(parameter.grad)
 
 def check_finite(step, loss, norm, terms, args):
     """ terms {name: scalar}: what the loss consists of. Raises FloatingPointError if loss or norm is not finite. """
@@ -741,13 +684,93 @@ def status(step, max_steps, parts, lr, norm, seconds, tokens):
     return " | ".join([f"step {step}/{max_steps}", *parts, f"lr {lr:.1e}", f"norm {norm:.2f}",
                        f"{1000 * seconds:.0f} ms", f"{rate:.1f}k tok/s", f"eta {left:.1f}m"])
 
-# ---- checkpoints of a training run -----------------------------------------------------------------------------------
+# ---- OUT_DIR ---------------------------------------------------------------------------------------------------------
+# What the folder of a run holds while it trains, and what becomes of it:
+#   a new run      refuses a folder that holds a model (check_out_dir)
+#   --overwrite    moves the earlier run to OUT_DIR/replaced; the new run's first checkpoint deletes it (save_run)
+#   --resume       goes on from STATE; log.jsonl keeps its lines up to that step (open_run)
+#   the end        the model, args.json and log.jsonl stay; finetune_srl.py deletes STATE, because its run is finished
+STATE = "training_state.pt"   # for --resume; the other files are for those who use the model
+MODEL_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+               "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",
+               "sentence_bert_config.json", "eval.json")
+RUN_FILES = (*MODEL_FILES, "args.json", "log.jsonl")   # the last two alone: nothing was saved yet
+
+def check_out_dir(parser, args):
+    """ parser.error where --out_dir, --resume and --overwrite do not fit what is there """
+    out_dir = Path(args.out_dir)
+    if not args.out_dir or out_dir.exists() and not out_dir.is_dir():
+        parser.error(f"--out_dir {args.out_dir!r} is no folder; name one, it is made when missing")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite replaces it; give one of the two")
+    if args.resume and not (out_dir / STATE).exists():
+        parser.error(f"--resume: there is no {out_dir / STATE}: the run is finished, or was stopped before its first "
+                     "checkpoint; leave --resume out to begin a run")
+    found = [name for name in (*MODEL_FILES, "pytorch_model.bin") if (out_dir / name).exists()]
+    if found and not args.resume and not args.overwrite:
+        parser.error(f"--out_dir {args.out_dir} holds a run; choose another folder, or add --overwrite"
+                     + (" or --resume" if STATE in found else ""))
+
+def open_run(args, first_step=0):
+    """ Write args.json -> log.jsonl, open and locked. A resumed run keeps its lines up to first_step. Raises ValueError
+    if another run is writing there. """
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log_file = open_locked(out_dir / "log.jsonl")
+    for leftover in out_dir.glob("save.*.part"):          # of a killed run
+        shutil.rmtree(leftover)
+    if args.resume:
+        shutil.rmtree(out_dir / "replaced", ignore_errors=True)   # this run has a checkpoint
+    if args.overwrite:
+        move_aside(out_dir)
+        log_file = open_locked(out_dir / "log.jsonl")
+    log_file.seek(0)
+    with readable(f"{out_dir / 'log.jsonl'}: is no log of a run", "move it away, or choose another --out_dir"):
+        kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    log_file.truncate(len("".join(kept).encode()))
+    inputs = [args.init_from, *getattr(args, "train_pairs", [])]
+    from_hub = [name for name in inputs if name not in ("scratch", "docs")
+                and not Path(name).exists() and not Path(name.split(":")[0]).exists()]
+    begun = read_json(out_dir / "args.json") if args.resume else {"from_hub": from_hub}   # files may be gone later
+    about = begun | vars(args) | {"commit": git_commit(), "torch": torch.__version__}
+    (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+    return log_file
+
+def move_aside(out_dir):
+    """ The run in OUT_DIR goes to OUT_DIR/replaced. If a run is there already, the one in OUT_DIR was to replace it and
+    has saved nothing: delete that. """
+    replaced = out_dir / "replaced"
+    waiting = (replaced / "log.jsonl").exists()
+    (replaced / "1_Pooling").mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        if waiting:
+            (out_dir / name).unlink(missing_ok=True)
+        elif (out_dir / name).exists():
+            os.replace(out_dir / name, replaced / name)
+
+def open_locked(path):
+    """ -> the file, open to read and append, which no other process can lock. Raises ValueError if one has. """
+    file = open(path, "a+")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out_dir {path.parent}: another run is writing there; choose another folder") from None
+    except (ImportError, OSError):   # Windows and some network drives cannot: two runs into one folder go unnoticed
+        pass
+    return file
+
+def git_commit():
+    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
 def load_run(args):
     """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
     path = Path(args.out_dir, STATE)
     with readable(f"--resume: {path} cannot be read", "begin the run again with --overwrite"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))
+        saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))   # none may be missing
     free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
     if (saved.keys() ^ vars(args).keys()) - free:
         raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
@@ -764,11 +787,11 @@ def check_about(args, state, about):
             raise ValueError(f"--resume: {name} differ from those of the run in {args.out_dir} "
                              f"({value} for {state['about'].get(name)}); resume with the same, or begin another run")
 
-def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
-    """ the model, then STATE for --resume; every file is whole at any moment. state {"model": ..., "optimizer": ...};
+def save_run(args, step, bert, tokenizer, parts, about, last_step, head=None):
+    """ the model, then STATE for --resume; every file is whole at any moment. parts {"model": ..., "optimizer": ...};
     about: see check_about. Raises FloatingPointError for what is not finite, OSError if the last step is lost. """
     from safetensors import SafetensorError
-    broken = [name for name, tensor in state["model"].state_dict().items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in parts["model"].state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise FloatingPointError(f"step {step}: not saved, because {broken[0]} is not finite; lower --learning_rate. "
                                  f"{last_checkpoint(args)}")
@@ -776,7 +799,7 @@ def save_run(args, step, bert, tokenizer, state, about, last_step, head=None):
     try:
         with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=out_dir) as part:
             save_pretrained(bert, tokenizer, part, head)
-            state = {name: trained.state_dict() for name, trained in state.items()}
+            state = {name: trained.state_dict() for name, trained in parts.items()}
             torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(part, STATE))
             (out_dir / "1_Pooling").mkdir(exist_ok=True)
             files = [file for file in Path(part).rglob("*") if file.is_file()]
@@ -803,7 +826,7 @@ def last_checkpoint(args):
 
 # ---- flags of both training scripts ----------------------------------------------------------------------------------
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """ keep the docstring's line breaks and print every default """
+    """ keep the docstring's line breaks and print every default, but not "(default: None)" """
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
@@ -811,7 +834,7 @@ def number(kind, rule, holds):
     """ an argparse type: an int or float for which holds(value). argparse names the flag. """
     def parse(text):
         value = kind(text)
-        if not (holds(value) and value < 2**63):   # false for what is not a number, too
+        if not (holds(value) and value < 2**63):   # nan compares false
             raise argparse.ArgumentTypeError(f"{text}: must be {'below 2**63' if holds(value) else rule}")
         return value
     parse.__name__ = kind.__name__   # for argparse's "invalid int value"
@@ -843,10 +866,18 @@ def check_sizes(sizes, config, name="the model", flag="--sizes"):
 def device_arg(text):
     """ an argparse type: a device that torch can use """
     try:
-        torch.zeros(1, device=text).item()   # "meta" holds no numbers
+        torch.zeros(1, device=text).item()   # item() fails on "meta", which has no memory
     except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from None
     return text
+
+def new_bert(args, tokenizer, max_length, **settings):
+    """ random weights, in the shape that the flags ask for """
+    return Bert(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
+        num_attention_heads=args.hidden_size // 64, intermediate_size=4 * args.hidden_size,
+        max_position_embeddings=max_length, hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.dropout, **settings))
 
 def training_flags(parser):
     """ add the flags that both training scripts have; each script sets its own defaults """

@@ -20,18 +20,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import (STATE, Bert, BertConfig, HelpFormatter, MLMHead, as_contiguous, average, catch_signals, check_about,
+from model import (STATE, HelpFormatter, MLMHead, as_contiguous, autocast, average, catch_signals, check_about,
                    check_finite, check_out_dir, check_sizes, configure_optimizer, dropout, fraction, get_lr,
-                   interrupted, keep_freed_memory, load_head, load_model, load_run, log, named_sizes, nonneg_int,
-                   number, open_run, pack, positive_float, positive_int, readable, run_script, save_run, size_name,
-                   start_ranks, status, sum_over_ranks, training_flags)
+                   interrupted, keep_freed_memory, load_head, load_model, load_run, log, named_sizes, new_bert,
+                   nonneg_int, number, open_run, pack, positive_float, positive_int, readable, run_script, save_run,
+                   set_sizes, size_name, start_ranks, status, sum_over_ranks, training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), V vocabulary;
 # M positions that the encoder must guess, M' those of the decoder
+# smae_loss puts the functions before it together. Training runs fast forms of two of them, `decode` and
+# `vocabulary_loss`, which are here to be read; tests hold the fast forms equal to them.
 
 class SMAE(nn.Module):
-    """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. """
+    """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. It has no forward:
+    smae_loss calls the parts. """
     def __init__(self, bert, head):
         super().__init__()
         self.bert, self.head = bert, head
@@ -45,28 +48,27 @@ def with_ids(batch, ids):
 
 def sliced_taps(model, batch, sizes):
     """ one pass of the encoder -> {size name: (N, D)}: the output of the size's layer, its first D coordinates """
-    taps = model.bert(batch, [layer for layer, _ in sizes])                             # (N, C) each
-    return {size_name(size): tap[:, :size[1]] for size, tap in zip(sizes, taps)}
+    taps = model.bert(batch, [layer for layer, _ in sizes])                             # {layer: (N, C)}
+    return {size_name((layer, dim)): taps[layer][:, :dim] for layer, dim in sizes}
 
 def bottleneck(model, sliced, batch):
     """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels by the MLM head.
     `transform` reads the first D columns of its matrix, so no size needs a projection of its own. """
-    return torch.stack([model.head.transform(tap[batch.starts]) for tap in sliced.values()])
+    return torch.stack([model.head.transform(h[batch.starts]) for h in sliced.values()])
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M',) -> (S, M', C): what the decoder makes of the positions it must guess.
-    For reading; training uses `fast_decode`, which equals it without dropout. If you change this function, let
-    `batch_loss` pass it. """
+    `fast_decode` equals it without dropout. If you change this function, let `batch_loss` pass it. """
     decoded = []
     for vectors in bottlenecks:                                           # (B, C), one size
         # The bottleneck replaces [CLS]. It needs no position embedding, because it is always at position 0.
-        inputs = embeddings.index_copy(0, batch.starts, vectors)          # (N, C)
-        decoded.append(decoder(inputs, batch.groups)[positions])          # (M', C)
+        x = embeddings.index_copy(0, batch.starts, vectors)               # (N, C)
+        decoded.append(decoder(x, batch.groups)[positions])               # (M', C)
     return torch.stack(decoded)
 
 def vocabulary_loss(model, hidden, labels):
     """ {term: (M or M', C)}, {term: (M or M',) true ids} -> mean over terms of their CE, {term: CE}, {term: accuracy}.
-    For reading; training uses `fast_vocabulary_loss`, which equals it where every term has a position. """
+    `fast_vocabulary_loss` equals it where every term has a position. """
     ce, accuracy = {}, {}
     for term in hidden:
         logits = hidden[term] @ model.bert.word.weight.T + model.head.bias         # (M, V)
@@ -86,11 +88,11 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
     batch, masked: Pack and Masked of the same texts. decode_with, loss_with: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     device = batch.input_ids.device
-    states, labels = {}, {}                                # {term: (M or M', C)}, {term: (M or M',) true ids}
+    hidden, labels = {}, {}                                # {term: (M or M', C)}, {term: (M or M',) true ids}
     sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)                    # (N, D) each
     encoder_at = torch.from_numpy(masked.encoder_positions).to(device)                         # (M,)
-    for name, tap in sliced.items():
-        states[f"mlm {name}"] = model.head.transform(tap[encoder_at])                          # (M, C)
+    for name, h in sliced.items():
+        hidden[f"mlm {name}"] = model.head.transform(h[encoder_at])                            # (M, C)
         labels[f"mlm {name}"] = batch.input_ids[encoder_at]                                    # (M,)
     if objective == "smae":
         bottlenecks = bottleneck(model, sliced, batch)                                         # (S, B, C)
@@ -98,16 +100,14 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
         decoder_at = torch.from_numpy(masked.decoder_positions).to(device)                     # (M',)
         decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, decoder_at)
         for name, state in zip(sliced, model.head.transform(decoded)):                         # (M', C) each
-            states[f"mae {name}"], labels[f"mae {name}"] = state, batch.input_ids[decoder_at]
-    return loss_with(model, states, labels)   # L is the mean of the terms: 2S, or S with objective "mlm"
+            hidden[f"mae {name}"], labels[f"mae {name}"] = state, batch.input_ids[decoder_at]
+    return loss_with(model, hidden, labels)   # L is the mean of the terms: 2S, or S with objective "mlm"
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
     """ documents -> what smae_loss returns, number of tokens. The two fast functions are below the double line. """
-    rates = (args.encoder_mask, args.decoder_mask)
-    masked = data.smae_batch(documents, args.max_length, rates, tokenizer, seed)
+    masked = data.smae_batch(documents, args.max_length, (args.encoder_mask, args.decoder_mask), tokenizer, seed)
     # autocast keeps a bfloat16 copy of every weight until it ends: memory that --gradient_checkpointing saves, too
-    with torch.autocast(args.device.split(":")[0], getattr(torch, args.dtype), enabled=args.dtype != "float32",
-                        cache_enabled=not args.gradient_checkpointing):
+    with autocast(args.device, args.dtype, cache_enabled=not args.gradient_checkpointing):
         losses = smae_loss(model, pack(masked.texts, args.device, multiple=128), masked, sizes, args.objective,
                            fast_decode, fast_vocabulary_loss)
     return losses, len(masked.encoder_ids)
@@ -121,7 +121,7 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
     Dropout is drawn once for that shared attention. This function needs a decoder of one layer, and no [CLS] among the
     positions. """
-    attention, p = decoder.attention, decoder.attention.p if decoder.training else 0.0
+    attention = decoder.attention
     (N, C), S, H = embeddings.shape, len(bottlenecks), attention.heads
     width, tokens_of_groups = C // H, [G * T for G, T in batch.groups]
     qkv = attention.qkv(embeddings).view(N, 3, H, width)
@@ -135,14 +135,16 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
             rows = rows.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
             q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, width) each
             scores = q * width**-0.5 @ k[:, :, 1:].transpose(-1, -2)                     # (G, H, T, T-1)
-            mixed = dropout(scores.softmax(-1), p) @ v[:, :, 1:]                         # (G, H, T, width)
+            weights = dropout(scores.softmax(-1), attention.p, decoder.training)         # (G, H, T, T-1)
+            mixed = weights @ v[:, :, 1:]                                                # (G, H, T, width)
             others.append(mixed.transpose(1, 2).reshape(G * T, H, width))
             logsumexp.append(scores.logsumexp(-1).transpose(1, 2).reshape(G * T, H, 1))
         others, logsumexp = torch.cat(others)[positions], torch.cat(logsumexp)[positions]   # (M', H, width), (M', H, 1)
         products = q_masked * k_first[:, text_ids]                                       # (S, M', H, width)
         s_first = products.sum(-1, keepdim=True, dtype=others.dtype) * width**-0.5       # (S, M', H, 1)
         weight = (s_first - logsumexp).sigmoid()                                         # of the bottleneck
-        mixed = (1 - weight) * others + dropout(weight, p) * v_first[:, text_ids]        # (S, M', H, width)
+        dropped = dropout(weight, attention.p, decoder.training)
+        mixed = (1 - weight) * others + dropped * v_first[:, text_ids]                   # (S, M', H, width)
     return decoder.after_attention(embeddings[positions], attention.out(mixed.flatten(2)))
 
 def fast_vocabulary_loss(model, hidden, labels):
@@ -211,20 +213,16 @@ MAX_VOCABULARY_DOCUMENTS = 200_000   # that a vocabulary is trained on
 def build_model(args, saved):
     """ -> SMAE, tokenizer, sizes to train. saved: the state of the run to resume, or None """
     init_from = args.out_dir if saved else args.init_from
-    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     if init_from == "scratch":
         print(f"training a WordPiece vocabulary of {args.vocab_size} on the text")
         texts = data.load_texts(args.train_text, args.streaming, columns=args.columns)
         texts = itertools.islice(texts, MAX_VOCABULARY_DOCUMENTS)
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
-        bert = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
-                               num_hidden_layers=args.num_layers, num_attention_heads=args.hidden_size // 64,
-                               intermediate_size=4 * args.hidden_size,
-                               max_position_embeddings=max(512, args.max_length),   # room for longer texts later
-                               **dropout))
+        bert = new_bert(args, tokenizer, max(512, args.max_length))   # room for longer texts later
         head = MLMHead(bert.config)
     else:
-        bert, tokenizer = load_model(init_from, **dropout)
+        bert, tokenizer = load_model(init_from, hidden_dropout_prob=args.dropout,
+                                     attention_probs_dropout_prob=args.dropout)
         head = load_head(init_from, bert.config)
         if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id):
             raise ValueError(f"{init_from}: its tokenizer has no [CLS], [SEP] or [MASK]; copy a BERT's files there")
@@ -232,17 +230,21 @@ def build_model(args, saved):
     if args.max_length > config.max_position_embeddings:
         raise ValueError(f"--max_length {args.max_length}: {init_from} has {config.max_position_embeddings} positions; "
                          "choose that or less")
-    full, names = (config.num_hidden_layers, config.hidden_size), named_sizes(config)
-    sizes = check_sizes(args.sizes or (names if args.objective == "smae" else [full]), config)
-    config.sizes = sizes if args.objective == "smae" else ()   # after plain MLM, fine-tuning chooses the sizes
-    config.pooling = "cls" if args.objective == "smae" else config.pooling   # the vector that SMAE trains
-    config.size_names = tuple(names.get(size, "") for size in config.sizes)
+    if args.objective == "smae":
+        sizes = check_sizes(args.sizes or named_sizes(config), config)
+        set_sizes(config, sizes)
+        config.pooling = "cls"   # the vector that SMAE trains
+    else:
+        full = (config.num_hidden_layers, config.hidden_size)
+        sizes = check_sizes(args.sizes or [full], config)
+        set_sizes(config, ())    # fine-tuning chooses the sizes
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
     bert.gradient_checkpointing = args.gradient_checkpointing
-    if (Path(init_from) / STATE).exists():   # continue with the decoder of that run
-        with readable(f"{Path(init_from, STATE)}: does not fit the model there", "delete it, for a new decoder"):
-            earlier = saved or torch.load(Path(init_from) / STATE, map_location="cpu", weights_only=True)
+    state_file = Path(init_from, STATE)
+    if state_file.exists():      # continue with the decoder of that run
+        with readable(f"{state_file}: does not fit the model there", "delete it, for a new decoder"):
+            earlier = saved or torch.load(state_file, map_location="cpu", weights_only=True)
             if "objective" in earlier["args"]:   # else a stopped fine-tuning, which has no decoder
                 model.load_state_dict(earlier["model"])
     return model, tokenizer, sizes
@@ -257,26 +259,24 @@ def split_batch(args, world_size):
                          f"share pieces of that size equally; choose a multiple of {world_size} x --micro_batch")
     return micro_batch, pieces
 
-# steps() of the next two functions yields for each step [(number, documents), ...], the pieces of this rank, from
-# first_step on.
-def stream_text(args, tokenizer, micro_batch, first_step, mine, rank, world_size):
-    """ --train_text as it arrives; mine: the numbers of this rank's pieces -> held-out documents, steps().
-    steps() raises ValueError when the text ends too soon. """
+# The next two functions give held-out documents, max_steps and steps(), which yields for each step from first_step on
+# [(number, documents), ...]: my_pieces of the batch, which are those of this rank.
+def stream_text(args, tokenizer, micro_batch, first_step, my_pieces, rank, world_size):
+    """ --train_text as it arrives. steps() raises ValueError when the text ends too soon. """
     stream = data.tokenize_documents(data.load_texts(args.train_text, True, rank, world_size, args.columns), tokenizer)
     held_out = list(itertools.islice(stream, HELD_OUT))
     read_before = first_step * args.batch_size // world_size    # by this rank, before the run was stopped
     stream = itertools.islice(stream, read_before, None)        # reads them again and drops them
     def steps():
         for step in range(first_step, args.max_steps):
-            found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in mine]
+            found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in my_pieces]
             if len(found[-1][1]) < micro_batch:
                 raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
             yield found
-    return held_out, steps()
+    return held_out, args.max_steps, steps()
 
-def shuffle_text(args, text, micro_batch, first_step, mine):
-    """ a TokenFile in random order; mine: the numbers of this rank's pieces -> held-out documents, max_steps, steps().
-    Raises ValueError when there are too few documents, or too short ones. """
+def shuffle_text(args, text, micro_batch, first_step, my_pieces):
+    """ a TokenFile in random order. Raises ValueError when there are too few documents, or too short ones. """
     longest = min(np.diff(text.ends, prepend=0).max(), args.max_length - 2)
     if round(args.encoder_mask * longest) == 0:
         raise ValueError(f"--encoder_mask {args.encoder_mask}: hides none of the {longest} tokens that the longest "
@@ -292,7 +292,7 @@ def shuffle_text(args, text, micro_batch, first_step, mine):
             epoch, i = divmod(step, steps_an_epoch)
             rows = train[data.epoch_order(len(train), args.seed, epoch)[i * args.batch_size:(i + 1) * args.batch_size]]
             yield [(piece, [text[row] for row in rows[piece * micro_batch:(piece + 1) * micro_batch]])
-                   for piece in mine]
+                   for piece in my_pieces]
     return [text[row] for row in held_out], max_steps, steps()
 
 def set_bias(head, text):
@@ -310,7 +310,7 @@ def validate(model, held_out, tokenizer, sizes, args):
                   for i in range(0, len(held_out), 50)]
     model.train()
     loss, ce, accuracy = zip(*losses)
-    return average([{"loss": value} for value in loss])["loss"], average(ce), average(accuracy)
+    return torch.stack(loss).mean().item(), average(ce), average(accuracy)   # of batches; the last may be smaller
 
 def main(args):
     """ model, text, optimizer, loop. Raises ValueError or OSError for what the user can mend. """
@@ -324,18 +324,18 @@ def main(args):
     saved = load_run(args) if args.resume else None
     first_step = saved["step"] if saved else 0
     model, tokenizer, sizes = build_model(args, saved)
-    mine = range(rank, pieces, world_size)     # the pieces of every batch that this rank computes
+    my_pieces = range(rank, pieces, world_size)
     if args.streaming:
-        text, max_steps = None, args.max_steps
-        held_out, steps = stream_text(args, tokenizer, micro_batch, first_step, mine, rank, world_size)
+        text = None
+        held_out, max_steps, steps = stream_text(args, tokenizer, micro_batch, first_step, my_pieces, rank, world_size)
     else:
         if rank > 0:
-            dist.barrier()                     # until rank 0 has written the file
+            dist.barrier()                     # rank 0 writes the file; the others wait, then find it
         text = data.token_file(args.train_text, tokenizer, args.columns)
         if rank == 0 and world_size > 1:
             dist.barrier()
-        held_out, max_steps, steps = shuffle_text(args, text, micro_batch, first_step, mine)
-    about = {"--train_text": text.about if text else args.train_text,
+        held_out, max_steps, steps = shuffle_text(args, text, micro_batch, first_step, my_pieces)
+    about = {"--train_text": text.name if text else args.train_text,
              "pieces of a batch": pieces, "ranks with --streaming": world_size * args.streaming}
     if saved:
         check_about(args, saved, about)
@@ -374,7 +374,7 @@ def main(args):
             losses.append(({"loss": loss}, ce, accuracy))
         sum_over_ranks(trained.values(), world_size)           # the sum over all pieces of the batch
         norm = nn.utils.clip_grad_norm_(list(trained.values()), args.grad_clip or math.inf)
-        check_finite(step, loss, norm, ce, args)
+        check_finite(step, loss, norm, ce, args)               # loss and ce of the last piece; the norm covers all
         optimizer.step()
 
         last_step = step + 1 == max_steps or interrupted(caught, args, world_size)

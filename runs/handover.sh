@@ -65,7 +65,7 @@ for label, name, sizes in (("export", run, SIZES), ("MiniLM, first layers", mini
     for size in sizes:
         def mean(rows, metric):
             return float(np.mean([r["value"] for r in rows if (r["layer"], r["dim"], r["metric"]) == (*size, metric)]))
-        found["table"].append({"model": label, "size": f"{size[0]}:{size[1]}", "MB": 4 * model.num_params(size[0]) / 1e6,
+        found["table"].append({"model": label, "size": f"{size[0]}:{size[1]}", "MB": 4 * mean(evaluate.cost(model, sizes), "parameters") / 1e6,
                                "ms/query": mean(timed, "ms/query"), "texts/s": mean(timed, "texts/s"),
                                "STS": mean(records, "Spearman"), "SciFact nDCG@10": mean(values, "nDCG@10")})
         print(found["table"][-1], flush=True)

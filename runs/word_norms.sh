@@ -17,10 +17,11 @@ texts = data.tokenize(texts[:2000], tokenizer, tokenizer.model_max_length)
 count = np.bincount(np.concatenate([np.unique(text) for text in texts]), minlength=len(tokenizer))   # (V,) texts a word
 batch = pack(texts[:300])
 with torch.no_grad():
-    taps = model(batch, [layer for layer, _ in model.config.sizes])                                  # S x (N, C)
+    taps = model(batch, [layer for layer, _ in model.config.sizes])                                  # {layer: (N, C)}
 count, limits = count[batch.input_ids.numpy()], [1, 10, 50, 200, 1000, 2001]                         # (N,)
 print("mean norm of tokens in", ", ".join(f"{a} to {b - 1}" for a, b in zip(limits, limits[1:])), "of 2,000 texts")
-for (layer, dim), tap in zip(model.config.sizes, taps):
+for layer, dim in model.config.sizes:
+    tap = taps[layer]
     norm = tap[:, :dim].norm(dim=1).numpy()                                                          # (N,)
     means = [norm[(a <= count) & (count < b)].mean() for a, b in zip(limits, limits[1:])]
     print(f"{size_name((layer, dim)):>6}", " ".join(f"{mean:6.2f}" for mean in means),

@@ -56,7 +56,7 @@ def packed(args, sizes=None, micro_batch=0):
     tokenizer = load_tokenizer(args.model)
     model = from_pretrained(args.model, **DROPOUT).train()
     sizes = sizes or list(default_sizes(model.config))
-    optimizer = configure_optimizer(dict(model.named_parameters()), 1e-6, 0.0)
+    optimizer = configure_optimizer(dict(model.named_parameters()), 1e-6, 0.0, (), 1.0)
 
     def prepare(rows):
         return [ids for texts in zip(*rows) for ids in data.tokenize(list(texts), tokenizer, args.max_length)]

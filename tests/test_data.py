@@ -262,9 +262,9 @@ def test_tokenised_text_is_that_of_the_source(tmp_path, tokenizer, monkeypatch):
     made = len(os.listdir(data.CACHE))
     assert first_text("set", tokenizer) == "garden engine" and len(os.listdir(data.CACHE)) == made == 6
     cased = BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
-    about = {data.token_file(str(tmp_path / "a" / "set" / "*.parquet"), which).about for which in (tokenizer, cased)}
+    about = {data.token_file(str(tmp_path / "a" / "set" / "*.parquet"), which).name for which in (tokenizer, cased)}
     fill("a/set", "bridge kitchen", "dragon")
-    about.add(data.token_file(str(tmp_path / "a" / "set" / "*.parquet"), tokenizer).about)
+    about.add(data.token_file(str(tmp_path / "a" / "set" / "*.parquet"), tokenizer).name)
     assert len(about) == 3
 
 

@@ -424,7 +424,7 @@ def test_a_loaded_model_keeps_its_ways(cls_dot_folder, pairs_file, tmp_path, fla
     pairs = data.tokenize_pairs(data.load_pairs(pairs_file), load_tokenizer(cls_dot_folder), 32, 64)
     queries, passages, *_ = data.srl_batch([pairs], 16, 1, 64, 1, 0)
     with torch.no_grad():
-        tap, = bert(batch := pack(queries + passages), [list(names)[-1][0]])
+        tap, = bert(batch := pack(queries + passages), [list(names)[-1][0]]).values()
         q, p = split({0: model.POOLINGS[pooling](tap, batch)}, 16)
     want, = loss_and_terms(q, p, ((0, list(names)[-1][1]),), similarity, 2.0, 1.0)[1]
     assert logged_terms(logged(out)[0], "nce")[-1] == pytest.approx(want.item(), rel=1e-4)
@@ -722,7 +722,7 @@ def test_permuted_channels_are_the_same_function(model_with_every_weight, texts)
         before = bert(pack(texts), [0, 1, 4])
         model.permute_channels(bert, order)
         after = bert(pack(texts), [0, 1, 4])
-    for a, b in zip(before, after):
+    for a, b in zip(before.values(), after.values(), strict=True):
         torch.testing.assert_close(b, a[:, order], rtol=0, atol=1e-12)
 
 

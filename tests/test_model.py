@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import model as model_file
+from evaluate import cost
 from model import (Bert, BertConfig, PackedAttention, attention, check_sizes, dropout, fast_attention, from_pretrained,
                    named_sizes, pack, default_sizes, pool, save_pretrained)
 
@@ -43,7 +44,7 @@ def test_every_layer_equals_hugging_face(config, texts, act, grad):
         taps = model(batch, [0, 1, 2, 3, 4])
     with torch.no_grad():
         reference = theirs(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    for tap, hidden in zip(taps, reference):
+    for tap, hidden in zip(taps.values(), reference, strict=True):
         for ours, row, text in zip(rows_of(tap, batch, texts), hidden, texts):
             torch.testing.assert_close(ours, row[:len(text)], rtol=0, atol=1e-10)
 
@@ -139,7 +140,7 @@ def test_early_exit_is_exact_and_runs_nothing_above(model, texts):
     ran = []
     for n, block in enumerate(model.blocks, start=1):
         block.register_forward_hook(lambda *_, n=n: ran.append(n))
-    assert torch.equal(model(batch, [2])[0], both[0])
+    assert torch.equal(model(batch, [2])[2], both[2])
     assert ran == [1, 2]
 
 
@@ -147,9 +148,9 @@ def test_encoding_in_bfloat16(model, texts):
     """ Between the layers autocast has bfloat16 in eval mode, float32 in training; the embeddings agree. """
     batch = pack(texts)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert model(batch, [1, 3])[1].dtype == torch.bfloat16
+        assert model(batch, [1, 3])[3].dtype == torch.bfloat16
         found = model.encode(batch, [1, 3])
-        assert model.train()(batch, [3])[0].dtype == torch.float32
+        assert model.train()(batch, [3])[3].dtype == torch.float32
     with torch.no_grad():
         exact = model.eval().encode(batch, [1, 3])
     for n in (1, 3):
@@ -176,7 +177,7 @@ def test_pooling_by_hand():
 def test_dropout_rate_and_scale():
     """ At p = 0.1 dropout zeroes 26/256 of the entries, without stripes, and multiplies the others by 256/230. """
     torch.manual_seed(0)
-    y = dropout(torch.ones(2000, 2003), 0.1)
+    y = dropout(torch.ones(2000, 2003), 0.1, True)
     zero = (y == 0).float()
     assert abs(zero.mean() - 26 / 256) < 5e-4 and abs(y.mean() - 1) < 5e-4   # 0.1 and 25/256 are 1.6e-3, 3.9e-3 away
     assert (y[y != 0] == torch.tensor(256 / 230)).all()
@@ -186,16 +187,16 @@ def test_dropout_rate_and_scale():
 def test_no_dropout_at_zero():
     """ At p = 0 dropout returns its input. """
     x = torch.randn(5, 7)
-    assert torch.equal(dropout(x, 0.0), x)
+    assert torch.equal(dropout(x, 0.0, True), x)
 
 
 def test_dropout_is_on_in_training_only(config, texts):
     """ In training mode two passes differ, in eval mode they do not. """
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.5
     model, batch = Bert(config), pack(texts)
-    assert not torch.equal(model(batch, [4])[0], model(batch, [4])[0])
+    assert not torch.equal(model(batch, [4])[4], model(batch, [4])[4])
     model.eval()
-    assert torch.equal(model(batch, [4])[0], model(batch, [4])[0])
+    assert torch.equal(model(batch, [4])[4], model(batch, [4])[4])
 
 
 def plain_bert(bert, texts, mask):
@@ -226,7 +227,7 @@ def test_dropout_is_where_bert_has_it(config, monkeypatch):
         rates.append(p), drawn.append(draw(size, p, dtype))
         return drawn[-1]
     monkeypatch.setattr(model_file, "dropout_mask", dropout_mask)
-    found = bert(pack(texts), [4])[0]
+    found = bert(pack(texts), [4])[4]
     masks = iter(drawn)
     want = plain_bert(bert, texts, lambda x: next(masks).view(x.shape))
     torch.testing.assert_close(found, want.view(found.shape), rtol=0, atol=1e-10)
@@ -261,10 +262,10 @@ def test_save_and_load_round_trip(model, texts, tokenizer, tmp_path):
     ours = from_pretrained(tmp_path / "m")
     assert ours.config == model.config and not any(module.training for module in ours.modules())
     batch = pack(texts)
-    assert torch.equal(ours(batch, [4])[0], model(batch, [4])[0])
+    assert torch.equal(ours(batch, [4])[4], model(batch, [4])[4])
     theirs = AutoModel.from_pretrained(tmp_path / "m").eval()
     with torch.no_grad():
-        for text, row in zip(texts, rows_of(model(batch, [4])[0], batch, texts)):
+        for text, row in zip(texts, rows_of(model(batch, [4])[4], batch, texts)):
             found = theirs(torch.from_numpy(text)[None]).last_hidden_state[0]
             torch.testing.assert_close(found, row, rtol=0, atol=1e-5)
     found = AutoTokenizer.from_pretrained(tmp_path / "m")
@@ -291,7 +292,7 @@ def test_loads_the_forms_checkpoints_come_in(model, texts, tokenizer, tmp_path, 
     else:
         save_file(state, tmp_path / "model.safetensors")
     batch = pack(texts)
-    assert torch.equal(from_pretrained(tmp_path)(batch, [4])[0], model(batch, [4])[0])
+    assert torch.equal(from_pretrained(tmp_path)(batch, [4])[4], model(batch, [4])[4])
 
 
 @pytest.mark.parametrize("change, message", [({"model_type": "roberta"}, "model_type 'roberta'"),
@@ -357,7 +358,7 @@ def test_poolings_are_one_table(model, texts, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(model_file.POOLINGS, "last", lambda hidden, batch: hidden[batch.starts + lengths - 1])
     model.config.pooling, lengths, batch = "last", torch.tensor([len(text) for text in texts]), pack(texts)
     found = model.encode(batch, [2])[2]
-    for row, tap in zip(found, rows_of(model(batch, [2])[0], batch, texts), strict=True):
+    for row, tap in zip(found, rows_of(model(batch, [2])[2], batch, texts), strict=True):
         assert torch.equal(row, tap[-1])
     save_pretrained(model, tokenizer, tmp_path)
     assert from_pretrained(tmp_path).config.pooling == "last"
@@ -372,7 +373,8 @@ def test_sizes_of_the_paper():
     small = default_sizes(BertConfig(num_hidden_layers=6, hidden_size=192))
     assert small == {(1, 8): "Demi", (2, 16): "Short", (3, 32): "Tall", (4, 64): "Grande", (5, 128): "Venti",
                      (6, 192): "Trenta"}
-    assert [round(model.num_params(layer) / 1e6, 1) for layer, _ in sizes] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]
+    parameters = [r["value"] / 1e6 for r in cost(model, sizes) if r["metric"] == "parameters"]
+    assert [round(millions, 1) for millions in parameters] == [38.0, 52.2, 66.4, 80.5, 94.7, 108.9]
     assert check_sizes(((6, 128), (2, 32), (6, 128)), model.config) == ((2, 32), (6, 128))   # sorted, each once
     with pytest.raises(ValueError, match="layer 14 but the model has 12 layers; use a layer between 1 and 12"):
         check_sizes(((14, 32),), model.config)

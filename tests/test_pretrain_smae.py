@@ -104,7 +104,7 @@ def literal_loss(model, batch, masked, sizes):
         for n, d in sizes:
             logits = []
             for e, x in zip(encoder_ids, decoder_ids):
-                h, = bert(pack([e]), [n])                                           # (T, C)
+                h = bert(pack([e]), [n])[n]                                         # (T, C)
                 if kind == "mlm":
                     logits.append(V(transform(h[:, :d], d)))
                 else:
@@ -224,7 +224,7 @@ def test_gradient_checkpointing(smae, batch):
         runs.append((size, loss, [p.grad for p in smae.parameters()]))
     assert torch.equal(runs[0][1], runs[1][1]) and all(map(torch.equal, runs[0][2], runs[1][2]))
     (three, _), (four, taps) = (kept(lambda: smae.bert(batch[0], [n])) for n in (3, 4))
-    assert four - three == taps[0].numel() * taps[0].element_size()
+    assert four - three == taps[4].numel() * taps[4].element_size()
     assert runs[1][0] < runs[0][0] / 3   # the decoder's inside is not kept either
 
 
@@ -335,10 +335,10 @@ class TestWhatReachesWhat:
 
     def test_tap_coordinates_beyond_d(self, smae, batch, monkeypatch):
         """ Neither MLM nor bottleneck looks at coordinates beyond d of a tap. """
-        taps = [tap.detach().requires_grad_() for tap in smae.bert(batch[0], [n for n, _ in SIZES])]
+        taps = {n: tap.detach().requires_grad_() for n, tap in smae.bert(batch[0], [n for n, _ in SIZES]).items()}
         monkeypatch.setattr(smae.bert, "forward", lambda *_: taps)
         loss_and_terms(smae, *batch, SIZES)[0].backward()
-        for tap, (_, d) in zip(taps, SIZES):
+        for tap, (_, d) in zip(taps.values(), SIZES, strict=True):
             assert tap.grad[batch[0].starts, :d].abs().min() > 0 and not tap.grad[:, d:].any()
 
     def test_decoder_sees_position_0_alone(self, smae, batch, monkeypatch):
@@ -346,7 +346,8 @@ class TestWhatReachesWhat:
         taps = smae.bert(batch[0]._replace(input_ids=torch.from_numpy(batch[1].encoder_ids)), [n for n, _ in SIZES])
         _, before, _ = loss_and_terms(smae, *batch, SIZES)
         def losses(where):
-            other = [tap.index_put((where,), torch.randn(len(where), tap.shape[1], dtype=tap.dtype)) for tap in taps]
+            other = {n: tap.index_put((where,), torch.randn(len(where), tap.shape[1], dtype=tap.dtype))
+                     for n, tap in taps.items()}
             with monkeypatch.context() as patch:
                 patch.setattr(smae.bert, "forward", lambda *_: other)
                 return loss_and_terms(smae, *batch, SIZES)[1]
@@ -603,7 +604,7 @@ def test_checkpoint(text_file, tmp_path, monkeypatch):
     head = load_head(out, bert.config)
     ids = tokenizer("the apple stands beside the [MASK] in the morning", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        hidden, = bert(pack([ids[0].numpy()]), [2])
+        hidden = bert(pack([ids[0].numpy()]), [2])[2]
         logits = head.transform(hidden) @ bert.word.weight.T + head.bias
         torch.testing.assert_close(logits, theirs.eval()(ids).logits[0], atol=1e-5, rtol=0)
     assert torch.equal(head.dense.weight, state(out)["head.dense.weight"])
@@ -749,7 +750,7 @@ class TestText:
             assert len(set(map(tuple, stream))) == len(stream) == 120 // world_size
             for first_step in (0, 3):
                 mine = range(rank, 4, world_size)
-                held_out, steps = pretrain_smae.stream_text(args, words, 2, first_step, mine, rank, world_size)
+                held_out, max_steps, steps = pretrain_smae.stream_text(args, words, 2, first_step, mine, rank, world_size)
                 pieces = [piece for step in steps for piece in step]
                 assert [number for number, _ in pieces[:4 // world_size]] == list(mine)
                 found = [document.tolist() for _, documents in pieces for document in documents]
@@ -770,7 +771,7 @@ class TestText:
         datasets.Dataset.from_dict({"text": LINES[:2 + 8 + 5]}).to_parquet(tmp_path / "text.parquet")
         monkeypatch.setattr(pretrain_smae, "HELD_OUT", 2)
         args = SimpleNamespace(train_text=str(tmp_path / "text.parquet"), columns=[], batch_size=8, max_steps=3)
-        _, steps = pretrain_smae.stream_text(args, words, 4, 0, range(2), 0, 1)
+        _, _, steps = pretrain_smae.stream_text(args, words, 4, 0, range(2), 0, 1)
         assert [len(documents) for _, documents in next(steps)] == [4, 4]
         with pytest.raises(ValueError, match="ended at step 1; choose fewer --max_steps"):
             next(steps)

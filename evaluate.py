@@ -149,7 +149,7 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
     def embed(texts):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
     queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
-    best, doc_ids = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}, []
+    best, doc_ids = {size: no_documents(Q) for size in sizes}, []
     about, prefix = made_by(model, tokenizer, dtype) if embeddings_dir else "", None
     for shard, (ids, texts) in enumerate(collection.shards()):
         if embeddings_dir:
@@ -164,6 +164,10 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
                 keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
+
+def no_documents(Q, dtype=torch.float32):
+    """ -> scores (Q, K), docs (Q, K): all places empty """
+    return torch.full((Q, K), -np.inf, dtype=dtype), torch.zeros(Q, K, dtype=torch.long)
 
 def keep_best(best, rows, scores, first_doc, own_column):
     """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
@@ -202,17 +206,7 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     if args.grid:
         dims = sorted({dim for _, dim in sizes})
         sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
-    ours = model.config.sizes and Path(name).exists()
-    out = args.out or (Path(name) / "eval.json" if ours else None)
-    if not out and (args.plot or args.compare):
-        raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
-    if out and Path(out).is_file() and not re.search(r'"per_item"|^\s*$', Path(out).read_text(errors="replace")):
-        raise ValueError(f"--out {out}: holds what evaluate.py did not write; choose another file")
-    for folder in filter(None, (args.embeddings_dir, args.save_run)):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    for path in map(Path, filter(None, (out, args.plot))):   # before the minutes of an evaluation
-        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
+    out = check_outputs(name, model, args)
     results, per_item = [], {}
     for task in args.sts:
         records, per_item[data.task_name(task)] = sts(model, tokenizer, task, sizes, args.dtype, args.batch_tokens)
@@ -236,6 +230,22 @@ def evaluate_model(name, model, tokenizer, sizes, args):
     title = f"{name}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else "")
     print_table(results, title, named_sizes(model.config))
     return [str(out)] if out else []
+
+def check_outputs(name, model, args):
+    """ -> where the results go: --out, or eval.json in the folder of a model with sizes of its own, else None. Raises
+    ValueError, before the minutes of an evaluation, where nothing can be written. """
+    ours = model.config.sizes and Path(name).exists()
+    out = args.out or (Path(name) / "eval.json" if ours else None)
+    if not out and (args.plot or args.compare):
+        raise ValueError("--compare and --plot: this model's results go into no file of its own; add --out FILE.json")
+    if out and Path(out).is_file() and not re.search(r'"per_item"|^\s*$', Path(out).read_text(errors="replace")):
+        raise ValueError(f"--out {out}: holds what evaluate.py did not write; choose another file")
+    for folder in filter(None, (args.embeddings_dir, args.save_run)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    for path in map(Path, filter(None, (out, args.plot))):
+        if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise ValueError(f"{path}: no file can be written there; choose another --out or --plot")
+    return out
 
 def by_size(results):
     """ records -> {(layer, dim): {(task, metric): value}} """
@@ -286,7 +296,7 @@ def search_bm25(collection):
     (ids, texts), = collection.shards()
     scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())    # (Q, P)
     scores[scores == 0] = -np.inf                                              # not a word in common: not found
-    best = torch.full((len(scores), K), -np.inf, dtype=scores.dtype), torch.zeros(len(scores), K, dtype=torch.long)
+    best = no_documents(len(scores), scores.dtype)
     keep_best(best, slice(0, len(scores)), scores, 0, own_documents(collection.queries, ids))
     return best
 
@@ -633,6 +643,7 @@ def parse_args(argv=None):
     tasks = args.sts + args.retrieval
     searching = args.search is not None
     evaluating = args.speed or args.grid or args.compare or args.out or args.plot
+    # one job at a time: evaluate, compare, search or export
     if not args.models and (not args.compare or tasks or searching or args.export):
         parser.error("nothing to do: name a MODEL, before the flags, or --compare FILE.json ...")
     if args.compare and len(args.compare) + len(args.models) < 2 and not args.plot:
@@ -643,6 +654,7 @@ def parse_args(argv=None):
         parser.error("--search without a QUESTION reads some from stdin, which is closed; add the question")
     if args.export and (len(args.models) > 1 or evaluating):
         parser.error("--export takes one MODEL, and of an evaluation --sts and --retrieval; leave the rest out")
+    # values that do not fit their flag, or each other
     if args.vocab_size and not args.export:
         parser.error(f"--vocab_size {args.vocab_size} is for --export SIZE OUT; add it")
     if args.export and args.export[0] != "all":

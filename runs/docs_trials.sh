@@ -40,7 +40,7 @@ class Silenced(pretrain_smae.SMAE):
         finetune_srl.silence_last_channels(bert)
         super().__init__(bert, head)
 pretrain_smae.SMAE = Silenced
-pretrain_smae.BertConfig = partial(pretrain_smae.BertConfig, initializer_range=0.01)
+pretrain_smae.new_bert = partial(pretrain_smae.new_bert, initializer_range=0.01)
 pretrain("gentle", "--learning_rate", "5e-4", "--word_lr_scale", "8")
 PYTHON
 pre=out/docs-trials/smae-plain

@@ -65,7 +65,7 @@ def test_quick_start_and_search(small_docs, tmp_path, capsys):
     bm25 = mrr.pop(None)
     assert 0.54 < bm25 < 0.74   # .64 with networkx 3; depends on its version
     assert max(mrr.values()) < bm25   # after two steps
-    search, = [line for line in COMMANDS if "--search" in line]
+    search, = [line for line in COMMANDS if "out/srl --search" in line]
     run(search.replace("out/srl", out), "--sizes", "1:8")
     assert len(capsys.readouterr().out.splitlines()) == 10   # a name and a query each
 

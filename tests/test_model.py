@@ -7,8 +7,8 @@ import torch
 
 import model as model_file
 from evaluate import cost
-from model import (Bert, BertConfig, PackedAttention, attention, check_sizes, dropout, fast_attention, from_pretrained,
-                   named_sizes, pack, default_sizes, pool, save_pretrained)
+from model import (Bert, BertConfig, MLMHead, PackedAttention, attention, check_sizes, dropout, fast_attention,
+                   from_pretrained, named_sizes, pack, default_sizes, pool, save_pretrained)
 
 
 def hugging_face(config, **changes):
@@ -215,6 +215,24 @@ def plain_bert(bert, texts, mask):
         mlp = block.down(torch.nn.functional.gelu(block.up(x)))
         x = block.norm2(x + mlp * mask(mlp))                                                  # 4: after the MLP
     return x
+
+
+def test_dropout_of_the_plain_attention():
+    """ `attention`, which trains where there is no CPU, drops weights at rate p and scales the others by 1 / (1 - p):
+    with values of 1 the outputs are 1 in the mean, and vary. """
+    torch.manual_seed(0)
+    qkv = torch.cat([torch.randn(4000, 16), torch.ones(4000, 8)], dim=1)
+    kept = attention(qkv, [(1000, 4)], 2, 0.0)
+    torch.testing.assert_close(kept, torch.ones(4000, 8))
+    dropped = attention(qkv, [(1000, 4)], 2, 0.5)
+    assert abs(dropped.mean() - 1) < 0.05 and dropped.std() > 0.3
+
+
+def test_the_head_has_the_activation_of_the_model(config):
+    """ A BERT with relu has it in the MLM head, too. """
+    config.hidden_act = "relu"
+    head, x = MLMHead(config), torch.randn(5, config.hidden_size)
+    torch.testing.assert_close(head.transform(x), head.norm(head.dense(x).relu()))
 
 
 def test_dropout_is_where_bert_has_it(config, monkeypatch):

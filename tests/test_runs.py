@@ -107,6 +107,20 @@ def warnings(capsys):
 BOTH = pytest.mark.parametrize("script", [finetune_srl, pretrain_smae])
 
 
+# ---- dtype -----------------------------------------------------------------------------------------------------------
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrix_products_have_the_dtype_asked_for(script, dtype, flags, tmp_path, monkeypatch):
+    """ In training, --dtype bfloat16 lets the blocks multiply in bfloat16, float32 in float32. """
+    seen, forward = set(), model.Block.forward
+    def note(self, x, groups):
+        seen.add(self.up(x).dtype)
+        return forward(self, x, groups)
+    monkeypatch.setattr(model.Block, "forward", note)
+    run(script, flags[script], tmp_path / "a", "--max_steps", "1", "--dtype", dtype)
+    assert seen == {getattr(torch, dtype)}
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 def ranks(job, printed):
     """ run job(rank) in two processes as torchrun would -> their process ids. printed: the folder for what they say """

@@ -359,10 +359,12 @@ def test_own_columns_and_held_out_pairs(tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     rows = [f"where is the {a} {b},the {a} stands beside the {b}\n" for a in NOUNS[:8] for b in NOUNS[8:]]
     (path := tmp_path / "faq.csv").write_text("question,answer\n" + "".join(rows))
-    flags = ["--columns", "query=question", "positive=answer", "--hold_out", "10"]
+    flags = ["--columns", "query=question", "positive=answer", "--hold_out", "10", "--dtype", "bfloat16"]
     small = [flag for flag in SMALL if flag != "--retrieval="]
     main(parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "a"), *small, *flags]))
-    results = json.loads((tmp_path / "a" / "eval.json").read_text())["results"]
+    found = json.loads((tmp_path / "a" / "eval.json").read_text())
+    results = found["results"]
+    assert found["dtype"] == "bfloat16"   # the evaluation at the end has the flag, too
     assert {r["n"] for r in results if r["metric"] == "MRR@10"} == {10} and "54 pairs" in capsys.readouterr().out
     assert parse_args(["--train_pairs", str(path), "--out_dir", str(tmp_path / "b")]).retrieval == ""
     assert parse_args(["--out_dir", str(tmp_path / "b")]).retrieval == "docs"

@@ -218,7 +218,7 @@ def plain_bert(bert, texts, mask):
 
 
 def test_dropout_of_the_plain_attention():
-    """ `attention`, which trains where there is no CPU, drops weights at rate p and scales the others by 1 / (1 - p):
+    """ `attention`, which trains on a GPU, drops weights at rate p and scales the others by 1 / (1 - p):
     with values of 1 the outputs are 1 in the mean, and vary. """
     torch.manual_seed(0)
     qkv = torch.cat([torch.randn(4000, 16), torch.ones(4000, 8)], dim=1)

@@ -121,6 +121,16 @@ def test_matrix_products_have_the_dtype_asked_for(script, dtype, flags, tmp_path
     assert seen == {getattr(torch, dtype)}
 
 
+@BOTH
+def test_a_grad_clip_of_zero_does_not_clip(script, flags, tmp_path):
+    """ --grad_clip 0 trains as a bound far above every norm does; a bound below them gives other weights. """
+    for name, bound in (("zero", "0"), ("high", "1e9"), ("low", "0.5")):
+        run(script, flags[script], tmp_path / name, "--max_steps", "3", "--grad_clip", bound)
+    zero, high, low = (contents(tmp_path / name)["model.safetensors"] for name in ("zero", "high", "low"))
+    assert min(record["norm"] for record in records(tmp_path / "zero") if "norm" in record) > 1
+    assert zero == high != low
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 def ranks(job, printed):
     """ run job(rank) in two processes as torchrun would -> their process ids. printed: the folder for what they say """

@@ -97,6 +97,21 @@ def test_an_evaluation_has_no_dropout(model, texts):
     assert torch.equal(embed_ids(model.train(), texts, [4])[4], want) and model.training
 
 
+def test_one_embedding_that_is_not_finite_ends_the_evaluation(model, texts):
+    """ A single bad coordinate of a single text is enough, and the message names the layer. """
+    model.word.weight.data[texts[3][1], 0] = np.nan
+    with pytest.raises(FloatingPointError, match="layer 2 gave embeddings that are not finite; try --dtype float32"):
+        embed_ids(model, texts[:8], [2], batch_tokens=10**6)
+
+
+def test_texts_are_embedded_in_the_dtype_asked_for(bert_folder):
+    """ bfloat16 gives nearly the vectors of float32, and not the same. """
+    model, tokenizer = evaluate.load_model(bert_folder)
+    full, half = (evaluate.embed_texts(model, tokenizer, ["the apple", "a bridge in the garden"], [3], dtype)[3]
+                  for dtype in ("float32", "bfloat16"))
+    assert not torch.equal(full, half) and torch.cosine_similarity(full, half).min() > 0.99
+
+
 def test_batches_are_full_and_no_fuller(model, texts, monkeypatch):
     """ As many texts as fit batch_tokens if all were as long as the longest; a longer text goes alone. """
     batches, pack = [], evaluate.pack
@@ -185,7 +200,7 @@ def sts_file(tmp_path):
 def test_sts_is_spearman_of_the_cosine(saved, sts_file):
     """ The records equal cosines that are made one by one, and scipy's correlation. """
     from scipy.stats import spearmanr
-    model, tokenizer = evaluate.load_model(saved)
+    model, tokenizer = evaluate.load_model(saved, similarity="dot")   # STS is about the cosine all the same
     records, items = evaluate.sts(model, tokenizer, sts_file, ((1, 8), (4, 48)), "float32")
     rows = [row for _, row in data.read_rows(sts_file)]
     for r, (layer, dim) in zip(records, ((1, 8), (4, 48))):

@@ -56,11 +56,9 @@ def duplicates(queries, passages):
     negative. It does if its text is the positive of query i in this batch, or of a query with the same text. The pair
     (i, i), the positive itself, is False. None if nothing is True. """
     queries, passages = [text.tobytes() for text in queries], [text.tobytes() for text in passages]
-    answers = {query: set() for query in queries}    # text of a query -> texts of its positives in this batch
-    for query, positive in zip(queries, passages):   # passage i < Q is the positive of query i
-        answers[query].add(positive)
-    same = np.array([[passage in answers[query] for passage in passages] for query in queries])   # (Q, P)
-    np.fill_diagonal(same, False)                    # the positive itself
+    right = set(zip(queries, passages))   # (query, its positive), because passage i < Q is the positive of query i
+    same = np.array([[(query, passage) in right for passage in passages] for query in queries])   # (Q, P)
+    np.fill_diagonal(same, False)         # the positive itself
     return same if same.any() else None
 
 def batch_rows(sources, batch_size, seed, step):
@@ -85,7 +83,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     hard = [pairs.negatives[row][k] for row in rows
             for k in rng.permutation(len(pairs.negatives[row]))[:max_negatives]]
     queries = [pairs.queries[row] for row in rows]
-    gold = np.array([pairs.gold[row] for row in rows]) if pairs.gold else None
+    gold = np.array([pairs.gold[row] for row in rows], np.float32) if pairs.gold else None
     # Compares whole texts, because windows of copies may differ. Of scored pairs sentence2 may be no positive.
     same = None if pairs.gold else duplicates(queries, positives + hard)
     return Batch(queries, [window(text, passage_max_length, rng) for text in positives + hard], same, gold)
@@ -108,7 +106,8 @@ def word_begins(tokenizer):
 def whole_word_mask(begins, rates, rng):
     """ begins (T,) bool: a word begins at this token of one text; [CLS] and [SEP] are a word each -> a (T,) bool mask
     for each rate; a smaller rate's mask lies inside a larger rate's.
-    The words are shuffled, [CLS] and [SEP] behind all others. A rate masks words from the front, up to a budget of
+    The words are shuffled, [CLS] and [SEP] behind all others, where no rate reaches them. A rate masks words from the
+    front, up to a budget of
     round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked if its middle lies within
     the budget, so long words are masked as often as short ones. For example, at rate 0.5 with a budget of 2:
       tokens           [CLS] the dra ##gon sleeps [SEP]
@@ -120,7 +119,8 @@ def whole_word_mask(begins, rates, rng):
     length = np.bincount(word)                                      # (words,) tokens of each word
     key = rng.random(len(length))                                   # (words,) words are sorted by it
     key[[0, -1]] = 2                                                # [CLS] and [SEP]
-    order, middle = key.argsort(), np.empty(len(length))
+    order = key.argsort()
+    middle = np.empty(len(length))
     middle[order] = np.cumsum(length[order]) - length[order] / 2    # (words,) in the shuffled row of words
     return [(middle <= np.round(rate * (len(begins) - 2)))[word] for rate in rates]
 
@@ -141,14 +141,13 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     rng = np.random.default_rng(seed)
     begins_word = word_begins(tokenizer)                                                 # (V,)
     room = max_length - 2                                               # [CLS] and [SEP] take two
-    windows = []
-    for document in documents:
-        start = rng.integers(max(1, len(document) - room + 1))
-        windows.append(document[start:start + room])
-    texts, masks = [], []
-    for ids in sorted(windows, key=len):                                # the order of model.pack
-        texts.append(np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]]))   # (T,)
-        begins = begins_word[texts[-1]]                                 # (T,), a copy
+    starts = [rng.integers(max(1, len(document) - room + 1)) for document in documents]
+    windows = [document[start:start + room] for document, start in zip(documents, starts)]
+    texts = [np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]])   # (T,)
+             for ids in sorted(windows, key=len)]                       # the order of model.pack
+    masks = []
+    for text in texts:
+        begins = begins_word[text]                                      # (T,), a copy
         begins[1] = True                                                # a window may begin inside a word
         masks.append(whole_word_mask(begins, rates, rng))
     ids = np.concatenate(texts)                                                          # (N,)
@@ -547,7 +546,8 @@ def load_passages(source):
     if source == "docs":
         rows = [row for file in ("train.jsonl", "corpus.jsonl") for _, row in read_rows(docs_folder() / file)]
         return [(row["name"], f"{row['query']} {row.get('positive') or row.get('text')}") for row in rows]
-    files, passages = sorted(Path(source).rglob("*")) if Path(source).is_dir() else [Path(source)], []
+    files = sorted(Path(source).rglob("*")) if Path(source).is_dir() else [Path(source)]
+    passages = []
     for file in files:
         if re.search(r"\.jsonl(\.gz)?$", file.name):
             for line, row in read_rows(file):
@@ -674,11 +674,12 @@ def build_docs(folder):
                               unit=" files", desc="docs: reading the docstrings of this machine's Python packages"))
     seen, train, corpus = set(), [], []
     for (file, _), texts in zip(files, found):
-        module, part = re.sub(r"(/__init__)?\.py$", "", file).replace("/", "."), corpus if is_held_out(file) else train
+        module = re.sub(r"(/__init__)?\.py$", "", file).replace("/", ".")
+        side = corpus if is_held_out(file) else train
         for name, query, passage in texts:
             keys = {fold(query), fold(passage)}
             if not keys & seen:
-                part.append((module + name, query, passage))
+                side.append((module + name, query, passage))
             seen |= keys
     order = np.random.default_rng(0).permutation(len(corpus)).tolist()
     test, dev = order[:1000], order[1000:1500]

@@ -44,7 +44,7 @@ def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192, desc
         batch_tokens = min(batch_tokens, sum(map(len, token_ids)) // world_size)
     batches = batches_by_length(token_ids, batch_tokens)
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
-    silent = B < 1000 or rank > 0 or None   # None: silent where stderr is no terminal
+    silent = True if B < 1000 or rank > 0 else None   # None: silent where stderr is no terminal
     # one autocast around all batches, because it casts every weight once and keeps the copy
     with autocast(device, dtype), tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=silent) as bar:
         for rows in batches[rank::world_size]:
@@ -150,11 +150,10 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
         return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
     queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
     best, doc_ids = {size: no_documents(Q) for size in sizes}, []
-    about, prefix = made_by(model, tokenizer, dtype) if embeddings_dir else "", None
+    about = embeddings_dir and made_by(model, tokenizer, dtype)
     for shard, (ids, texts) in enumerate(collection.shards()):
-        if embeddings_dir:
-            prefix = Path(embeddings_dir,
-                          f"{collection.task}-{shard:04}-{about}-{zlib.crc32(repr(texts).encode()):08x}")
+        prefix = embeddings_dir and Path(
+            embeddings_dir, f"{collection.task}-{shard:04}-{about}-{zlib.crc32(repr(texts).encode()):08x}")
         passages = load_or_embed(prefix, widest, texts, embed)                         # {layer: (P, C or widest dim)}
         own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
@@ -470,7 +469,7 @@ def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
     for size in sizes:
         ms = [1000 * seconds(["how do I invert a large matrix"], size[0]) for _ in range(53)][3:]   # three warm up
         records += [record("cost", "ms/query", size, statistics.median(ms), 50),
-                    record("cost", "p95 ms", size, sorted(ms)[47], 50),
+                    record("cost", "p95 ms", size, sorted(ms)[47], 50),   # 47 of 50 are faster
                     record("cost", "texts/s", size, len(texts) / seconds(texts, size[0]), len(texts))]
     return records
 
@@ -581,7 +580,8 @@ def load_results(spec):
     for file in files.split(","):
         with readable(f"--compare {spec}: {file!r} is no file that evaluate.py wrote", "evaluate again"):
             name, records, tasks = read_results(file)
-        label, results = label or name, results + records
+        label = label or name
+        results += records
         for task, items in tasks.items():
             known = per_item.setdefault(task, {})
             if any(known.get(key, items.get(key)) != items.get(key) for key in ("ids", "gold")):
@@ -680,9 +680,9 @@ def main(args):
     for task in args.retrieval:
         collection = data.Collection(task)
         shards = collection.shards()
-        names = [collection.task, *collection.queries, *next(shards)[0]]
+        ids, _ = next(shards)
         if args.save_run:         # blanks separate the columns of a run
-            names += [key for ids, _ in shards for key in ids]
+            names = [collection.task, *collection.queries, *ids, *(key for more, _ in shards for key in more)]
             if odd := [name for name in names if len(name.split()) != 1]:
                 raise ValueError(f"--save_run: {odd[0]!r} of {task} is not one word, as a run needs; rename it")
     ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
@@ -696,8 +696,8 @@ def main(args):
         if not args.export or args.sts or args.retrieval:   # an export is evaluated after its model
             files += evaluate_model(name, model, tokenizer, sizes, args)
             for folder in folders:
-                exported = load_model(folder, args.device)
-                evaluate_model(folder, *exported, tuple(named_sizes(exported[0].config)), args)
+                small, its_tokenizer = load_model(folder, args.device)
+                evaluate_model(folder, small, its_tokenizer, tuple(named_sizes(small.config)), args)
         if not args.export and not args.out and (Path(name) / "args.json").exists():
             folders = [Path(name)]                          # a run, whose results are new
         if model.config.sizes:                              # the card says: trained with Starbucks

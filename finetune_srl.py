@@ -41,19 +41,19 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
     full = max(layer for layer, _ in sizes), max(dim for _, dim in sizes)
     assert sizes[-1] == full, f"no full size (deepest layer, widest dim) last: {sizes}"
-    scores = {(layer, dim): score(queries[layer], passages[layer], dim, similarity) / temperature
+    scores = {size_name((layer, dim)): score(queries[layer], passages[layer], dim, similarity) / temperature
               for layer, dim in sizes}                             # (Q, P) each
     if teacher_scores is None:
-        teacher_scores = scores[full].detach()        # detached: the full size must not move towards the others
+        teacher_scores = scores[size_name(full)].detach()   # detached: the full size must not move towards the others
     if same is not None:                              # -1e9 gives probability 0; -inf would make the KL NaN
         teacher_scores = teacher_scores.masked_fill(same, -1e9)
-        scores = {size: values.masked_fill(same, -1e9) for size, values in scores.items()}
+        scores = {name: s.masked_fill(same, -1e9) for name, s in scores.items()}
     teacher_probs = teacher_scores.softmax(-1)                                          # (Q, P)
     nce, kl = {}, {}                                  # by size name; nce holds CoSENT where there is gold
-    for size in sizes:
-        log_probs = scores[size].log_softmax(-1)                                        # (Q, P)
-        nce[size_name(size)] = info_nce(log_probs) if gold is None else cosent(scores[size].diagonal(), gold)
-        kl[size_name(size)] = kl_divergence(teacher_probs, log_probs)   # 0 where a size is its own teacher
+    for name, s in scores.items():
+        log_probs = s.log_softmax(-1)                                                   # (Q, P)
+        nce[name] = info_nce(log_probs) if gold is None else cosent(s.diagonal(), gold)
+        kl[name] = kl_divergence(teacher_probs, log_probs)              # 0 where a size is its own teacher
     return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
 
 def info_nce(log_probs):
@@ -106,8 +106,9 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
         return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
                         teacher_scores, gold, same)
     if pieces == 1:
-        torch.manual_seed(hash((args.seed, step, 0)))     # dropout by seed and step, so runs can resume. Python's hash
-        losses = loss_of(embed(token_ids))                # of numbers, unlike that of strings, is always the same
+        # Dropout by seed and step, so runs can resume. Python's hash of numbers, unlike that of strings, never changes.
+        torch.manual_seed(hash((args.seed, step, 0)))
+        losses = loss_of(embed(token_ids))
         losses[0].backward()
         return losses
     return cached_backward(embed, token_ids, loss_of, pieces, (args.seed, step), rank, world_size)
@@ -121,8 +122,8 @@ def frozen_scores(teacher, token_ids, Q, args):
 # ==== Below is the training around the method: large batches and ranks, model, loop, flags ============================
 def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=1):
     """ The gradient of loss_of(embed(token_ids))[0].backward(), for several processes, or for a batch that is too large
-    for the memory. The texts of a batch depend on each other only through their embeddings (gradient caching, arXiv
-    2101.06983), so
+    for the memory. The loss is that of the whole batch: the passages of all ranks are negatives. The texts of a batch
+    depend on each other only through their embeddings (gradient caching, arXiv 2101.06983), so
       1. embed the pieces of the batch that are this rank's, and gather the embeddings of all ranks;
       2. compute the loss and its gradient with respect to the embeddings, the same on every rank;
       3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
@@ -173,7 +174,7 @@ def build_model(args, strings):
                              "positions; choose that or less")
     config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
     choose_sizes(args, config)
-    del model.blocks[config.num_hidden_layers:]           # layers that no size uses
+    del model.blocks[config.num_hidden_layers:]           # layers that no size uses are not saved
     if init_from == "scratch" and config.pooling == "mean":
         silence_last_channels(model)
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
@@ -238,7 +239,7 @@ def plan(args, sources, world_size):
     if first.same is not None and first.same.sum() == batch_size * (len(first.passages) - 1):
         print("warning: all queries or all positives of the first batch are the same text, so it has no negatives to "
               "learn from", file=sys.stderr)
-    pieces = max(world_size, math.ceil(batch_size / args.micro_batch)) if args.micro_batch else world_size
+    pieces = max(world_size, math.ceil(batch_size / (args.micro_batch or batch_size)))
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
 def evaluate_dev(args, model, tokenizer, step, max_steps, log_file):
@@ -282,7 +283,6 @@ def main(args):
     sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
                for rows in strings]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
     sizes = model.config.sizes
-    shown_sizes = dict.fromkeys([size_name(sizes[0]), size_name(sizes[-1])])   # in the lines of the log; maybe one
     batch_size, pieces, max_steps = plan(args, sources, world_size)
     if args.order_channels and not args.resume:
         order_channels(model, sources[0].queries[:1000], sizes)
@@ -330,7 +330,8 @@ def main(args):
         if (step + 1) % args.log_interval == 0 or last_step:
             mean_loss, mean_nce, mean_kl = map(average, zip(*losses))
             seconds = (time.time() - clock) / len(losses)
-            shown = [f"{name} {mean_nce[name]:.3f}" for name in shown_sizes if name in mean_nce]
+            first_and_last = dict.fromkeys(map(size_name, (sizes[0], sizes[-1])))
+            shown = [f"{name} {mean_nce[name]:.3f}" for name in first_and_last if name in mean_nce]
             log(log_file, {"step": step + 1, "loss": mean_loss["loss"], "nce": mean_nce, "kl": mean_kl,
                            "learning_rate": lr, "norm": norm.item(), "ms": 1000 * seconds,
                            "tokens_per_second": tokens / len(losses) / seconds, "seconds": time.time() - start},

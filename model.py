@@ -80,13 +80,12 @@ def pack(token_ids, device="cpu", multiple=1):
     fillers = int(-ends[-1] % multiple) if ends[-1] >= 8 * multiple else 0
     if fillers:
         groups.append((fillers, 1))
-    def tensor(array):
-        return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-    def filled(array, filler):   # (N without fillers,) -> (N,)
-        return tensor(np.append(array, np.full(fillers, filler)))
-    return Pack(input_ids=filled(np.concatenate([token_ids[i] for i in order]), 0),
-                position_ids=filled(np.arange(ends[-1]) - starts[text_ids], 0),
-                text_ids=filled(text_ids, len(token_ids)), starts=tensor(starts), groups=groups)
+    def tensor(array, fillers=0, filler=0):
+        array = np.pad(array, (0, fillers), constant_values=filler).astype(np.int64)
+        return torch.from_numpy(array).to(device, non_blocking=True)
+    return Pack(input_ids=tensor(np.concatenate([token_ids[i] for i in order]), fillers),
+                position_ids=tensor(np.arange(ends[-1]) - starts[text_ids], fillers),
+                text_ids=tensor(text_ids, fillers, len(token_ids)), starts=tensor(starts), groups=groups)
 
 def mean_pool(hidden, batch):
     """ (N, C) -> (B, C): the mean over the tokens of each text, [CLS] and [SEP] included """
@@ -162,6 +161,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
+        # the same numbers but for rounding
         attend = fast_attention if x.device.type == "cpu" and self.training else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
 
@@ -213,7 +213,7 @@ class Bert(nn.Module):
         x = self.word(batch.input_ids) + self.position(batch.position_ids) + self.token_type.weight[0]
         x = dropout(self.norm(x), self.config.hidden_dropout_prob, self.training)
         if not self.training and torch.is_autocast_enabled(x.device.type):
-            # Training keeps sums and LayerNorms in float32. For encoding bfloat16 is 7 % faster and as accurate.
+            # Speed: training keeps sums and LayerNorms in float32. For encoding bfloat16 is 7 % faster and as accurate.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
@@ -266,7 +266,7 @@ class PackedAttention(torch.autograd.Function):
     """ `attention` as one node of the autograd graph, with the backward pass by hand: autograd would spend more time on
     dozens of small tensors than on the products. In float32, because bfloat16 is slower for many small products of ever
     new shapes. With A the weights after the softmax, Z the dropout mask (0 or 1 / (1 - p)), g the gradient of the
-    output, and * entry by entry:
+    output, and * entry by entry, A = softmax(Q K^T / sqrt(width)), out = (A * Z) V, and
         dV = (A * Z)^T g,  dA = (g V^T) * Z,  dS = A * (dA - rowsum(dA * A)) / sqrt(width),  dQ = dS K,  dK = dS^T Q """
     @staticmethod
     def forward(ctx, qkv, groups, H, p):
@@ -371,9 +371,9 @@ def permute_channels(model, order):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("word.weight", "position.weight", "token_type.weight", "qkv.weight", "up.weight")):
-                parameter.copy_(parameter[:, order])             # the channels are the columns
+                parameter.copy_(parameter[:, order])             # they read channels: the columns
             elif not name.endswith(("qkv.bias", "up.bias")):     # these two lie inside a block
-                parameter.copy_(parameter[order])                # the channels are the rows
+                parameter.copy_(parameter[order])                # they write channels: the rows
 
 def cut(model, size):
     """ -> the model of one size alone: its layers, and a last LayerNorm that gives 0 beyond its dims. Zeros change no
@@ -728,10 +728,11 @@ def open_run(args, first_step=0):
     with readable(f"{out_dir / 'log.jsonl'}: is no log of a run", "move it away, or choose another --out_dir"):
         kept = [line for line in log_file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     log_file.truncate(len("".join(kept).encode()))
+    # from_hub: for the model card, see write_card in evaluate.py. A resumed run keeps it: files may be gone by then.
     inputs = [args.init_from, *getattr(args, "train_pairs", [])]
     from_hub = [name for name in inputs if name not in ("scratch", "docs")
                 and not Path(name).exists() and not Path(name.split(":")[0]).exists()]
-    begun = read_json(out_dir / "args.json") if args.resume else {"from_hub": from_hub}   # files may be gone later
+    begun = read_json(out_dir / "args.json") if args.resume else {"from_hub": from_hub}
     about = begun | vars(args) | {"commit": git_commit(), "torch": torch.__version__}
     (out_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
     return log_file
@@ -761,9 +762,12 @@ def open_locked(path):
     return file
 
 def git_commit():
-    """ short hash of the code's commit, with + if files have changed since; "" outside a repository """
+    """ short hash of the code's commit, with + if files have changed since; "" outside a repository or without git """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:   # no git on this machine
+        return ""
 
 def load_run(args):
     """ training_state.pt of the run in --out_dir. Raises ValueError when a flag that decides the result differs. """
@@ -815,7 +819,8 @@ def save_run(args, step, bert, tokenizer, parts, about, last_step, head=None):
             raise OSError(f"{lost}; make room, then go on with --resume. {last_checkpoint(args)}") from error
         print(f"{lost}; the training goes on", file=sys.stderr)
     if last_step:
-        losses = [record["loss"] for record in map(json.loads, open(out_dir / "log.jsonl")) if "loss" in record]
+        records = map(json.loads, (out_dir / "log.jsonl").read_text().splitlines())
+        losses = [record["loss"] for record in records if "loss" in record]
         if losses[-1] > losses[0]:
             print(f"warning: the loss began at {losses[0]:.3f} and is {losses[-1]:.3f} now; try a lower "
                   "--learning_rate", file=sys.stderr)

@@ -29,12 +29,12 @@ from model import (STATE, HelpFormatter, MLMHead, as_contiguous, autocast, avera
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), V vocabulary;
 # M positions that the encoder must guess, M' those of the decoder
-# smae_loss puts the functions before it together. Training runs fast forms of two of them, `decode` and
+# smae_loss is the method. Training runs fast forms of two of them, `decode` and
 # `vocabulary_loss`, which are here to be read; tests hold the fast forms equal to them.
 
 class SMAE(nn.Module):
-    """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. It has no forward:
-    smae_loss calls the parts. """
+    """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. The decoder has no
+    embeddings of its own: it reads the encoder's layer 0. smae_loss calls the parts, so there is no forward. """
     def __init__(self, bert, head):
         super().__init__()
         self.bert, self.head = bert, head
@@ -45,16 +45,6 @@ def with_ids(batch, ids):
     ids = torch.from_numpy(ids).to(batch.input_ids.device)
     fillers = len(batch.input_ids) - len(ids)
     return batch._replace(input_ids=F.pad(ids, (0, fillers)))   # fillers have the id 0
-
-def sliced_taps(model, batch, sizes):
-    """ one pass of the encoder -> {size name: (N, D)}: the output of the size's layer, its first D coordinates """
-    taps = model.bert(batch, [layer for layer, _ in sizes])                             # {layer: (N, C)}
-    return {size_name((layer, dim)): taps[layer][:, :dim] for layer, dim in sizes}
-
-def bottleneck(model, sliced, batch):
-    """ {size name: (N, D)} -> (S, B, C): D numbers of each text's [CLS], lifted back to C channels by the MLM head.
-    `transform` reads the first D columns of its matrix, so no size needs a projection of its own. """
-    return torch.stack([model.head.transform(h[batch.starts]) for h in sliced.values()])
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M',) -> (S, M', C): what the decoder makes of the positions it must guess.
@@ -89,13 +79,16 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     device = batch.input_ids.device
     hidden, labels = {}, {}                                # {term: (M or M', C)}, {term: (M or M',) true ids}
-    sliced = sliced_taps(model, with_ids(batch, masked.encoder_ids), sizes)                    # (N, D) each
+    taps = model.bert(with_ids(batch, masked.encoder_ids), [layer for layer, _ in sizes])      # {layer: (N, C)}
+    sliced = {size_name((layer, dim)): taps[layer][:, :dim] for layer, dim in sizes}           # (N, D) each
     encoder_at = torch.from_numpy(masked.encoder_positions).to(device)                         # (M,)
     for name, h in sliced.items():
         hidden[f"mlm {name}"] = model.head.transform(h[encoder_at])                            # (M, C)
         labels[f"mlm {name}"] = batch.input_ids[encoder_at]                                    # (M,)
     if objective == "smae":
-        bottlenecks = bottleneck(model, sliced, batch)                                         # (S, B, C)
+        # The head lifts D numbers of each text's [CLS] to C channels: `transform` reads the first D columns of its
+        # matrix, so no size needs a projection of its own.
+        bottlenecks = torch.stack([model.head.transform(h[batch.starts]) for h in sliced.values()])   # (S, B, C)
         embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                     # (N, C)
         decoder_at = torch.from_numpy(masked.decoder_positions).to(device)                     # (M',)
         decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, decoder_at)
@@ -134,7 +127,7 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
         for (G, T), rows in zip(batch.groups, qkv.split(tokens_of_groups)):
             rows = rows.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
             q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, width) each
-            scores = q * width**-0.5 @ k[:, :, 1:].transpose(-1, -2)                     # (G, H, T, T-1)
+            scores = (q * width**-0.5) @ k[:, :, 1:].transpose(-1, -2)                     # (G, H, T, T-1)
             weights = dropout(scores.softmax(-1), attention.p, decoder.training)         # (G, H, T, T-1)
             mixed = weights @ v[:, :, 1:]                                                # (G, H, T, width)
             others.append(mixed.transpose(1, 2).reshape(G * T, H, width))
@@ -148,8 +141,9 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     return decoder.after_attention(embeddings[positions], attention.out(mixed.flatten(2)))
 
 def fast_vocabulary_loss(model, hidden, labels):
-    """ Equals `vocabulary_loss`, but a term without positions counts 0. All terms in one call: with the row weights
-    1 / (terms * rows of the term) the sum over all rows is the mean over terms of their means. """
+    """ Equals `vocabulary_loss`, but a term without positions counts 0, and a tie for the best word is a hit. All terms
+    in one call: with the row weights 1 / (terms * rows of the term) the sum over all rows is the mean over terms of
+    their means. """
     rows = [len(label) for label in labels.values()]
     word = model.bert.word.weight                                                       # (V, C)
     weights = torch.cat([word.new_full((M,), 1 / (len(rows) * max(1, M))) for M in rows])
@@ -191,7 +185,8 @@ class VocabularyLoss(torch.autograd.Function):
                 ce[rows] = top - true - probs.amax(1).log()             # log sum exp = top - log(probability of top)
                 hit[rows] = true == top
                 if needs_grad:
-                    probs.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype)).mul_(row_weights[rows, None])
+                    probs.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype))   # softmax - onehot
+                    probs.mul_(row_weights[rows, None])                                     # g
                     ctx.grads[2] += probs.sum(0)
                     g = low[:len(xs)].copy_(probs)                      # (ROWS, V) gradient of the logits
                     torch.mm(g, w, out=ctx.grads[0][rows])
@@ -281,7 +276,8 @@ def shuffle_text(args, text, micro_batch, first_step, my_pieces):
     if round(args.encoder_mask * longest) == 0:
         raise ValueError(f"--encoder_mask {args.encoder_mask}: hides none of the {longest} tokens that the longest "
                          f"document of {args.train_text} has; choose more, or longer documents")
-    held_out, train = np.split(np.random.default_rng(0).permutation(len(text)), [min(HELD_OUT, (len(text) + 9) // 10)])
+    n_held_out = min(HELD_OUT, (len(text) + 9) // 10)     # of few documents a tenth
+    held_out, train = np.split(np.random.default_rng(0).permutation(len(text)), [n_held_out])
     if args.batch_size > len(train):
         raise ValueError(f"--batch_size {args.batch_size}: {args.train_text} has {len(train)} documents to train "
                          "on; choose that or less")
@@ -373,7 +369,7 @@ def main(args):
             tokens += N * world_size
             losses.append(({"loss": loss}, ce, accuracy))
         sum_over_ranks(trained.values(), world_size)           # the sum over all pieces of the batch
-        norm = nn.utils.clip_grad_norm_(list(trained.values()), args.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(trained.values(), args.grad_clip or math.inf)
         check_finite(step, loss, norm, ce, args)               # loss and ce of the last piece; the norm covers all
         optimizer.step()
 

@@ -107,6 +107,14 @@ def warnings(capsys):
 BOTH = pytest.mark.parametrize("script", [finetune_srl, pretrain_smae])
 
 
+# ---- a machine without git -------------------------------------------------------------------------------------------
+def test_a_run_needs_no_git(flags, tmp_path, monkeypatch):
+    """ Where there is no git, the commit is "" and the run goes its way. """
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run(finetune_srl, flags[finetune_srl], tmp_path / "a", "--max_steps", "1")
+    assert json.loads((tmp_path / "a" / "args.json").read_text())["commit"] == ""
+
+
 # ---- dtype -----------------------------------------------------------------------------------------------------------
 @BOTH
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,4 +1,5 @@
 """ The metrics are trec_eval's, and encoding does not depend on the batches. """
+import itertools
 import json
 import math
 import os
@@ -864,6 +865,16 @@ def test_plot(saved, beir, sts_file, tmp_path):
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "f.svg").read_text())
     assert {"1:8", "32 B", "4:48", "192 B", saved.name} <= set(texts)
     assert any("mine Spearman, beir nDCG@10" in text for text in texts)
+
+
+def test_units_of_the_speed(saved, monkeypatch):
+    """ Where every encoding takes 5 ms by the clock, a query takes 5 ms, and 512 texts are 102,400 a second. """
+    model, tokenizer = evaluate.load_model(saved)
+    clock = itertools.count()
+    monkeypatch.setattr(evaluate, "embed_texts", lambda *_: None)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: 0.005 * next(clock))
+    found = {r["metric"]: r["value"] for r in evaluate.speed(model, tokenizer, ((1, 8),), "float32")}
+    assert found == pytest.approx({"ms/query": 5, "p95 ms": 5, "texts/s": 512 / 0.005})
 
 
 def test_grid_and_speed(saved, sts_file, tmp_path, capsys):

@@ -235,7 +235,9 @@ class Bert(nn.Module):
         return {n: taps[n] for n in layers}
 
     def encode(self, batch, layers):
-        """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts """
+        """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts. A
+        learned layer behind the pooling would go here; permute_channels, from_hf, cut and save_pretrained must know of
+        its weights, too. """
         return {n: pool(tap, batch, self.config.pooling) for n, tap in self(batch, layers).items()}
 
 class MLMHead(nn.Module):

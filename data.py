@@ -639,12 +639,10 @@ def as_texts(cell, where):
 
 def as_score(cell, where):
     """ a number, or a string of one -> finite float """
-    try:
-        score = float(cell)
-        assert math.isfinite(score)
-    except (TypeError, ValueError, OverflowError, AssertionError):
-        raise ValueError(f"{where} {cell!r:.60} is not a finite number") from None
-    return score
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(score := float(cell)):
+            return score
+    raise ValueError(f"{where} {cell!r:.60} is not a finite number")
 
 # ---- docs: the documentation of this machine's Python packages, as training pairs and as a test collection -----------
 DOCS_PACKAGES = "numpy scipy torch transformers datasets pandas sympy networkx huggingface_hub".split()

@@ -57,7 +57,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
 
 def info_nce(log_probs):
-    """ (Q, P) log-probabilities of the passages -> mean of -log p(positive). It makes each size a retriever. """
+    """ (Q, P) log-probabilities of the passages -> mean of -log p(positive): from queries to passages, not back """
     target = torch.arange(len(log_probs), device=log_probs.device)   # (Q,) 0 1 2 ...: passage i is query i's positive
     return F.nll_loss(log_probs, target)
 
@@ -254,11 +254,7 @@ def evaluate_saved(args, test_set, rank, world_size):
     speed is measured without other ranks only, because they would wait for each other. """
     if world_size > 1:
         dist.barrier()   # until rank 0 has saved the model
-    flags = []
-    if world_size == 1:
-        flags = ["--speed"]
-    elif rank > 0:
-        flags = ["--out", os.devnull]
+    flags = ["--speed"] * (world_size == 1) + ["--out", os.devnull] * (rank > 0)
     evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), *flags,
                                        "--device", args.device, "--dtype", args.dtype]))
 
@@ -320,8 +316,7 @@ def main(args):
                                    pieces, rank, world_size)
         sum_over_ranks(model.parameters(), world_size)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        terms = nce | {f"KL of {name}": value for name, value in kl.items()}
-        check_finite(step, loss, norm, terms, args)
+        check_finite(step, loss, norm, nce | {f"KL of {name}": value for name, value in kl.items()}, args)
         optimizer.step()
 
         tokens += sum(map(len, batch.queries + batch.passages))

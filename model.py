@@ -391,8 +391,8 @@ def cut(model, size):
 
 def cut_vocabulary(model, tokenizer, counts, vocab_size):
     """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
-    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. Raises
-    ValueError if vocab_size is too small or too large for that. """
+    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order. Raises ValueError if vocab_size
+    is too small or too large for that. """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
     if not must.sum() <= vocab_size <= len(pieces):

@@ -43,8 +43,7 @@ class SMAE(nn.Module):
 def with_ids(batch, ids):
     """ the Pack with other ids: the masked ones, which stop before pack's filler tokens """
     ids = torch.from_numpy(ids).to(batch.input_ids.device)
-    fillers = len(batch.input_ids) - len(ids)
-    return batch._replace(input_ids=F.pad(ids, (0, fillers)))   # fillers have the id 0
+    return batch._replace(input_ids=F.pad(ids, (0, len(batch.input_ids) - len(ids))))   # fillers have the id 0
 
 def decode(decoder, embeddings, bottlenecks, batch, positions):
     """ (N, C), (S, B, C), masked positions (M',) -> (S, M', C): what the decoder makes of the positions it must guess.
@@ -78,13 +77,11 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
     batch, masked: Pack and Masked of the same texts. decode_with, loss_with: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     device = batch.input_ids.device
-    hidden, labels = {}, {}                                # {term: (M or M', C)}, {term: (M or M',) true ids}
     taps = model.bert(with_ids(batch, masked.encoder_ids), [layer for layer, _ in sizes])      # {layer: (N, C)}
     sliced = {size_name((layer, dim)): taps[layer][:, :dim] for layer, dim in sizes}           # (N, D) each
     encoder_at = torch.from_numpy(masked.encoder_positions).to(device)                         # (M,)
-    for name, h in sliced.items():
-        hidden[f"mlm {name}"] = model.head.transform(h[encoder_at])                            # (M, C)
-        labels[f"mlm {name}"] = batch.input_ids[encoder_at]                                    # (M,)
+    hidden = {f"mlm {name}": model.head.transform(h[encoder_at]) for name, h in sliced.items()}   # {term: (M, C)}
+    labels = dict.fromkeys(hidden, batch.input_ids[encoder_at])                                # {term: (M,) true ids}
     if objective == "smae":
         # The head lifts D numbers of each text's [CLS] to C channels: `transform` reads the first D columns of its
         # matrix, so no size needs a projection of its own.
@@ -92,8 +89,8 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
         embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                     # (N, C)
         decoder_at = torch.from_numpy(masked.decoder_positions).to(device)                     # (M',)
         decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, decoder_at)
-        for name, state in zip(sliced, model.head.transform(decoded)):                         # (M', C) each
-            hidden[f"mae {name}"], labels[f"mae {name}"] = state, batch.input_ids[decoder_at]
+        hidden |= {f"mae {name}": state for name, state in zip(sliced, model.head.transform(decoded))}   # (M', C) each
+        labels |= {f"mae {name}": batch.input_ids[decoder_at] for name in sliced}              # (M',) each
     return loss_with(model, hidden, labels)   # L is the mean of the terms: 2S, or S with objective "mlm"
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
@@ -170,12 +167,14 @@ class VocabularyLoss(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             x, w = hidden.to(dtype), weight.to(dtype)
             ce, hit = torch.empty_like(row_weights), torch.empty_like(labels, dtype=torch.bool)
-            ctx.grads = [torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)] if needs_grad else []
+            if needs_grad:
+                d_hidden, d_weight, d_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+                ctx.grads = [d_hidden, d_weight, d_bias]
             at_once = min(VocabularyLoss.ROWS, max(1, len(x)))
             # Buffers, because on a CPU fresh memory of this size costs as much time as the product that fills it.
             low = x.new_empty(at_once, len(w))                                      # (ROWS, V) in dtype
             full = weight.new_empty(at_once, len(w))                                # (ROWS, V) in float32
-            grad_w = torch.empty_like(w)                                            # (V, C)
+            product = torch.empty_like(w)                                           # (V, C)
             for i in range(0, len(x), at_once):
                 rows = slice(i, i + at_once)
                 xs, ys = x[rows], labels[rows, None]                    # (ROWS, C), (ROWS, 1)
@@ -187,10 +186,10 @@ class VocabularyLoss(torch.autograd.Function):
                 if needs_grad:
                     probs.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype))   # softmax - onehot
                     probs.mul_(row_weights[rows, None])                                     # g
-                    ctx.grads[2] += probs.sum(0)
+                    d_bias += probs.sum(0)
                     g = low[:len(xs)].copy_(probs)                      # (ROWS, V) gradient of the logits
-                    torch.mm(g, w, out=ctx.grads[0][rows])
-                    ctx.grads[1] += torch.mm(g.T, xs, out=grad_w)
+                    torch.mm(g, w, out=d_hidden[rows])
+                    d_weight += torch.mm(g.T, xs, out=product)
         ctx.mark_non_differentiable(ce, hit)
         return (ce * row_weights).sum(), ce, hit
 

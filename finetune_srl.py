@@ -1,7 +1,7 @@
 r"""
 Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
 
-    python finetune_srl.py                                       # six sizes from scratch; 5 to 9 minutes with bfloat16
+    python finetune_srl.py                                       # six sizes from scratch; 5 to 11 minutes with bfloat16
     python finetune_srl.py --sizes 6:192 --out_dir out/full      # one size alone, here the ordinary full-size model
     python finetune_srl.py --train_pairs my_pairs.csv --out_dir out/mine      # columns query, positive, negative...
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \

@@ -55,10 +55,16 @@ def duplicates(queries, passages):
     """ Q queries, P passages, (T,) ids -> (Q, P) bool. True: passage j also answers query i, so it must not count as a
     negative. It does if its text is the positive of query i in this batch, or of a query with the same text. The pair
     (i, i), the positive itself, is False. None if nothing is True. """
-    queries, passages = [text.tobytes() for text in queries], [text.tobytes() for text in passages]
-    right = set(zip(queries, passages))   # (query, its positive), because passage i < Q is the positive of query i
-    same = np.array([[(query, passage) in right for passage in passages] for query in queries])   # (Q, P)
-    np.fill_diagonal(same, False)         # the positive itself
+    def numbered(texts):
+        seen = {}
+        return np.array([seen.setdefault(text.tobytes(), len(seen)) for text in texts])   # the same for the same text
+    query, passage = numbered(queries), numbered(passages)    # (Q,), (P,)
+    # Queries A B A with positives x y z have the numbers 0 1 0 and 0 1 2, and A has the answers x and z. So same is
+    # True at (0, 2) and (2, 0): z is no negative of the first query, nor x of the third.
+    answers = np.zeros((len(queries), len(passages)), bool)   # [number of a query, number of a passage]
+    answers[query, passage[:len(query)]] = True
+    same = answers[query][:, passage]                         # (Q, P)
+    np.fill_diagonal(same, False)                             # the positive itself
     return same if same.any() else None
 
 def batch_rows(sources, batch_size, seed, step):
@@ -74,9 +80,9 @@ def batch_rows(sources, batch_size, seed, step):
 
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
     """ list of Pairs -> Batch number `step`. A row has at most max_negatives hard negatives, which count as negatives
-    of all queries. Longer passages than passage_max_length are cut to a window.
-    All rows of a batch are of one source: passages of another source would be negatives that are too easy. An epoch
-    visits every row of every source at most once; an incomplete last batch is dropped. """
+    of all queries. Longer passages than passage_max_length are cut to a window. All rows of a batch are of one source:
+    passages of another source would be negatives that are too easy. An epoch visits every row of every source at most
+    once; an incomplete last batch is dropped. """
     pairs, rows = batch_rows(sources, batch_size, seed, step)
     rng = np.random.default_rng([seed, step, TEXT_SEED])
     positives = [pairs.positives[row][rng.integers(len(pairs.positives[row]))] for row in rows]
@@ -107,9 +113,9 @@ def whole_word_mask(begins, rates, rng):
     """ begins (T,) bool: a word begins at this token of one text; [CLS] and [SEP] are a word each -> a (T,) bool mask
     for each rate; a smaller rate's mask lies inside a larger rate's.
     The words are shuffled, [CLS] and [SEP] behind all others, where no rate reaches them. A rate masks words from the
-    front, up to a budget of
-    round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked if its middle lies within
-    the budget, so long words are masked as often as short ones. For example, at rate 0.5 with a budget of 2:
+    front, up to a budget of round(rate * tokens without [CLS] and [SEP]). The word in which the budget ends is masked
+    if its middle lies within the budget, so long words are masked as often as short ones. For example, at rate 0.5
+    with a budget of 2:
       tokens           [CLS] the dra ##gon sleeps [SEP]
       words, shuffled  dragon  sleeps  the  [CLS]  [SEP]
       their lengths    2       1       1    1      1

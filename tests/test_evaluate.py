@@ -16,7 +16,7 @@ import evaluate
 from conftest import needs, refused_process
 from data import Collection
 from evaluate import bm25, embed_ids, mrr_at_10, ndcg_at_10, best_documents, recall_at_100, score
-from model import average, save_pretrained
+from model import Bert, average, save_pretrained
 
 
 def test_metrics_by_hand():
@@ -103,14 +103,6 @@ def test_one_embedding_that_is_not_finite_ends_the_evaluation(model, texts):
     model.word.weight.data[texts[3][1], 0] = np.nan
     with pytest.raises(FloatingPointError, match="layer 2 gave embeddings that are not finite; try --dtype float32"):
         embed_ids(model, texts[:8], [2], batch_tokens=10**6)
-
-
-def test_texts_are_embedded_in_the_dtype_asked_for(bert_folder):
-    """ bfloat16 gives nearly the vectors of float32, and not the same. """
-    model, tokenizer = evaluate.load_model(bert_folder)
-    full, half = (evaluate.embed_texts(model, tokenizer, ["the apple", "a bridge in the garden"], [3], dtype)[3]
-                  for dtype in ("float32", "bfloat16"))
-    assert not torch.equal(full, half) and torch.cosine_similarity(full, half).min() > 0.99
 
 
 def test_batches_are_full_and_no_fuller(model, texts, monkeypatch):
@@ -865,6 +857,20 @@ def test_plot(saved, beir, sts_file, tmp_path):
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "f.svg").read_text())
     assert {"1:8", "32 B", "4:48", "192 B", saved.name} <= set(texts)
     assert any("mine Spearman, beir nDCG@10" in text for text in texts)
+
+
+def test_every_encoding_has_the_dtype_of_the_flag(saved, sts_file, beir, monkeypatch):
+    """ With --dtype bfloat16 STS, retrieval, speed and search encode in bfloat16. """
+    used, forward = set(), Bert.forward
+    def watched(*args):
+        used.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return forward(*args)
+    monkeypatch.setattr(Bert, "forward", watched)
+    for flags in (["--sts", sts_file, "--sizes", "1:8", "--speed"], ["--retrieval", str(beir)],
+                  ["--search", "an apple", "--texts", str(beir)]):
+        evaluate.main(evaluate.parse_args([str(saved), *flags, "--dtype", "bfloat16", "--device", "cpu"]))
+        assert used == {torch.bfloat16}, flags
+        used.clear()
 
 
 def test_units_of_the_speed(saved, monkeypatch):

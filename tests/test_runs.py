@@ -117,16 +117,19 @@ def test_a_run_needs_no_git(flags, tmp_path, monkeypatch):
 
 # ---- dtype -----------------------------------------------------------------------------------------------------------
 @BOTH
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_matrix_products_have_the_dtype_asked_for(script, dtype, flags, tmp_path, monkeypatch):
-    """ In training, --dtype bfloat16 lets the blocks multiply in bfloat16, float32 in float32. """
-    seen, forward = set(), model.Block.forward
-    def note(self, x, groups):
-        seen.add(self.up(x).dtype)
+def test_every_pass_has_the_dtype_of_the_flag(script, flags, bert_folder, tmp_path, monkeypatch):
+    """ With --dtype bfloat16 training, teacher, validation and the evaluation at the end multiply in bfloat16. """
+    used, forward = set(), model.Block.forward
+    def watched(self, x, groups):
+        used.add((self.training, self.up(x).dtype))
         return forward(self, x, groups)
-    monkeypatch.setattr(model.Block, "forward", note)
-    run(script, flags[script], tmp_path / "a", "--max_steps", "1", "--dtype", dtype)
-    assert seen == {getattr(torch, dtype)}
+    monkeypatch.setattr(model.Block, "forward", watched)
+    monkeypatch.setattr(evaluate, "speed", lambda *_: [])   # takes a second
+    more = ["--eval_interval", "1"]
+    if script is finetune_srl:
+        more += ["--retrieval", str(make_beir(tmp_path / "beir")), "--teacher", bert_folder]
+    run(script, flags[script], tmp_path / "a", "--max_steps", "2", "--dtype", "bfloat16", *more)
+    assert used == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
 @BOTH

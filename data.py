@@ -307,6 +307,15 @@ COLUMNS = {"query": ["query", "anchor", "sentence1"], "positive": ["positive", "
            "sentence1": ["sentence1"], "sentence2": ["sentence2"], "score": ["score"]}
 LOCAL = re.compile(r"\.(txt|jsonl|csv|tsv)(\.gz)?$")
 
+class Rows:
+    """ an iterable with a len that makes its rows anew each time, because MS MARCO does not fit a list of strings """
+    def __init__(self, length, make):
+        self.length, self.make = length, make
+    def __len__(self):
+        return self.length
+    def __iter__(self):
+        return self.make()
+
 def load_pairs(source, columns=()):
     """ One of --train_pairs -> Rows of (query, [positive, ...], [negative, ...], gold). Negatives may be empty; gold is
     a number where the columns are sentence1, sentence2 and score, else None. columns: see find_columns.
@@ -373,7 +382,8 @@ def find_columns(where, present, kinds, columns):
         if kind not in kinds or name not in present:
             raise ValueError(f"--columns {item}: {where} has the columns {', '.join(present)}; give KIND=COLUMN, where "
                              f"KIND is {' or '.join(kinds)}")
-        named[{"sentence1": "query", "sentence2": "positive"}.get(kind, kind)].append(name)   # scored pairs are pairs
+        holds = {"sentence1": "query", "sentence2": "positive"}.get(kind, kind)   # scored pairs are pairs, too
+        named[holds].append(name)
         if any(len(named.get(one, [])) > 1 for one in ("query", "score", "text")):
             raise ValueError(f"--columns {item}: is the second {kind}, and a row has one; leave out one of them")
     return {kind: names or [column for column in present if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
@@ -392,15 +402,6 @@ def load_table(source, error_start, streaming=False):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{error_start}, nor a data set that could be loaded as NAME[:CONFIG][:SPLIT], {source} "
                          f"({reason})") from error
-
-class Rows:
-    """ an iterable with a len that makes its rows anew each time, because MS MARCO does not fit a list of strings """
-    def __init__(self, length, make):
-        self.length, self.make = length, make
-    def __len__(self):
-        return self.length
-    def __iter__(self):
-        return self.make()
 
 # ---- sources of test sets: sentence pairs with gold scores, and retrieval collections --------------------------------
 STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
@@ -522,8 +523,8 @@ def write_beir(folder, corpus, queries, qrels):
 
 def hold_out(rows, n):
     """ rows as of load_pairs -> Rows to train on, the folder of a test set: n of the pairs, drawn at random; its corpus
-    is their positives. A row that holds a query of the test set, whatever its case and punctuation, is not trained on.
-    A passage of the test set may be: a new question may have a known answer. """
+    is their positives. A row is not trained on if its query or a positive of it is a query of the test set, whatever
+    the case and punctuation. A passage of the test set may be: a new question may have a known answer. """
     # row numbers: usable have a query and a positive, drawn make the test set, kept are trained on
     usable = [i for i, (query, positives, *_) in enumerate(rows) if query.strip() and positives]
     drawn = set(np.random.default_rng(0).permutation(usable)[:n].tolist())

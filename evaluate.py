@@ -44,7 +44,7 @@ def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192, desc
         batch_tokens = min(batch_tokens, sum(map(len, token_ids)) // world_size)
     batches = batches_by_length(token_ids, batch_tokens)
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
-    silent = True if B < 1000 or rank > 0 else None   # None: silent where stderr is no terminal
+    silent = B < 1000 or rank > 0 or None   # None: silent where stderr is no terminal
     # one autocast around all batches, because it casts every weight once and keeps the copy
     with autocast(device, dtype), tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=silent) as bar:
         for rows in batches[rank::world_size]:
@@ -122,7 +122,7 @@ def sts(model, tokenizer, name, sizes, dtype, batch_tokens=8192):
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
-def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, save_run=None):
+def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embeddings_dir=None, runs_dir=None):
     """ every size, and BM25 if the corpus is one shard -> records, per-item values; raises as data.Collection does """
     collection = data.Collection(name)
     found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir)
@@ -131,14 +131,14 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
     records, per_item = [], {"ids": list(collection.queries)}
     for size, (scores, docs) in found.items():
         label = "BM25" if size == BM25 else size_name(size)
-        rankings = best_documents(scores.numpy(), docs.numpy(), doc_ids)       # in the order of queries and of qrels
+        rankings = best_documents(scores, docs, doc_ids)   # in the order of queries and of qrels
         per_item[label] = {}
         for metric, function in METRICS.items():
             values = [function(ranked, grades) for (ranked, _), grades in zip(rankings, collection.qrels.values())]
             per_item[label][metric] = values
             records.append(record(collection.task, metric, size, float(np.mean(values)), len(values)))
-        if save_run:
-            write_run(Path(save_run), f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
+        if runs_dir:
+            write_run(Path(runs_dir), f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
     return records, per_item
 
 def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embeddings_dir):
@@ -185,12 +185,11 @@ def keep_best(best, rows, scores, first_doc, own_column):
 def best_documents(scores, docs, doc_ids):
     """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
     by descending id, as in trec_eval """
-    id_rank = np.argsort(np.argsort(np.array(doc_ids)))      # (documents,) place of each document's id in the alphabet
-    order = np.lexsort((-id_rank[docs], -scores), axis=-1)   # (Q, K) columns, sorted by score, then by id
     rankings = []
-    for row in range(len(scores)):
-        columns = [column for column in order[row] if scores[row, column] > -np.inf][:100]
-        rankings.append(([doc_ids[i] for i in docs[row, columns]], scores[row, columns].tolist()))
+    for values, numbers in zip(scores.tolist(), docs.tolist()):   # K each
+        hits = [(value, doc_ids[i]) for value, i in zip(values, numbers) if value > -np.inf]
+        hits = sorted(hits, reverse=True)[:100]                   # by score, then by id
+        rankings.append(([key for _, key in hits], [value for value, _ in hits]))
     return rankings
 
 # ==== Below: files, BM25, asking a model, handing a size over, its cost, tables and figures, flags ====================
@@ -300,7 +299,8 @@ def search_bm25(collection):
     return best
 
 def bm25(texts, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits) """
+    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits):
+    the sum over the words of the query of  idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * length / mean length)) """
     def split(text):
         return re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
     texts, queries = [split(text) for text in texts], [split(query) for query in queries]
@@ -487,7 +487,7 @@ def print_table(results, title, names):
     for header in zip(*columns):
         print(f"{'':16}" + "".join(f"{text if text != 'cost' else '':>{width}}" for text in header))
     for size, values in by_size(results).items():
-        label = f"{names.get(size, ''):8}{size_name(size)}" if size != BM25 else "BM25"
+        label = f"{names.get(size, ''):7} {size_name(size)}" if size != BM25 else "BM25"
         print(f"{label:16}" + "".join(f"{cell(values.get(column)):>{width}}" for column in columns))
 
 def compare(specs, metrics=()):
@@ -512,17 +512,19 @@ def compare(specs, metrics=()):
         sets = [(per_item[task].get("ids"), per_item[task].get("gold")) for per_item in per_items]
         if any(other != sets[0] for other in sets):
             raise ValueError(f"--compare: {task} is not the same set in all files; evaluate on the same data")
-        cells, baseline, gold = [f"{task} {metric}"], values[0], sets[0][1]
+        cells = [f"{task} {metric}"]
         for size, found in zip(row, values):
-            if metric == "Spearman":
-                mean = spearman(found, gold)
-                p = 1 if found == baseline else paired_bootstrap(baseline, found, gold)
-            else:
-                mean = np.mean(found)
-                p = 1 if found == baseline else scipy.stats.ttest_rel(baseline, found).pvalue
+            mean, p = mean_and_p(metric, found, values[0], gold=sets[0][1])
             cells.append(f"{size} {mean:.4f}{'*' if p * comparisons < 0.05 else ' '}")
         print("".join(f"{cell:>22}" for cell in cells))
     print(f"* differs from the first file at p < 0.05 / {comparisons} comparisons")
+
+def mean_and_p(metric, values, baseline, gold):
+    """ (n,) values and those of the baseline, (n,) gold of an STS set -> mean, or Spearman; p of the difference """
+    same = values == baseline
+    if metric == "Spearman":
+        return spearman(values, gold), 1 if same else paired_bootstrap(baseline, values, gold)
+    return np.mean(values), 1 if same else scipy.stats.ttest_rel(baseline, values).pvalue
 
 def paired_bootstrap(x, y, gold, resamples=1000):
     """ (n,) cosines of two models, (n,) gold -> two-sided p of the difference of their Spearmans, taken as normal """
@@ -549,7 +551,7 @@ def plot(specs, path, metrics=()):
     for spec, color in zip(specs, colors * len(specs)):
         label, results, per_item = load_results(spec)
         chosen = [r for r in results if r["metric"] in (metrics or ("Spearman", "nDCG@10")) and r["task"] in per_item]
-        quality = {size: statistics.fmean(values.values()) for size, values in by_size(chosen).items()}
+        quality = {size: 100 * statistics.fmean(values.values()) for size, values in by_size(chosen).items()}
         sizes = sorted(quality.keys() - {BM25})
         mflop = {(r["layer"], r["dim"]): r["value"] for r in results if r["metric"] == "MFLOP/token"}
         if not chosen or set(metrics) - {r["metric"] for r in chosen} or set(sizes) - mflop.keys():
@@ -567,7 +569,7 @@ def plot(specs, path, metrics=()):
     axes.legend(frameon=False, labelcolor="linecolor", loc="lower right")
     tasks = ", ".join(dict.fromkeys(f"{r['task']} {r['metric']}" for r in chosen))
     axes.set(xlabel="layer:dim, bytes per vector, MFLOP per token (log scale; left is cheaper)",
-             ylabel=f"{tasks} (up is better)")
+             ylabel=f"{tasks} x 100 (up is better)")
     axes.margins(0.1, 0.15)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -692,16 +694,15 @@ def main(args):
         if args.search is not None:
             search(model, tokenizer, args.search, sizes if args.sizes else sizes[-1:], args, find_folder(name))
             continue
-        folders = export(model, tokenizer, name, args) if args.export else []
+        exported = export(model, tokenizer, name, args) if args.export else []
         if not args.export or args.sts or args.retrieval:   # an export is evaluated after its model
             files += evaluate_model(name, model, tokenizer, sizes, args)
-            for folder in folders:
+            for folder in exported:
                 small, its_tokenizer = load_model(folder, args.device)
                 evaluate_model(folder, small, its_tokenizer, tuple(named_sizes(small.config)), args)
-        if not args.export and not args.out and (Path(name) / "args.json").exists():
-            folders = [Path(name)]                          # a run, whose results are new
+        is_run = not args.export and not args.out and (Path(name) / "args.json").exists()
         if model.config.sizes:                              # the card says: trained with Starbucks
-            for folder in folders:
+            for folder in [Path(name)] if is_run else exported:
                 write_card(folder, find_folder(name))
     if len(files) > 1:
         compare(files, args.metrics)

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 import data
 import evaluate
 from model import (POOLINGS, SIMILARITIES, STATE, HelpFormatter, autocast, average, catch_signals, check_about,
-                   check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, get_lr, interrupted,
-                   keep_freed_memory, load_model, load_run, log, named_sizes, new_bert, nonneg_float, nonneg_int,
-                   open_run, pack, permute_channels, positive_float, positive_int, readable, run_script, save_run,
-                   score, set_sizes, size_name, start_ranks, status, sum_over_ranks, text_length, training_flags)
+                   check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, full_size, get_lr,
+                   interrupted, keep_freed_memory, load_model, load_run, log, named_sizes, new_bert, nonneg_float,
+                   nonneg_int, open_run, pack, permute_channels, positive_float, positive_int, readable, run_script,
+                   save_run, score, set_sizes, size_name, start_ranks, status, sum_over_ranks, text_length,
+                   training_flags)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -34,7 +35,8 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
     positive of query i; passages from Q on are hard negatives. All passages but i are the negatives of query i, except
-    where same (Q, P) is True, see data.duplicates. sizes: (layer, dim) pairs; the last is the full size, the teacher.
+    where same (Q, P) is True, see data.duplicates. sizes: (layer, dim) pairs from small to large; the last, the full
+    size, is the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
     CoSENT then replaces InfoNCE, and the KL stays.
     Call it outside autocast: bfloat16 scores would be wrong in the third digit.
@@ -95,27 +97,27 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
     token_ids = batch.queries + batch.passages            # of Q + P texts, (T,) each
     Q, layers = len(batch.queries), sorted({layer for layer, _ in sizes})
     teacher_scores = frozen_scores(teacher, token_ids, Q, args) if teacher else None                  # (Q, P)
+    def to_device(array):
+        return None if array is None else torch.from_numpy(array).to(args.device)
     def embed(texts):                                     # B of the token_ids -> {layer: (B, C)}
         with autocast(args.device, args.dtype):
             return model.encode(pack(texts, args.device, multiple=128), layers)
     def loss_of(embeddings):                              # {layer: (Q + P, C)}, the queries first
         query_rows = {layer: rows[:Q] for layer, rows in embeddings.items()}
         passage_rows = {layer: rows[Q:] for layer, rows in embeddings.items()}
-        gold, same = (None if array is None else torch.from_numpy(array).to(args.device)
-                      for array in (batch.gold, batch.same))
         return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
-                        teacher_scores, gold, same)
+                        teacher_scores, to_device(batch.gold), to_device(batch.same))
     if pieces == 1:
         # Dropout by seed and step, so runs can resume. Python's hash of numbers, unlike that of strings, never changes.
         torch.manual_seed(hash((args.seed, step, 0)))
-        losses = loss_of(embed(token_ids))
-        losses[0].backward()
-        return losses
+        loss, nce, kl = loss_of(embed(token_ids))
+        loss.backward()
+        return loss, nce, kl
     return cached_backward(embed, token_ids, loss_of, pieces, (args.seed, step), rank, world_size)
 
 def frozen_scores(teacher, token_ids, Q, args):
     """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size, divided by the temperature """
-    layer, dim = list(named_sizes(teacher.config))[-1]               # the full size
+    layer, dim = full_size(teacher.config)
     rows = evaluate.embed_ids(teacher, token_ids, [layer], args.dtype)[layer].to(args.device)        # (Q + P, C)
     return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
 
@@ -137,8 +139,8 @@ def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=
         return embed(token_ids[k::pieces])
     for k in mine:
         with torch.set_grad_enabled(len(mine) == 1):       # a single piece keeps its graph and is embedded once
-            embeddings = embed_piece(k)
-        for layer, rows in embeddings.items():
+            first_pass = embed_piece(k)
+        for layer, rows in first_pass.items():
             if layer not in all_rows:
                 all_rows[layer] = rows.new_zeros(len(token_ids), rows.shape[1])         # (B, C)
             all_rows[layer][k::pieces] = rows.detach()
@@ -148,8 +150,7 @@ def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=
     losses = loss_of({layer: rows.requires_grad_() for layer, rows in all_rows.items()})
     losses[0].backward()
     for k in mine:
-        if len(mine) > 1:
-            embeddings = embed_piece(k)   # a single piece still has those of the loop above, with their graph
+        embeddings = first_pass if len(mine) == 1 else embed_piece(k)
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
@@ -207,7 +208,7 @@ def order_channels(model, token_ids, sizes):
     order = []
     for layer, dim in sizes:
         variance = embeddings[layer].var(dim=0)                                         # (C,)
-        variance[order] = -1                                                            # taken by smaller sizes
+        variance[order] = -1                                                            # last: smaller sizes have them
         order += variance.argsort(descending=True)[:max(0, dim - len(order))].tolist()
     permute_channels(model, order + sorted(set(range(model.config.hidden_size)) - set(order)))
 
@@ -362,8 +363,8 @@ def parse_args(argv=None):
         help="queries a step, over all ranks; all their passages are candidates")
     add("--negatives", type=nonneg_int, default=1, help="hard negatives a query, at most, where the pairs have any")
     add("--micro_batch", type=nonneg_int, default=0,
-        help="encode as many texts at a time as so many queries and their passages: the same gradient in less memory, "
-             "for one more forward pass; 0 encodes the whole batch at once")
+        help="queries that are encoded at a time, with their passages: the same gradient in less memory, for one more "
+             "forward pass; 0 encodes the whole batch at once")
     add("--query_max_length", type=text_length, default=32, help="tokens, [CLS] and [SEP] included")
     add("--passage_max_length", type=text_length, default=64,
         help="tokens of a passage in a step; of a longer one its beginning or, half of the time, a random window")

@@ -46,6 +46,10 @@ def set_sizes(config, sizes):
     names = named_sizes(config)
     config.sizes, config.size_names = tuple(sizes), tuple(names.get(size, "") for size in sizes)
 
+def full_size(config):
+    """ the deepest and widest of the model's sizes """
+    return list(named_sizes(config))[-1]
+
 def size_name(size):
     """ (2, 32) -> "2:32" """
     return f"{size[0]}:{size[1]}"
@@ -80,12 +84,13 @@ def pack(token_ids, device="cpu", multiple=1):
     fillers = int(-ends[-1] % multiple) if ends[-1] >= 8 * multiple else 0
     if fillers:
         groups.append((fillers, 1))
-    def tensor(array, fillers=0, filler=0):
-        array = np.pad(array, (0, fillers), constant_values=filler).astype(np.int64)
-        return torch.from_numpy(array).to(device, non_blocking=True)
-    return Pack(input_ids=tensor(np.concatenate([token_ids[i] for i in order]), fillers),
-                position_ids=tensor(np.arange(ends[-1]) - starts[text_ids], fillers),
-                text_ids=tensor(text_ids, fillers, len(token_ids)), starts=tensor(starts), groups=groups)
+    def tensor(array):
+        return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+    def padded(array, value=0):   # (N without fillers,) -> (N,)
+        return tensor(np.pad(array, (0, fillers), constant_values=value))
+    return Pack(input_ids=padded(np.concatenate([token_ids[i] for i in order])),
+                position_ids=padded(np.arange(ends[-1]) - starts[text_ids]),
+                text_ids=padded(text_ids, len(token_ids)), starts=tensor(starts), groups=groups)
 
 def mean_pool(hidden, batch):
     """ (N, C) -> (B, C): the mean over the tokens of each text, [CLS] and [SEP] included """
@@ -236,8 +241,8 @@ class Bert(nn.Module):
 
     def encode(self, batch, layers):
         """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts. A
-        learned layer behind the pooling would go here; permute_channels, from_hf, cut and save_pretrained must know of
-        its weights, too. """
+        pooling with weights of its own, or a layer behind it, would be made in __init__ and called here;
+        permute_channels, from_hf, cut and save_pretrained must know of its weights, too. """
         return {n: pool(tap, batch, self.config.pooling) for n, tap in self(batch, layers).items()}
 
 class MLMHead(nn.Module):
@@ -255,7 +260,7 @@ class MLMHead(nn.Module):
         """ (..., D) -> (..., C): the dense layer uses its first D input columns, so one head serves all sizes """
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
-# ==== Below is not the encoder, but what the scripts share ============================================================
+# ==== Below is not the encoder, but what the scripts share; the method can be understood and changed without it =======
 # speed; optimizer and learning rate; a trained model changed (order of channels, one size, fewer words); Hugging Face
 # folders; a training run; its folder OUT_DIR; flags
 # ---- speed, mostly on a CPU ------------------------------------------------------------------------------------------
@@ -339,12 +344,13 @@ def fast_dtype():
 def keep_freed_memory(keep=True):
     """ keep=True: freed memory stays in the process. By default glibc returns large blocks, and the system clears their
     pages before the next step can use them: 3 to 10 % of a step. keep=False returns every block of 1 MB or more. """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4   # glibc's numbers of its settings
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         if keep:
-            libc.mallopt(-4, 0)           # M_MMAP_MAX: map no block alone
-            libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep the free end of the heap
+            libc.mallopt(mmap_max, 0)                   # map no block alone
+            libc.mallopt(trim_threshold, 2**31 - 1)     # keep the free end of the heap
         else:
-            libc.mallopt(-3, 2**20)       # M_MMAP_THRESHOLD: glibc would raise it to 32 MB step by step
+            libc.mallopt(mmap_threshold, 2**20)         # glibc would raise it to 32 MB step by step
 
 # ---- optimizer and learning rate -------------------------------------------------------------------------------------
 def configure_optimizer(parameters, learning_rate, weight_decay, faster, scale):
@@ -535,7 +541,7 @@ HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense
 def hf_names(name):
     """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one """
     for ours, theirs in WEIGHT_NAMES:
-        if name.startswith(ours) or ours[0] == "." and ours in name:
+        if name.startswith(ours) or (ours[0] == "." and ours in name):
             name = name.replace(ours, theirs, 1)
     if ".attention.qkv." not in name:
         return [name]
@@ -579,7 +585,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
     else:
         state, architecture = {f"bert.{name}": tensor for name, tensor in state.items()}, "BertForMaskedLM"
         state |= {f"cls.predictions.{HEAD[name]}": tensor for name, tensor in head.state_dict().items()}
-    _, dim = list(named_sizes(config))[-1]   # of the full size
+    _, dim = full_size(config)
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
     last, modules = model.blocks[-1].norm2, {"Transformer": "", "Pooling": "1_Pooling"}
     # sentence-transformers normalises first and slices last, which is right only if all beyond the dims is 0
@@ -778,7 +784,7 @@ def load_run(args):
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, *_ = (state[name] for name in ("args", "about", "step", "model", "optimizer"))   # none may be missing
     free = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device", "compile"}
-    if (saved.keys() ^ vars(args).keys()) - free:
+    if (saved.keys() ^ vars(args).keys()) - free:   # flags that only one of the two knows
         raise ValueError(f"--resume: {path} is of another script, or of another version of this one")
     for name, value in vars(args).items():
         if name not in free and saved[name] != value:

@@ -29,12 +29,14 @@ from model import (STATE, HelpFormatter, MLMHead, as_contiguous, autocast, avera
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), V vocabulary;
 # M positions that the encoder must guess, M' those of the decoder
-# smae_loss is the method. Training runs fast forms of two of them, `decode` and
-# `vocabulary_loss`, which are here to be read; tests hold the fast forms equal to them.
+# Read smae_loss first: it is the method. It calls `decode` and `vocabulary_loss`, which are written to be read.
+# Training passes faster functions in their place, which are below the double line; tests hold them equal.
 
 class SMAE(nn.Module):
     """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. The decoder has no
-    embeddings of its own: it reads the encoder's layer 0. smae_loss calls the parts, so there is no forward. """
+    embeddings of its own: it reads the encoder's layer 0. No parameter belongs to one size: a size (layer, D) uses the
+    first `layer` blocks and the first D columns of the head's matrix. smae_loss calls the parts, so there is no
+    forward. """
     def __init__(self, bert, head):
         super().__init__()
         self.bert, self.head = bert, head
@@ -80,17 +82,19 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
     taps = model.bert(with_ids(batch, masked.encoder_ids), [layer for layer, _ in sizes])      # {layer: (N, C)}
     sliced = {size_name((layer, dim)): taps[layer][:, :dim] for layer, dim in sizes}           # (N, D) each
     encoder_at = torch.from_numpy(masked.encoder_positions).to(device)                         # (M,)
-    hidden = {f"mlm {name}": model.head.transform(h[encoder_at]) for name, h in sliced.items()}   # {term: (M, C)}
-    labels = dict.fromkeys(hidden, batch.input_ids[encoder_at])                                # {term: (M,) true ids}
+    hidden, labels = {}, {}
+    for name, h in sliced.items():
+        hidden[f"mlm {name}"] = model.head.transform(h[encoder_at])                            # (M, C)
+        labels[f"mlm {name}"] = batch.input_ids[encoder_at]                                    # (M,) true ids
     if objective == "smae":
-        # The head lifts D numbers of each text's [CLS] to C channels: `transform` reads the first D columns of its
-        # matrix, so no size needs a projection of its own.
         bottlenecks = torch.stack([model.head.transform(h[batch.starts]) for h in sliced.values()])   # (S, B, C)
         embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                     # (N, C)
         decoder_at = torch.from_numpy(masked.decoder_positions).to(device)                     # (M',)
+        # decode(model.decoder, embeddings, ...): (S, M', C)
         decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, decoder_at)
-        hidden |= {f"mae {name}": state for name, state in zip(sliced, model.head.transform(decoded))}   # (M', C) each
-        labels |= {f"mae {name}": batch.input_ids[decoder_at] for name in sliced}              # (M',) each
+        for name, state in zip(sliced, model.head.transform(decoded)):
+            hidden[f"mae {name}"] = state                                                      # (M', C)
+            labels[f"mae {name}"] = batch.input_ids[decoder_at]                                # (M',)
     return loss_with(model, hidden, labels)   # L is the mean of the terms: 2S, or S with objective "mlm"
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
@@ -109,6 +113,7 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     gives it.
     With s_0 the score of the bottleneck and s_j the scores of the other positions,
         softmax(s)_0 = exp s_0 / (exp s_0 + sum_j exp s_j) = sigmoid(s_0 - logsumexp_j s_j)
+    In the code: weight, s_first and logsumexp; the attention gives (1 - weight) * others + weight * v_first.
     Dropout is drawn once for that shared attention. This function needs a decoder of one layer, and no [CLS] among the
     positions. """
     attention = decoder.attention
@@ -172,6 +177,7 @@ class VocabularyLoss(torch.autograd.Function):
                 ctx.grads = [d_hidden, d_weight, d_bias]
             at_once = min(VocabularyLoss.ROWS, max(1, len(x)))
             # Buffers, because on a CPU fresh memory of this size costs as much time as the product that fills it.
+            # `full` holds one after the other logits, probabilities and g; `low` holds logits and g in dtype.
             low = x.new_empty(at_once, len(w))                                      # (ROWS, V) in dtype
             full = weight.new_empty(at_once, len(w))                                # (ROWS, V) in float32
             product = torch.empty_like(w)                                           # (V, C)
@@ -235,13 +241,17 @@ def build_model(args, saved):
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
     bert.gradient_checkpointing = args.gradient_checkpointing
-    state_file = Path(init_from, STATE)
-    if state_file.exists():      # continue with the decoder of that run
+    load_decoder(model, Path(init_from, STATE), saved)
+    return model, tokenizer, sizes
+
+def load_decoder(model, state_file, saved):
+    """ Go on with the decoder of an earlier SMAE, if there is one: that of the run to resume, `saved`, or of the run
+    that --init_from names. A stopped fine-tuning has a state_file, too, but no decoder: then the new one stays. """
+    if state_file.exists():
         with readable(f"{state_file}: does not fit the model there", "delete it, for a new decoder"):
             earlier = saved or torch.load(state_file, map_location="cpu", weights_only=True)
-            if "objective" in earlier["args"]:   # else a stopped fine-tuning, which has no decoder
+            if "objective" in earlier["args"]:
                 model.load_state_dict(earlier["model"])
-    return model, tokenizer, sizes
 
 def split_batch(args, world_size):
     """ -> documents of a piece, pieces of a batch: 32 documents in micro-batches of 8 are 4 pieces, 2 for each of 2

@@ -238,7 +238,7 @@ def test_shards_and_stored_embeddings_change_nothing(saved, beir, tmp_path, monk
     in_one, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32")
     monkeypatch.setattr(data, "SHARD", 1)
     by_shards, _ = evaluate.retrieval(model, tokenizer, str(beir), sizes, "float32", embeddings_dir=tmp_path / "e",
-                                      save_run=tmp_path / "runs")
+                                      runs_dir=tmp_path / "runs")
     assert by_shards == [r for r in in_one if r["layer"]]   # BM25 needs the corpus in one shard
     files = sorted((tmp_path / "e").glob("*.npy"))
     assert len(files) == 8 and np.load(files[0]).shape == (1, 8) and np.load(files[0]).dtype == np.float32
@@ -296,7 +296,7 @@ def ranked_by(tmp_path, monkeypatch, saved):
             layer: torch.tensor([vectors[text] for text in texts]) for layer in layers})
         model, tokenizer = evaluate.load_model(saved)
         model.config.similarity = "dot"
-        _, items = evaluate.retrieval(model, tokenizer, str(folder), ((1, 2),), "float32", save_run=tmp_path / "runs")
+        _, items = evaluate.retrieval(model, tokenizer, str(folder), ((1, 2),), "float32", runs_dir=tmp_path / "runs")
         found = {query: [] for query in queries}
         for line in (tmp_path / "runs" / f"made-{run}.run").read_text().splitlines():
             found[line.split()[0]].append(line.split()[2])
@@ -422,9 +422,9 @@ def test_flags_of_pooling_and_similarity(saved, beir, tmp_path):
     evaluate.main(evaluate.parse_args([str(saved), "--retrieval", str(beir), "--out", str(out), "--pooling", "cls",
                                        "--similarity", "dot", "--save_run", str(tmp_path / "flags")]))
     model, tokenizer = evaluate.load_model(saved, pooling="cls", similarity="dot")
-    evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32", save_run=tmp_path / "same")
+    evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32", runs_dir=tmp_path / "same")
     model, tokenizer = evaluate.load_model(saved)
-    evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32", save_run=tmp_path / "own")
+    evaluate.retrieval(model, tokenizer, str(beir), ((4, 48),), "float32", runs_dir=tmp_path / "own")
     flags, same, own = ((tmp_path / name / "beir-4-48.run").read_text() for name in ("flags", "same", "own"))
     assert flags == same != own
 
@@ -786,11 +786,11 @@ def test_plot_draws_a_line_for_each_of_the_results(results_file, tmp_path):
     lines = [(line.get_xdata(), line.get_ydata()) for line in pyplot.gcf().axes[0].lines]
     pyplot.close("all")
     assert [list(x) for x, _ in lines] == [[1, 2], [0, 1], [1, 3]]   # the second is the level, in shares of the width
-    assert [list(y) for _, y in lines] == [pytest.approx(y) for y in ([0.25, 0.5], [0.1, 0.1], [0.3, 0.7])]
+    assert [list(y) for _, y in lines] == [pytest.approx(y) for y in ([25, 50], [10, 10], [30, 70])]   # x 100
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "f.svg").read_text())
     assert {"a", "both", "BM25"} <= set(texts)
     evaluate.plot([a], tmp_path / "g.png")   # nDCG@10, which is half of it here
-    assert list(pyplot.gcf().axes[0].lines[0].get_ydata()) == pytest.approx([0.125, 0.25])
+    assert list(pyplot.gcf().axes[0].lines[0].get_ydata()) == pytest.approx([12.5, 25])
     pyplot.close("all")
 
 

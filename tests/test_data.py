@@ -313,6 +313,17 @@ def test_hold_out(tmp_path, monkeypatch):
     assert len(data.Collection(str(data.hold_out(rows, 7)[1])).qrels) == 7
 
 
+def test_a_query_of_the_test_set_is_no_positive_to_train_on(tmp_path, monkeypatch):
+    """ A row with a query of the test set among its positives, in whatever case, is not trained on. """
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    rows = [(f"query {i}", [f"text {i}"], [], None) for i in range(10)]
+    rows += [(f"other {i}", ["any", f"Query, {i}!"], [], None) for i in range(10)]
+    train, folder = data.hold_out(rows, 4)
+    held_out = set(data.Collection(str(folder)).queries.values())
+    hit = [row for row in rows if {data.fold(text) for text in (row[0], *row[1])} & held_out]
+    assert len(hit) > len(held_out) == 4 and list(train) == [row for row in rows if row not in hit]
+
+
 def test_a_query_that_is_held_out_twice_has_both_positives(tmp_path, monkeypatch):
     """ Held-out rows with the same query, or the same positive, become one query with both, or one document. """
     monkeypatch.setattr(data, "CACHE", tmp_path)

@@ -883,6 +883,18 @@ def test_units_of_the_speed(saved, monkeypatch):
     assert found == pytest.approx({"ms/query": 5, "p95 ms": 5, "texts/s": 512 / 0.005})
 
 
+def test_p95_of_the_speed_is_by_rank(saved, monkeypatch):
+    """ After three slow passes, of 50 queries that take 50, 49, ... 1 ms, 47 are faster than the p95 of 48 ms. """
+    model, tokenizer = evaluate.load_model(saved)
+    now, ms = [0.0], iter([900] * 3 + list(range(50, 0, -1)) + [512])
+    def embed_texts(*args):
+        now[0] += next(ms) / 1000
+    monkeypatch.setattr(evaluate, "embed_texts", embed_texts)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: now[0])
+    found = {r["metric"]: r["value"] for r in evaluate.speed(model, tokenizer, ((1, 8),), "float32")}
+    assert found == pytest.approx({"ms/query": 25.5, "p95 ms": 48, "texts/s": 1000})
+
+
 def test_grid_and_speed(saved, sts_file, tmp_path, capsys):
     """ --grid evaluates every layer at every dim of the sizes, and --speed times each. """
     out = str(tmp_path / "o.json")

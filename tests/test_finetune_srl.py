@@ -334,6 +334,21 @@ def test_a_run_end_to_end(trained):
     assert bert.config.max_position_embeddings == load_tokenizer(trained).model_max_length == 256
 
 
+def test_evaluation_is_no_time_of_a_step(pairs_file, tmp_path, monkeypatch):
+    """ The ms of a step in the log are the same with a dev evaluation, as long as 100 steps, in between. """
+    now, make = [0.0], data.srl_batch
+    def passes(seconds, result=None):
+        now[0] += seconds
+        return result
+    monkeypatch.setattr(finetune_srl, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(data, "srl_batch", lambda *args: passes(1, make(*args)))
+    monkeypatch.setattr(finetune_srl, "evaluate_dev", lambda *args: passes(100))
+    monkeypatch.setattr(finetune_srl, "evaluate_saved", lambda *args: None)
+    run(pairs_file, tmp_path / "a", "--retrieval", str(make_beir(tmp_path / "beir")), "--eval_interval", "2",
+        "--log_interval", "2")
+    assert now[0] == 1 + 4 + 100 and [r["ms"] for r in logged(tmp_path / "a")] == [1000, 1000]   # plan has a batch, too
+
+
 def test_the_log_holds_its_terms_by_size(trained):
     """ Every record of training holds InfoNCE and KL under the names of the sizes. """
     for record in logged(trained):
@@ -388,6 +403,15 @@ def test_epochs_may_be_broken(pairs_file, tmp_path):
     """ --epochs 1.5 of 64 pairs in batches of 16 are 6 steps. """
     run(pairs_file, tmp_path / "a", "--epochs", "1.5", "--max_steps", "0", "--sizes", "1:8")
     assert logged(tmp_path / "a")[-1]["step"] == 6
+
+
+def test_an_epoch_of_two_sources():
+    """ Of sources with 7 and 9 rows an epoch in batches of 4 has 1 + 2 steps: the rest of each source is left out. """
+    sources = [data.Pairs([np.array([i]) for i in range(n)], [[np.array([i])] for i in range(n)], [[]] * n, [])
+               for n in (7, 9)]
+    args = parse_args(["--batch_size", "4", "--epochs", "2", "--out_dir", "out/nowhere"])
+    batch_size, pieces, max_steps = finetune_srl.plan(args, sources, 1)
+    assert (batch_size, pieces, max_steps) == (4, 1, 2 * (1 + 2))
 
 
 def test_a_run_starts_from_the_folder_of_another(trained, pairs_file, tmp_path):

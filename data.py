@@ -34,7 +34,8 @@ class Batch(NamedTuple):
     same: np.ndarray   # (Q, P) bool, see duplicates, or None
     gold: np.ndarray   # (Q,) gold scores, or None
 
-# appended to a seed, so that windows, sources and sizes (step_sizes) are drawn independently of each other
+# appended to a seed, so that windows, sources and sizes (step_sizes) are drawn independently of each other; not 0, for
+# which numpy draws as without it
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
 @functools.lru_cache(maxsize=64)   # every step asks for it; sources take turns
@@ -131,7 +132,8 @@ def whole_word_mask(begins, rates, rng):
     return [(middle <= np.round(rate * (len(begins) - 2)))[word] for rate in rates]
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
-    """ BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random token, 10 % the true one -> (N,) """
+    """ ids (N,), masked (N,) bool -> (N,) ids. BERT's 80/10/10: of the masked positions 80 % show [MASK], 10 % a random
+    token, 10 % the true one. """
     ids = ids.copy()
     at = np.flatnonzero(masked)
     dice = rng.random(len(at))
@@ -151,15 +153,16 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     windows = [document[start:start + room] for document, start in zip(documents, starts)]
     texts = [np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]])   # (T,)
              for ids in sorted(windows, key=len)]                       # the order of model.pack
-    masks = []
+    masks = []                                                          # (encoder's, decoder's), (T,) each, of a text
     for text in texts:
         begins = begins_word[text]                                      # (T,), a copy
         begins[1] = True                                                # a window may begin inside a word
         masks.append(whole_word_mask(begins, rates, rng))
-    ids = np.concatenate(texts)                                                          # (N,)
-    encoder_mask, decoder_mask = map(np.concatenate, zip(*masks))                        # (N,) each
-    encoder_ids, decoder_ids = (corrupt(ids, mask, tokenizer.mask_token_id, len(tokenizer), rng)
-                                for mask in (encoder_mask, decoder_mask))
+    row = np.concatenate(texts)                                                          # (N,) true ids
+    encoder_mask = np.concatenate([encoder for encoder, _ in masks])                     # (N,)
+    decoder_mask = np.concatenate([decoder for _, decoder in masks])                     # (N,)
+    encoder_ids = corrupt(row, encoder_mask, tokenizer.mask_token_id, len(tokenizer), rng)
+    decoder_ids = corrupt(row, decoder_mask, tokenizer.mask_token_id, len(tokenizer), rng)   # draws of its own
     return Masked(texts, encoder_ids, np.flatnonzero(encoder_mask), decoder_ids, np.flatnonzero(decoder_mask))
 
 # ==== Below is tokenising and reading files, not the method ===========================================================
@@ -334,9 +337,10 @@ def load_pairs(source, columns=()):
     if not found["query"] or not found["positive"]:
         raise ValueError(f"--train_pairs {source} has the columns {', '.join(present)}; it needs query and positive, "
                          "maybe negative; say which of yours these are: --columns query=COLUMN positive=COLUMN")
-    # A score beside query and positive may say anything; beside sentence1 and sentence2 it says how similar they are.
-    named = any(item.startswith(("sentence", "score=")) for item in columns)
-    scored = found["score"] and (named or found["sentence1"] and found["sentence2"])
+    # A score beside query and positive may say anything. It counts if --columns names it or a sentence, or if it stands
+    # beside columns called sentence1 and sentence2.
+    score_is_meant = any(item.startswith(("sentence", "score=")) for item in columns)
+    scored = found["score"] and (score_is_meant or found["sentence1"] and found["sentence2"])
     def texts(row, kind, where):
         return [text for column in found[kind] for text in as_texts(row.get(column), f"{where} {column}")]
     def make():
@@ -375,19 +379,20 @@ def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
 
 def find_columns(where, present, kinds, columns):
     """ the columns of the source `where` -> {kind: those that hold it}. columns: the flag, as ["query=question"]; kinds
-    that it does not name go by COLUMNS. Raises ValueError for a kind or a column that is not there. """
-    named = {kind: [] for kind in kinds}
+    that it does not name go by COLUMNS. sentence1=X counts as query=X and sentence2=X as positive=X, because scored
+    pairs are pairs, too. Raises ValueError for a kind or a column that is not there. """
+    chosen = {kind: [] for kind in kinds}
     for item in columns:
         kind, _, name = item.partition("=")
         if kind not in kinds or name not in present:
             raise ValueError(f"--columns {item}: {where} has the columns {', '.join(present)}; give KIND=COLUMN, where "
                              f"KIND is {' or '.join(kinds)}")
-        holds = {"sentence1": "query", "sentence2": "positive"}.get(kind, kind)   # scored pairs are pairs, too
-        named[holds].append(name)
-        if any(len(named.get(one, [])) > 1 for one in ("query", "score", "text")):
+        counts_as = {"sentence1": "query", "sentence2": "positive"}.get(kind, kind)
+        chosen[counts_as].append(name)
+        if any(len(chosen.get(one, [])) > 1 for one in ("query", "score", "text")):
             raise ValueError(f"--columns {item}: is the second {kind}, and a row has one; leave out one of them")
     return {kind: names or [column for column in present if re.sub(r"_\d+$", "", column) in COLUMNS[kind]]
-            for kind, names in named.items()}
+            for kind, names in chosen.items()}
 
 def load_table(source, error_start, streaming=False):
     """ A .parquet file, or NAME[:CONFIG][:SPLIT], by default the split "train", of the hub or of a folder with the
@@ -465,7 +470,9 @@ class Collection:
         self.queries = {query: texts[query] for query in self.qrels}
 
     def open_table(self, file, hub_name):
-        """ -> name of the source, (line number, row) of a file in the folder or of its counterpart on the hub """
+        """ -> name of the source, (line number, row) of a file in the folder or of its counterpart on the hub.
+        hub_name: NAME:CONFIG:SPLIT for load_table. BeIR's sets have a config and a split called corpus, and queries;
+        their judgements are another set, NAME-qrels. """
         if not self.folder.is_dir():
             source = f"BeIR/{hub_name}"
             rows = load_table(source, f"--retrieval {self.name}: neither docs, nor a folder in BEIR layout")

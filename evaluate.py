@@ -44,10 +44,10 @@ def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192, desc
         batch_tokens = min(batch_tokens, sum(map(len, token_ids)) // world_size)
     batches = batches_by_length(token_ids, batch_tokens)
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
-    silent = B < 1000 or rank > 0 or None   # None: silent where stderr is no terminal
+    no_bar = True if B < 1000 or rank > 0 else None   # None: tqdm shows it where stderr is a terminal
     # one autocast around all batches, because it casts every weight once and keeps the copy
-    with autocast(device, dtype), tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=silent) as bar:
-        for rows in batches[rank::world_size]:
+    with autocast(device, dtype), tqdm(total=B, desc=desc, unit=" texts", leave=False, disable=no_bar) as bar:
+        for rows in batches[rank::world_size]:   # rows: numbers of texts
             batch = pack([token_ids[i] for i in rows], device, multiple=128)
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
                 if not pooled.isfinite().all():
@@ -58,7 +58,8 @@ def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192, desc
     return gather_rows(embeddings, device) if world_size > 1 else embeddings
 
 def batches_by_length(token_ids, batch_tokens):
-    """ list of (T,) ids -> lists of rows: equal lengths side by side (see model.Pack), batch_tokens or fewer each """
+    """ list of (T,) ids -> lists of their numbers: equal lengths side by side (see model.Pack), and texts x the longest
+    of them is batch_tokens or less, but for a single longer text """
     batches = []
     for i in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
         if not batches or (len(batches[-1]) + 1) * len(token_ids[i]) > batch_tokens:
@@ -131,10 +132,11 @@ def retrieval(model, tokenizer, name, sizes, dtype, batch_tokens=8192, embedding
     records, per_item = [], {"ids": list(collection.queries)}
     for size, (scores, docs) in found.items():
         label = "BM25" if size == BM25 else size_name(size)
-        rankings = best_documents(scores, docs, doc_ids)   # in the order of queries and of qrels
+        rankings = best_documents(scores, docs, doc_ids)   # ([id], [score]) of each query, in the order of qrels
+        ranked_ids = [ids for ids, _ in rankings]
         per_item[label] = {}
         for metric, function in METRICS.items():
-            values = [function(ranked, grades) for (ranked, _), grades in zip(rankings, collection.qrels.values())]
+            values = [function(ids, grades) for ids, grades in zip(ranked_ids, collection.qrels.values())]
             per_item[label][metric] = values
             records.append(record(collection.task, metric, size, float(np.mean(values)), len(values)))
         if runs_dir:
@@ -145,15 +147,17 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
     """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
     -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
     Q = len(collection.queries)
-    widest = dict(sorted(sizes))   # {layer: its largest dim}: in sorted order the largest comes last, and stays
+    widest = widest_dims(sizes)
     def embed(texts):   # -> {layer: (texts, C)}
         return embed_texts(model, tokenizer, texts, list(widest), dtype, batch_tokens)
     queries = embed(list(collection.queries.values()))                                 # {layer: (Q, C)}
     best, doc_ids = {size: no_documents(Q) for size in sizes}, []
-    about = embeddings_dir and made_by(model, tokenizer, dtype)
+    about = made_by(model, tokenizer, dtype) if embeddings_dir else ""
     for shard, (ids, texts) in enumerate(collection.shards()):
-        prefix = embeddings_dir and Path(
-            embeddings_dir, f"{collection.task}-{shard:04}-{about}-{zlib.crc32(repr(texts).encode()):08x}")
+        prefix = None                      # of the files that keep this shard's embeddings, with --embeddings_dir
+        if embeddings_dir:
+            checksum = f"{zlib.crc32(repr(texts).encode()):08x}"
+            prefix = Path(embeddings_dir, f"{collection.task}-{shard:04}-{about}-{checksum}")
         passages = load_or_embed(prefix, widest, texts, embed)                         # {layer: (P, C or widest dim)}
         own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
@@ -163,6 +167,13 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
                 keep_best(best[layer, dim], rows, scores, len(doc_ids), own_column)
         doc_ids += ids
     return best, doc_ids
+
+def widest_dims(sizes):
+    """ -> {layer: the largest dim of its sizes} """
+    widest = {}
+    for layer, dim in sorted(sizes):
+        widest[layer] = dim   # ascending, so the largest comes last and stays
+    return widest
 
 def no_documents(Q, dtype=torch.float32):
     """ -> scores (Q, K), docs (Q, K): all places empty """
@@ -195,7 +206,7 @@ def best_documents(scores, docs, doc_ids):
 # ==== Below: files, BM25, asking a model, handing a size over, its cost, tables and figures, flags ====================
 # ---- all tasks at all sizes: what main calls for every model ---------------------------------------------------------
 def evaluate_model(name, model, tokenizer, sizes, args):
-    """ all tasks at all sizes, the table, and the file of the results -> [its name], or [] without one.
+    """ all tasks at all sizes, the table, and the file of the results -> [path of that file], or [] without one.
     In the file, with layer and dim null for BM25, and per_item for --compare:
       "results": [{"task": "docs", "metric": "MRR@10", "layer": 1, "dim": 8, "value": 0.135, "n": 1000}, ...]
       "per_item": {"docs": {"ids": [of the queries], "1:8": {"MRR@10": [one value a query], ...}, ...},
@@ -330,10 +341,10 @@ def write_run(folder, label, queries, rankings):
 def search(model, tokenizer, question, sizes, args, model_folder):
     """ Print the 5 passages of --texts that answer a question best, at each size and, of several, by the funnel.
     Without a question ask for some. Embeddings stay in the model's folder until the model or the passages change. """
-    passages, widest = data.load_passages(args.texts), dict(sorted(sizes))                    # as in search_corpus
+    passages, widest = data.load_passages(args.texts), widest_dims(sizes)
     texts = [text for _, text in passages]
-    def embed(texts, layers=list(widest)):   # -> {layer: (texts, C)}
-        return embed_texts(model, tokenizer, texts, layers, args.dtype, args.batch_tokens)
+    def embed(strings, layers=list(widest)):   # -> {layer: (strings, C)}
+        return embed_texts(model, tokenizer, strings, layers, args.dtype, args.batch_tokens)
     name = f"search-{Path(args.texts).resolve().name}-"
     index = model_folder / f"{name}{made_by(model, tokenizer, args.dtype)}-{zlib.crc32(repr(texts).encode()):08x}"
     for old in set(model_folder.glob(f"{name}*.npy")) - set(model_folder.glob(f"{index.name}*")):
@@ -341,13 +352,13 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     embeddings = load_or_embed(index, widest, texts, embed)                                   # {layer: (P, D)}
     similarity = model.config.similarity
     vectors = {(layer, dim): shorten(embeddings[layer], dim, similarity) for layer, dim in sizes}   # (P, D) each
-    ways = [(size,) for size in sizes]
+    ways = [(size,) for size in sizes]   # each is for funnel: one size, or a small and the full one
     if len(sizes) > 1:
         ways.append((sizes[0], sizes[-1]))                                                    # the funnel
-    for question in [question] if question else ask():
+    for asked in [question] if question else ask():
         for way in ways:
             start = time.perf_counter()
-            queries = embed([data.as_text(question, "--search")], [layer for layer, _ in way])
+            queries = embed([data.as_text(asked, "--search")], [layer for layer, _ in way])
             encoded = time.perf_counter()
             queries = [shorten(queries[layer], dim, similarity) for layer, dim in way]        # (1, D) each
             scores, docs = funnel(queries, [vectors[size] for size in way], 5)                # (1, 5) each
@@ -399,11 +410,21 @@ def export(model, tokenizer, name, args):
         megabytes = (folder / "model.safetensors").stat().st_size / 1e6
         print(f"{size_name(size)} is in {folder}: {megabytes:.1f} MB of float32")
         if args.vocab_size:
-            before, after = (embed_texts(*pair, texts, [size[0]], args.dtype)[size[0]][:, :size[1]]
-                             for pair in ((model, tokenizer), (smaller, small_tokenizer)))
+            layer, dim = size
+            before = embed_texts(model, tokenizer, texts, [layer], args.dtype)[layer][:, :dim]             # (texts, D)
+            after = embed_texts(smaller, small_tokenizer, texts, [layer], args.dtype)[layer][:, :dim]
             print(f"  {args.vocab_size:,} of {len(tokenizer):,} vocabulary entries: the mean cosine of a text's vector "
                   f"to that before is {F.cosine_similarity(before, after).mean():.3f}")
     return folders
+
+def card_table(results, sizes):
+    """ records -> the lines of a Markdown table, one for each size """
+    table = {size: {"layers:dims": size_name(size), "bytes a vector": str(4 * size[1])} for size in sizes}
+    for r in results:
+        table[r["layer"], r["dim"]][f"{r['task']} {r['metric']}"] = f"{r['value']:.4f}"
+    columns = list(table[sizes[-1]])
+    rows = [columns, ["---"] * len(columns)] + [[row.get(column, "") for column in columns] for row in table.values()]
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 MADE_HERE = "<!-- written by evaluate.py, which replaces this file as long as this line stands -->"
 
@@ -418,11 +439,6 @@ def write_card(folder, source):
     if not results and read_json(source / "config.json").get("vocab_size") == config["vocab_size"]:
         results = read_json(source / "eval.json")
     results = [r for r in results.get("results", []) if (r["layer"], r["dim"]) in sizes and r["task"] != "cost"]
-    table = {size: {"layers:dims": size_name(size), "bytes a vector": str(4 * size[1])} for size in sizes}
-    for r in results:
-        table[r["layer"], r["dim"]][f"{r['task']} {r['metric']}"] = f"{r['value']:.4f}"
-    columns = list(table[sizes[-1]])
-    rows = [columns, ["---"] * len(columns)] + [[row.get(column, "") for column in columns] for row in table.values()]
     def of_the_hub(names):   # NAME:CONFIG -> NAME; the hub rejects a card with names that are not its own
         return list(dict.fromkeys(n.split(":")[0] for n in names if n in trained.get("from_hub", []))) or None
     shown = [EvalResult("sentence-similarity", r["task"], r["task"], r["metric"], r["value"],
@@ -435,7 +451,7 @@ def write_card(folder, source):
     lines = ["---", about.to_yaml(), "---", MADE_HERE, "", f"# {name}", "",
              "One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at several sizes. "
              f"Pooling: {config['pooling']}. Similarity: {config['similarity']}.", "",
-             *(f"| {' | '.join(row)} |" for row in rows), "",
+             *card_table(results, sizes), "",
              "```python", "from sentence_transformers import SentenceTransformer", "",
              f'model = SentenceTransformer("{name}")   # the path of this folder, or OWNER/NAME on the hub',
              f'embeddings = model.encode(["a text", "another one"])   # (2, {sizes[-1][1]})']

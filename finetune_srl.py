@@ -108,7 +108,7 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
         return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
                         teacher_scores, to_device(batch.gold), to_device(batch.same))
     if pieces == 1:
-        # Dropout by seed and step, so runs can resume. Python's hash of numbers, unlike that of strings, never changes.
+        # Dropout by seed and step, so runs can resume. A hash of integers, unlike one of strings, is always the same.
         torch.manual_seed(hash((args.seed, step, 0)))
         loss, nce, kl = loss_of(embed(token_ids))
         loss.backward()
@@ -132,25 +132,30 @@ def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=
     The activations of several pieces would fill the memory, so step 1 keeps no graph and step 3 embeds again. Piece k
     is token_ids[k::pieces]; its dropout is drawn from (*seed, k), the same in both passes and on any number of ranks.
     embed: list of B (T,) ids -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all -> (loss, ...), which is returned. """
-    mine = range(rank, pieces, world_size)
-    all_rows = {}
     def embed_piece(k):
         torch.manual_seed(hash((*seed, k)))
         return embed(token_ids[k::pieces])
+    mine = range(rank, pieces, world_size)
+    single = len(mine) == 1      # a single piece keeps its graph and is embedded once
+    # 1. the embeddings of the whole batch
+    all_rows = {}                # {layer: (B, C)}
     for k in mine:
-        with torch.set_grad_enabled(len(mine) == 1):       # a single piece keeps its graph and is embedded once
-            first_pass = embed_piece(k)
-        for layer, rows in first_pass.items():
+        with torch.set_grad_enabled(single):
+            embeddings = embed_piece(k)
+        for layer, rows in embeddings.items():
             if layer not in all_rows:
-                all_rows[layer] = rows.new_zeros(len(token_ids), rows.shape[1])         # (B, C)
+                all_rows[layer] = rows.new_zeros(len(token_ids), rows.shape[1])
             all_rows[layer][k::pieces] = rows.detach()
     if world_size > 1:
         for rows in all_rows.values():
             dist.all_reduce(rows)      # a sum that gathers: the rows of other ranks are 0 here
+    # 2. the loss, and its gradient with respect to them
     losses = loss_of({layer: rows.requires_grad_() for layer, rows in all_rows.items()})
     losses[0].backward()
+    # 3. on through the encoder, piece by piece
     for k in mine:
-        embeddings = first_pass if len(mine) == 1 else embed_piece(k)
+        if not single:
+            embeddings = embed_piece(k)
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 
@@ -175,7 +180,8 @@ def build_model(args, strings):
                              "positions; choose that or less")
     config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
     choose_sizes(args, config)
-    del model.blocks[config.num_hidden_layers:]           # layers that no size uses are not saved
+    config.num_hidden_layers = config.sizes[-1][0]        # layers that no size uses are not saved
+    del model.blocks[config.num_hidden_layers:]
     if init_from == "scratch" and config.pooling == "mean":
         silence_last_channels(model)
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
@@ -184,19 +190,19 @@ def build_model(args, strings):
 def choose_sizes(args, config):
     """ --sizes, else the model's own -> config. Raises ValueError if they lack a full size, or what 2dmse draws. """
     set_sizes(config, check_sizes(args.sizes or named_sizes(config), config))
-    layer, dim = config.sizes[-1][0], max(dim for _, dim in config.sizes)
-    if config.sizes[-1] != (layer, dim):
+    full = layer, dim = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
+    if config.sizes[-1] != full:
         raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
                          f"widest, so none can teach the others; add {layer}:{dim}")
     if args.method == "2dmse" and (layer == 1 or len({dim for _, dim in config.sizes}) == 1):
         raise ValueError(f"--method 2dmse draws a layer and a dim below {layer}:{dim}; give --sizes that have some")
-    config.num_hidden_layers = layer
 
 def silence_last_channels(model):
-    """ Set the last sixth of the full size's channels to 0, where they stay: a channel that is 0 in every text has no
-    gradient. From scratch with mean pooling this lifts every size (results/README.md). The likely reason: LayerNorm
-    gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word, unless common words
-    can hide in channels that are not scored. Small sizes have such channels anyway; now the full size has some. """
+    """ Set the last sixth of the model's channels to 0 after its last block, where they stay: a channel that is 0 in
+    every text has no gradient. From scratch with mean pooling this lifts every size (results/README.md). The likely
+    reason: LayerNorm gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word,
+    unless common words can hide in channels that are not scored. Small sizes have such channels anyway; now the full
+    size has some. """
     silent = math.ceil(model.config.hidden_size / 6)
     model.blocks[-1].norm2.weight.data[-silent:] = 0      # the bias is 0 already
 
@@ -306,7 +312,7 @@ def main(args):
           f"{', '.join(map(size_name, sizes))}; {args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
+    clock, tokens, records, caught = time.time(), 0, [], catch_signals()
     for step in range(first_step, max_steps):
         lr = get_lr(step, max_steps, args, "linear")
         for group in optimizer.param_groups:
@@ -321,19 +327,19 @@ def main(args):
         optimizer.step()
 
         tokens += sum(map(len, batch.queries + batch.passages))
-        losses.append(({"loss": loss}, nce, kl))
+        records.append(({"loss": loss}, nce, kl))           # of each step since the last line of the log
         last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
         if (step + 1) % args.log_interval == 0 or last_step:
-            mean_loss, mean_nce, mean_kl = map(average, zip(*losses))
-            seconds = (time.time() - clock) / len(losses)
-            first_and_last = dict.fromkeys(map(size_name, (sizes[0], sizes[-1])))
-            shown = [f"{name} {mean_nce[name]:.3f}" for name in first_and_last if name in mean_nce]
+            mean_loss, mean_nce, mean_kl = (average(column) for column in zip(*records))
+            seconds, tokens_a_step = (time.time() - clock) / len(records), tokens / len(records)
+            ends = dict.fromkeys([size_name(sizes[0]), size_name(sizes[-1])])               # one, if there is one size
+            shown = [f"{name} {mean_nce[name]:.3f}" for name in ends if name in mean_nce]   # 2dmse: maybe not drawn
             log(log_file, {"step": step + 1, "loss": mean_loss["loss"], "nce": mean_nce, "kl": mean_kl,
                            "learning_rate": lr, "norm": norm.item(), "ms": 1000 * seconds,
-                           "tokens_per_second": tokens / len(losses) / seconds, "seconds": time.time() - start},
+                           "tokens_per_second": tokens_a_step / seconds, "seconds": time.time() - start},
                 status(step + 1, max_steps, [f"loss {mean_loss['loss']:.3f}", *shown], lr, norm, seconds,
-                       tokens / len(losses)))
-            clock, tokens, losses = time.time(), 0, []
+                       tokens_a_step))
+            clock, tokens, records = time.time(), 0, []
         if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step:
             pause = time.time()
             evaluate_dev(args, model, tokenizer, step + 1, max_steps, log_file)

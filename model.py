@@ -36,7 +36,8 @@ def default_sizes(config):
             for name, layers, channels in SIZES}   # in a tiny model two may round to the same pair: the later one stays
 
 def named_sizes(config):
-    """ {(layer, dim): name or ""}: the sizes in the model's config; the default ones if it holds none """
+    """ {(layer, dim): name or ""}: the sizes in the model's config, which may lack names; the default ones if it holds
+    none """
     if not config.sizes:
         return default_sizes(config)
     return dict.fromkeys(config.sizes, "") | dict(zip(config.sizes, config.size_names))
@@ -47,7 +48,7 @@ def set_sizes(config, sizes):
     config.sizes, config.size_names = tuple(sizes), tuple(names.get(size, "") for size in sizes)
 
 def full_size(config):
-    """ the deepest and widest of the model's sizes """
+    """ the last of the model's sizes: the deepest and, in a model of finetune_srl.py, also the widest """
     return list(named_sizes(config))[-1]
 
 def size_name(size):
@@ -166,8 +167,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
-        # the same numbers but for rounding
-        attend = fast_attention if x.device.type == "cpu" and self.training else attention
+        # fast_attention is `attention` but for rounding and the draws of dropout; it is faster in training on a CPU
+        attend = fast_attention if self.training and x.device.type == "cpu" else attention
         return self.out(attend(self.qkv(x), groups, self.heads, self.p if self.training else 0.0))
 
 class Block(nn.Module):
@@ -809,18 +810,19 @@ def save_run(args, step, bert, tokenizer, parts, about, last_step, head=None):
                                  f"{last_checkpoint(args)}")
     out_dir = Path(args.out_dir)
     try:
-        with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=out_dir) as part:
-            save_pretrained(bert, tokenizer, part, head)
+        with tempfile.TemporaryDirectory(prefix="save.", suffix=".part", dir=out_dir) as fresh:
+            save_pretrained(bert, tokenizer, fresh, head)
             state = {name: trained.state_dict() for name, trained in parts.items()}
-            torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(part, STATE))
+            torch.save(state | {"step": step, "args": vars(args), "about": about}, Path(fresh, STATE))
             (out_dir / "1_Pooling").mkdir(exist_ok=True)
-            files = [file for file in Path(part).rglob("*") if file.is_file()]
-            for file in sorted(files, key=lambda file: file.name == STATE):                  # STATE last
+            files = [file for file in Path(fresh).rglob("*") if file.is_file()]
+            # STATE last: a kill in between leaves an older STATE, and --resume takes all weights from it
+            for file in sorted(files, key=lambda file: file.name == STATE):
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
-                os.replace(file, out_dir / file.relative_to(part))
-            if (out_dir / "replaced").exists():
-                os.replace(out_dir / "replaced", Path(part, "replaced"))                     # goes with part
+                os.replace(file, out_dir / file.relative_to(fresh))
+            if (out_dir / "replaced").exists():   # the run that --overwrite replaced: is deleted with `fresh`
+                os.replace(out_dir / "replaced", Path(fresh, "replaced"))
     except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap a full disk in their own
         lost = f"step {step}: nothing could be saved in {out_dir} ({error})"
         if last_step:

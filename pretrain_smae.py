@@ -58,7 +58,8 @@ def decode(decoder, embeddings, bottlenecks, batch, positions):
     return torch.stack(decoded)
 
 def vocabulary_loss(model, hidden, labels):
-    """ {term: (M or M', C)}, {term: (M or M',) true ids} -> mean over terms of their CE, {term: CE}, {term: accuracy}.
+    """ hidden {term: (M, C)}, what transform gives at the positions to guess; labels {term: (M,)}, the true ids; M' for
+    MAE's terms -> mean over terms of CE(E hidden + bias, labels), {term: CE}, {term: accuracy}.
     `fast_vocabulary_loss` equals it where every term has a position. """
     ce, accuracy = {}, {}
     for term in hidden:
@@ -78,23 +79,28 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
     it can only do well if dim numbers say what the text is about. All sizes share the head and the decoder.
     batch, masked: Pack and Masked of the same texts. decode_with, loss_with: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
-    device = batch.input_ids.device
+    device = batch.input_ids.device                  # batch has the true ids; with_ids gives it the masked ones
+    hidden, labels = {}, {}                          # by term: "mlm 1:8", ..., then "mae 1:8", ...
+
+    # MLM: one pass of the encoder, read at every size
     taps = model.bert(with_ids(batch, masked.encoder_ids), [layer for layer, _ in sizes])      # {layer: (N, C)}
-    sliced = {size_name((layer, dim)): taps[layer][:, :dim] for layer, dim in sizes}           # (N, D) each
+    sliced = {size_name((layer, dim)): taps[layer][:, :dim] for layer, dim in sizes}           # h of a size, (N, D)
     encoder_at = torch.from_numpy(masked.encoder_positions).to(device)                         # (M,)
-    hidden, labels = {}, {}
     for name, h in sliced.items():
         hidden[f"mlm {name}"] = model.head.transform(h[encoder_at])                            # (M, C)
-        labels[f"mlm {name}"] = batch.input_ids[encoder_at]                                    # (M,) true ids
+        labels[f"mlm {name}"] = batch.input_ids[encoder_at]                                    # (M,)
+
+    # MAE: the decoder guesses from its own tokens and, in place of [CLS], the bottleneck of one size at a time
     if objective == "smae":
         bottlenecks = torch.stack([model.head.transform(h[batch.starts]) for h in sliced.values()])   # (S, B, C)
         embeddings = model.bert.embed(with_ids(batch, masked.decoder_ids))                     # (N, C)
         decoder_at = torch.from_numpy(masked.decoder_positions).to(device)                     # (M',)
-        # decode(model.decoder, embeddings, ...): (S, M', C)
+        # maybe_checkpoint(f, ...) is f(...): decode(model.decoder, ..., decoder_at) -> (S, M', C)
         decoded = model.bert.maybe_checkpoint(decode_with, model.decoder, embeddings, bottlenecks, batch, decoder_at)
-        for name, state in zip(sliced, model.head.transform(decoded)):
-            hidden[f"mae {name}"] = state                                                      # (M', C)
+        for name, guesses in zip(sliced, model.head.transform(decoded)):                       # (M', C) of a size
+            hidden[f"mae {name}"] = guesses
             labels[f"mae {name}"] = batch.input_ids[decoder_at]                                # (M',)
+
     return loss_with(model, hidden, labels)   # L is the mean of the terms: 2S, or S with objective "mlm"
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
@@ -118,23 +124,26 @@ def fast_decode(decoder, embeddings, bottlenecks, batch, positions):
     positions. """
     attention = decoder.attention
     (N, C), S, H = embeddings.shape, len(bottlenecks), attention.heads
-    width, tokens_of_groups = C // H, [G * T for G, T in batch.groups]
+    width = C // H
+    # 1. q, k, v of the decoder's tokens, once; of position 0 k and v for each size ([C:] leaves out q: no guess there)
     qkv = attention.qkv(embeddings).view(N, 3, H, width)
     kv_first = F.linear(bottlenecks, attention.qkv.weight[C:], attention.qkv.bias[C:])   # (S, B, 2C)
     k_first, v_first = kv_first.view(S, -1, 2, H, width).unbind(2)                       # (S, B, H, width) each
-    q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                    # (M', H, width), (M',)
     with torch.autocast(embeddings.device.type, enabled=False):
-        others, logsumexp = [], []   # what the attention among all but position 0 gives, and its normaliser
+        # 2. the attention among all positions but 0, which the sizes share, and its normaliser
+        others, logsumexp = [], []
         # A filler is a text of one token, without others: its logsumexp is -inf. No position to guess is a filler.
-        for (G, T), rows in zip(batch.groups, qkv.split(tokens_of_groups)):
+        for (G, T), rows in zip(batch.groups, qkv.split([G * T for G, T in batch.groups])):
             rows = rows.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)
             q, k, v = as_contiguous(rows, torch.promote_types(qkv.dtype, torch.float32))   # (G, H, T, width) each
             scores = (q * width**-0.5) @ k[:, :, 1:].transpose(-1, -2)                     # (G, H, T, T-1)
-            weights = dropout(scores.softmax(-1), attention.p, decoder.training)         # (G, H, T, T-1)
-            mixed = weights @ v[:, :, 1:]                                                # (G, H, T, width)
-            others.append(mixed.transpose(1, 2).reshape(G * T, H, width))
+            probs = dropout(scores.softmax(-1), attention.p, decoder.training)             # (G, H, T, T-1)
+            attended = probs @ v[:, :, 1:]                                                 # (G, H, T, width)
+            others.append(attended.transpose(1, 2).reshape(G * T, H, width))
             logsumexp.append(scores.logsumexp(-1).transpose(1, 2).reshape(G * T, H, 1))
         others, logsumexp = torch.cat(others)[positions], torch.cat(logsumexp)[positions]   # (M', H, width), (M', H, 1)
+        # 3. each size mixes its bottleneck in, at the positions to guess
+        q_masked, text_ids = qkv[positions, 0], batch.text_ids[positions]                # (M', H, width), (M',)
         products = q_masked * k_first[:, text_ids]                                       # (S, M', H, width)
         s_first = products.sum(-1, keepdim=True, dtype=others.dtype) * width**-0.5       # (S, M', H, 1)
         weight = (s_first - logsumexp).sigmoid()                                         # of the bottleneck
@@ -183,17 +192,18 @@ class VocabularyLoss(torch.autograd.Function):
             product = torch.empty_like(w)                                           # (V, C)
             for i in range(0, len(x), at_once):
                 rows = slice(i, i + at_once)
-                xs, ys = x[rows], labels[rows, None]                    # (ROWS, C), (ROWS, 1)
+                xs, ys = x[rows], labels[rows, None]                    # (ROWS, C), (ROWS, 1); the last has fewer
                 logits = full[:len(xs)].copy_(torch.mm(xs, w.T, out=low[:len(xs)])).add_(bias)
                 top, true = logits.amax(1), logits.gather(1, ys)[:, 0]
                 probs = torch.softmax(logits, 1, out=logits)            # in the memory of the logits
                 ce[rows] = top - true - probs.amax(1).log()             # log sum exp = top - log(probability of top)
                 hit[rows] = true == top
                 if needs_grad:
-                    probs.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype))   # softmax - onehot
-                    probs.mul_(row_weights[rows, None])                                     # g
-                    d_bias += probs.sum(0)
-                    g = low[:len(xs)].copy_(probs)                      # (ROWS, V) gradient of the logits
+                    g_full = probs                                      # in the same memory once more
+                    g_full.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype))   # softmax - onehot
+                    g_full.mul_(row_weights[rows, None])
+                    d_bias += g_full.sum(0)
+                    g = low[:len(xs)].copy_(g_full)                     # (ROWS, V), over the logits in dtype
                     torch.mm(g, w, out=d_hidden[rows])
                     d_weight += torch.mm(g.T, xs, out=product)
         ctx.mark_non_differentiable(ce, hit)
@@ -241,16 +251,17 @@ def build_model(args, saved):
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
     bert.gradient_checkpointing = args.gradient_checkpointing
-    load_decoder(model, Path(init_from, STATE), saved)
+    load_weights(model, Path(init_from, STATE), saved)
     return model, tokenizer, sizes
 
-def load_decoder(model, state_file, saved):
-    """ Go on with the decoder of an earlier SMAE, if there is one: that of the run to resume, `saved`, or of the run
-    that --init_from names. A stopped fine-tuning has a state_file, too, but no decoder: then the new one stays. """
+def load_weights(model, state_file, saved):
+    """ Encoder, head and decoder of an earlier SMAE, if there is one: of the run to resume, `saved`, or of the run that
+    --init_from names. Only training_state.pt has a decoder; and after a kill model.safetensors may be newer. A stopped
+    fine-tuning and plain MLM have no trained decoder in their state_file: then the new decoder stays. """
     if state_file.exists():
         with readable(f"{state_file}: does not fit the model there", "delete it, for a new decoder"):
             earlier = saved or torch.load(state_file, map_location="cpu", weights_only=True)
-            if "objective" in earlier["args"]:
+            if saved or earlier["args"].get("objective") == "smae":
                 model.load_state_dict(earlier["model"])
 
 def split_batch(args, world_size):
@@ -263,8 +274,8 @@ def split_batch(args, world_size):
                          f"share pieces of that size equally; choose a multiple of {world_size} x --micro_batch")
     return micro_batch, pieces
 
-# The next two functions give held-out documents, max_steps and steps(), which yields for each step from first_step on
-# [(number, documents), ...]: my_pieces of the batch, which are those of this rank.
+# The next two functions give held-out documents, max_steps and an iterator that yields for each step from first_step on
+# [(piece, documents), ...]: the pieces of the batch that are this rank's.
 def stream_text(args, tokenizer, micro_batch, first_step, my_pieces, rank, world_size):
     """ --train_text as it arrives. steps() raises ValueError when the text ends too soon. """
     stream = data.tokenize_documents(data.load_texts(args.train_text, True, rank, world_size, args.columns), tokenizer)
@@ -332,14 +343,15 @@ def main(args):
     my_pieces = range(rank, pieces, world_size)
     if args.streaming:
         text = None
-        held_out, max_steps, steps = stream_text(args, tokenizer, micro_batch, first_step, my_pieces, rank, world_size)
+        held_out, max_steps, batches = stream_text(
+            args, tokenizer, micro_batch, first_step, my_pieces, rank, world_size)
     else:
         if rank > 0:
             dist.barrier()                     # rank 0 writes the file; the others wait, then find it
         text = data.token_file(args.train_text, tokenizer, args.columns)
         if rank == 0 and world_size > 1:
             dist.barrier()
-        held_out, max_steps, steps = shuffle_text(args, text, micro_batch, first_step, my_pieces)
+        held_out, max_steps, batches = shuffle_text(args, text, micro_batch, first_step, my_pieces)
     about = {"--train_text": text.name if text else args.train_text,
              "pieces of a batch": pieces, "ranks with --streaming": world_size * args.streaming}
     if saved:
@@ -366,7 +378,7 @@ def main(args):
 
     # the loop
     clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
-    for step, documents_of_pieces in enumerate(steps, start=first_step):
+    for step, documents_of_pieces in enumerate(batches, start=first_step):
         lr = get_lr(step, max_steps, args, "cosine")   # as in the paper's run
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -374,7 +386,7 @@ def main(args):
         for piece, documents in documents_of_pieces:
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             (loss, ce, accuracy), N = batch_loss(model, documents, tokenizer, sizes, args, [args.seed, step, piece])
-            (loss / pieces).backward()
+            (loss / pieces).backward()   # the mean of the pieces' losses; unlike in SRL, other pieces are other masks
             tokens += N * world_size
             losses.append(({"loss": loss}, ce, accuracy))
         sum_over_ranks(trained.values(), world_size)           # the sum over all pieces of the batch

@@ -630,6 +630,16 @@ def test_checkpoint(text_file, tmp_path, monkeypatch):
     assert load_tokenizer(tmp_path / "srl").get_vocab() == tokenizer.get_vocab()
 
 
+def test_smae_after_mlm_has_a_copy_of_the_trained_block(text_file, tmp_path):
+    """ Plain MLM trains no decoder, so the decoder of SMAE that goes on from it starts as the trained first block. """
+    train(text_file, tmp_path / "mlm", "--max_steps", "3", "--objective", "mlm")
+    train(text_file, tmp_path / "smae", "--init_from", str(tmp_path / "mlm"), "--max_steps", "1",
+          "--learning_rate", "1e-30")
+    mlm, smae = state(tmp_path / "mlm"), state(tmp_path / "smae")
+    assert torch.allclose(smae["decoder.up.weight"], mlm["bert.blocks.0.up.weight"], atol=1e-7)
+    assert not torch.allclose(mlm["decoder.up.weight"], mlm["bert.blocks.0.up.weight"], atol=1e-5)   # the stale one
+
+
 @pytest.mark.parametrize("objective, names", [("smae", [name for name, *_ in NAMED]), ("mlm", [])])
 def test_which_sizes_a_run_saves(text_file, tmp_path, objective, names):
     """ A run of SMAE saves the paper's six sizes with their names, and that it trained [CLS]; a run of MLM neither, and

@@ -168,6 +168,8 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
 # ==== Below is tokenising and reading files, not the method ===========================================================
 # pairs: load_pairs -> Rows of (query, [positive, ...], [negative, ...], score or None) -> tokenize_pairs -> Pairs
 # text:  load_texts -> strings -> token_file -> TokenFile
+# test sets: load_sts -> sentences and scores; Collection -> queries, qrels, shards of the corpus; hold_out makes one
+# files: read_rows -> rows, whose cells as_text, as_texts, as_score check; docs: docs_folder -> build_docs -> docstrings
 
 # one progress bar for all ranks, and none where stderr is no terminal
 progress = functools.partial(tqdm, disable=int(os.environ.get("RANK", 0)) > 0 or None)
@@ -380,7 +382,8 @@ def load_texts(source, streaming=False, rank=0, world_size=1, columns=()):
 def find_columns(where, present, kinds, columns):
     """ the columns of the source `where` -> {kind: those that hold it}. columns: the flag, as ["query=question"]; kinds
     that it does not name go by COLUMNS. sentence1=X counts as query=X and sentence2=X as positive=X, because scored
-    pairs are pairs, too. Raises ValueError for a kind or a column that is not there. """
+    pairs are pairs, too. Columns query, positive, negative_1, negative_2 give two negatives; text=body gives body for
+    text. Raises ValueError for a kind or a column that is not there. """
     chosen = {kind: [] for kind in kinds}
     for item in columns:
         kind, _, name = item.partition("=")
@@ -441,7 +444,9 @@ def load_sts(name):
 
 class Collection:
     """ NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact,
-    msmarco, whose test is DL19, ...). For DL20 put its qrels file into a folder's qrels/.
+    msmarco, whose test is DL19, ...). For DL20 put its qrels file into a folder's qrels/. BEIR layout: corpus.jsonl
+    {"_id", "text", maybe "title"}, queries.jsonl {"_id", "text"}, qrels/SPLIT.tsv with the header query-id, corpus-id,
+    score; each maybe .gz.
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards() reads the
     corpus. Raises ValueError naming file and line for what is missing, broken, unknown or there twice. """
     def __init__(self, name):

@@ -203,7 +203,9 @@ def best_documents(scores, docs, doc_ids):
         rankings.append(([key for _, key in hits], [value for value, _ in hits]))
     return rankings
 
-# ==== Below: files, BM25, asking a model, handing a size over, its cost, tables and figures, flags ====================
+# ==== Below: the jobs of this script and their flags ==================================================================
+# Each stands alone. evaluate: evaluate_model | --search: search, funnel | --export: export, write_card
+# --speed: cost, speed | --compare: compare | --plot: plot | --embeddings_dir: load_or_embed | BM25: bm25
 # ---- all tasks at all sizes: what main calls for every model ---------------------------------------------------------
 def evaluate_model(name, model, tokenizer, sizes, args):
     """ all tasks at all sizes, the table, and the file of the results -> [path of that file], or [] without one.
@@ -709,17 +711,20 @@ def main(args):
         sizes = check_sizes(args.sizes or named_sizes(model.config), model.config, name)
         if args.search is not None:
             search(model, tokenizer, args.search, sizes if args.sizes else sizes[-1:], args, find_folder(name))
-            continue
-        exported = export(model, tokenizer, name, args) if args.export else []
-        if not args.export or args.sts or args.retrieval:   # an export is evaluated after its model
-            files += evaluate_model(name, model, tokenizer, sizes, args)
-            for folder in exported:
-                small, its_tokenizer = load_model(folder, args.device)
-                evaluate_model(folder, small, its_tokenizer, tuple(named_sizes(small.config)), args)
-        is_run = not args.export and not args.out and (Path(name) / "args.json").exists()
-        if model.config.sizes:                              # the card says: trained with Starbucks
-            for folder in [Path(name)] if is_run else exported:
+        elif args.export:
+            exported = export(model, tokenizer, name, args)
+            if args.sts or args.retrieval:                  # the model, then what was cut out of it
+                files += evaluate_model(name, model, tokenizer, sizes, args)
+                for folder in exported:
+                    small, its_tokenizer = load_model(folder, args.device)
+                    evaluate_model(folder, small, its_tokenizer, tuple(named_sizes(small.config)), args)
+            for folder in exported if model.config.sizes else []:   # the card says: trained with Starbucks
                 write_card(folder, find_folder(name))
+        else:
+            files += evaluate_model(name, model, tokenizer, sizes, args)
+            is_run = not args.out and (Path(name) / "args.json").exists()
+            if is_run and model.config.sizes:
+                write_card(Path(name), Path(name))
     if len(files) > 1:
         compare(files, args.metrics)
     if args.plot and files:

@@ -121,7 +121,9 @@ def frozen_scores(teacher, token_ids, Q, args):
     rows = evaluate.embed_ids(teacher, token_ids, [layer], args.dtype)[layer].to(args.device)        # (Q + P, C)
     return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
 
-# ==== Below is the training around the method: large batches and ranks, model, loop, flags ============================
+# ==== Below is the training around the method =========================================================================
+# Read main first: it calls build_model, plan, order_channels and load_teacher, then for each step srl_batch and
+# train_step, and evaluate_saved at the end. cached_backward is for --micro_batch and several ranks only.
 def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=1):
     """ The gradient of loss_of(embed(token_ids))[0].backward(), for several processes, or for a batch that is too large
     for the memory. The loss is that of the whole batch: the passages of all ranks are negatives. The texts of a batch
@@ -235,7 +237,7 @@ def plan(args, sources, world_size):
     """ list of Pairs -> queries of a batch, pieces of a batch, steps of the training. Raises ValueError where nothing
     can be learned, and warns if the first batch has nothing to learn from. """
     counts = [len(pairs.queries) for pairs in sources]
-    batch_size = min([args.batch_size, *counts])
+    batch_size = min([args.batch_size, *counts])   # a batch is of one source, maybe of the smallest
     if batch_size < 2 * world_size:
         raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(counts)} rows: the other rows of a "
                          f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
@@ -247,7 +249,8 @@ def plan(args, sources, world_size):
         print("warning: all queries or all positives of the first batch are the same text, so it has no negatives to "
               "learn from", file=sys.stderr)
     pieces = max(world_size, math.ceil(batch_size / (args.micro_batch or batch_size)))
-    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
+    steps_an_epoch = sum(n // batch_size for n in counts)
+    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * steps_an_epoch))
 
 def evaluate_dev(args, model, tokenizer, step, max_steps, log_file):
     """ every size on the dev queries, into the log """

@@ -123,6 +123,8 @@ def score(queries, passages, dim, similarity):
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 # `dropout` and `fast_attention`, below the double line, do what F.dropout and `attention` do, but faster on a CPU.
+# Dropout is where BERT has it: after the LayerNorm of the embeddings, on the attention's weights, before both sums of a
+# block. Its rate is --dropout in training, by default 0; BERT's own is 0.1.
 @dataclass
 class BertConfig:
     """ Architecture, under the names of Hugging Face's config.json; then how the embeddings are meant to be used. """
@@ -262,8 +264,9 @@ class MLMHead(nn.Module):
         return self.norm(self.act(F.linear(x, self.dense.weight[:, :x.shape[-1]], self.dense.bias)))
 
 # ==== Below is not the encoder, but what the scripts share; the method can be understood and changed without it =======
-# speed; optimizer and learning rate; a trained model changed (order of channels, one size, fewer words); Hugging Face
-# folders; a training run; its folder OUT_DIR; flags
+# speed: fast_attention, dropout | optimizer: configure_optimizer, get_lr | a trained model changed: permute_channels,
+# cut, cut_vocabulary | Hugging Face folders: load_model, save_pretrained | a training run: run_script ... log, status
+# OUT_DIR: check_out_dir, open_run, load_run, save_run | flags: training_flags
 # ---- speed, mostly on a CPU ------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
     """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
@@ -283,11 +286,11 @@ class PackedAttention(torch.autograd.Function):
         rows, entries = [G * T for G, T in groups], [G * H * T * T for G, T in groups]
         masks = dropout_mask(sum(entries), p, dtype).split(entries) if p else [None] * len(groups)
         mixed, saved = qkv.new_empty(N, C), []
-        for (G, T), part, out, mask in zip(groups, qkv.split(rows), mixed.split(rows), masks):
-            part = part.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)              # (3, G, H, T, width)
-            q, k, v = as_contiguous(part, dtype).view(3, G * H, T, width)           # (G * H, T, width) each
-            weights = torch.bmm(q, k.mT).mul_(width**-0.5).softmax(-1)              # (G * H, T, T)
-            dropped = weights * mask.view(weights.shape) if p else weights          # (G * H, T, T)
+        for (G, T), of_group, out, mask in zip(groups, qkv.split(rows), mixed.split(rows), masks):
+            heads = of_group.view(G, T, 3, H, width).permute(2, 0, 3, 1, 4)         # (3, G, H, T, width)
+            q, k, v = as_contiguous(heads, dtype).view(3, G * H, T, width)          # (G * H, T, width) each
+            weights = torch.bmm(q, k.mT).mul_(width**-0.5).softmax(-1)              # (G * H, T, T), A
+            dropped = weights * mask.view(weights.shape) if p else weights          # (G * H, T, T), A * Z
             out.view(G, T, H, width).copy_(torch.bmm(dropped, v).view(G, H, T, width).transpose(1, 2))
             saved += [q, k, v, weights, mask, dropped]                              # six tensors a group
         ctx.save_for_backward(*saved)
@@ -299,11 +302,11 @@ class PackedAttention(torch.autograd.Function):
         N, C = grad.shape
         saved = ctx.saved_tensors   # read once, because under gradient checkpointing each access recomputes them
         grad_qkv, rows = grad.new_empty(N, 3 * C), [G * T for G, T in ctx.groups]
-        for i, ((G, T), part, out) in enumerate(zip(ctx.groups, grad.split(rows), grad_qkv.split(rows))):
+        for i, ((G, T), of_group, out) in enumerate(zip(ctx.groups, grad.split(rows), grad_qkv.split(rows))):
             q, k, v, weights, mask, dropped = saved[6 * i:6 * i + 6]
             width = q.shape[-1]
-            part = part.view(G, T, C // width, width).transpose(1, 2)               # (G, H, T, width)
-            g = as_contiguous(part, q.dtype).view(q.shape)                          # (G * H, T, width)
+            heads = of_group.view(G, T, C // width, width).transpose(1, 2)          # (G, H, T, width)
+            g = as_contiguous(heads, q.dtype).view(q.shape)                         # (G * H, T, width)
             g_weights = torch.bmm(g, v.mT)                                          # (G * H, T, T), dA once masked
             if mask is not None:
                 g_weights *= mask.view(weights.shape)
@@ -540,7 +543,9 @@ HEAD = {"dense.weight": "transform.dense.weight", "dense.bias": "transform.dense
         "norm.weight": "transform.LayerNorm.weight", "norm.bias": "transform.LayerNorm.bias", "bias": "bias"}
 
 def hf_names(name):
-    """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one """
+    """ our name of a weight -> its names in BertModel: three for q, k and v, which are one matrix here, else one:
+    norm.bias -> embeddings.LayerNorm.bias, blocks.3.attention.qkv.bias -> encoder.layer.3.attention.self.query.bias and
+    the same with key and value """
     for ours, theirs in WEIGHT_NAMES:
         if name.startswith(ours) or (ours[0] == "." and ours in name):
             name = name.replace(ours, theirs, 1)

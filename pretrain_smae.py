@@ -186,14 +186,15 @@ class VocabularyLoss(torch.autograd.Function):
                 ctx.grads = [d_hidden, d_weight, d_bias]
             at_once = min(VocabularyLoss.ROWS, max(1, len(x)))
             # Buffers, because on a CPU fresh memory of this size costs as much time as the product that fills it.
-            # `full` holds one after the other logits, probabilities and g; `low` holds logits and g in dtype.
-            low = x.new_empty(at_once, len(w))                                      # (ROWS, V) in dtype
-            full = weight.new_empty(at_once, len(w))                                # (ROWS, V) in float32
-            product = torch.empty_like(w)                                           # (V, C)
+            # `buffer32` holds one after the other logits, probabilities and g; `buffer` holds logits and g in dtype.
+            buffer = x.new_empty(at_once, len(w))                                   # (ROWS, V) in dtype
+            buffer32 = weight.new_empty(at_once, len(w))                            # (ROWS, V) in float32
+            product3 = torch.empty_like(w)                                          # (V, C)
             for i in range(0, len(x), at_once):
                 rows = slice(i, i + at_once)
                 xs, ys = x[rows], labels[rows, None]                    # (ROWS, C), (ROWS, 1); the last has fewer
-                logits = full[:len(xs)].copy_(torch.mm(xs, w.T, out=low[:len(xs)])).add_(bias)
+                product1 = torch.mm(xs, w.T, out=buffer[:len(xs)])
+                logits = buffer32[:len(xs)].copy_(product1).add_(bias)
                 top, true = logits.amax(1), logits.gather(1, ys)[:, 0]
                 probs = torch.softmax(logits, 1, out=logits)            # in the memory of the logits
                 ce[rows] = top - true - probs.amax(1).log()             # log sum exp = top - log(probability of top)
@@ -203,9 +204,9 @@ class VocabularyLoss(torch.autograd.Function):
                     g_full.scatter_add_(1, ys, torch.full_like(ys, -1, dtype=probs.dtype))   # softmax - onehot
                     g_full.mul_(row_weights[rows, None])
                     d_bias += g_full.sum(0)
-                    g = low[:len(xs)].copy_(g_full)                     # (ROWS, V), over the logits in dtype
-                    torch.mm(g, w, out=d_hidden[rows])
-                    d_weight += torch.mm(g.T, xs, out=product)
+                    g = buffer[:len(xs)].copy_(g_full)                  # (ROWS, V), over the logits in dtype
+                    torch.mm(g, w, out=d_hidden[rows])                  # product 2
+                    d_weight += torch.mm(g.T, xs, out=product3)
         ctx.mark_non_differentiable(ce, hit)
         return (ce * row_weights).sum(), ce, hit
 
@@ -274,24 +275,25 @@ def split_batch(args, world_size):
                          f"share pieces of that size equally; choose a multiple of {world_size} x --micro_batch")
     return micro_batch, pieces
 
-# The next two functions give held-out documents, max_steps and an iterator that yields for each step from first_step on
-# [(piece, documents), ...]: the pieces of the batch that are this rank's.
 def stream_text(args, tokenizer, micro_batch, first_step, my_pieces, rank, world_size):
-    """ --train_text as it arrives. steps() raises ValueError when the text ends too soon. """
+    """ --train_text as it arrives -> held-out documents, max_steps, and an iterator that yields for each step from
+    first_step on [(piece, documents), ...]: the pieces of the batch that are this rank's. It raises ValueError when the
+    text ends too soon. """
     stream = data.tokenize_documents(data.load_texts(args.train_text, True, rank, world_size, args.columns), tokenizer)
     held_out = list(itertools.islice(stream, HELD_OUT))
     read_before = first_step * args.batch_size // world_size    # by this rank, before the run was stopped
     stream = itertools.islice(stream, read_before, None)        # reads them again and drops them
-    def steps():
+    def batches():
         for step in range(first_step, args.max_steps):
             found = [(piece, list(itertools.islice(stream, micro_batch))) for piece in my_pieces]
             if len(found[-1][1]) < micro_batch:
                 raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
             yield found
-    return held_out, args.max_steps, steps()
+    return held_out, args.max_steps, batches()
 
 def shuffle_text(args, text, micro_batch, first_step, my_pieces):
-    """ a TokenFile in random order. Raises ValueError when there are too few documents, or too short ones. """
+    """ a TokenFile in random order -> the same as stream_text. Raises ValueError when there are too few documents, or
+    too short ones. """
     longest = min(np.diff(text.ends, prepend=0).max(), args.max_length - 2)
     if round(args.encoder_mask * longest) == 0:
         raise ValueError(f"--encoder_mask {args.encoder_mask}: hides none of the {longest} tokens that the longest "
@@ -303,13 +305,13 @@ def shuffle_text(args, text, micro_batch, first_step, my_pieces):
                          "on; choose that or less")
     steps_an_epoch = len(train) // args.batch_size
     max_steps = args.max_steps or max(1, round(args.epochs * steps_an_epoch))
-    def steps():
+    def batches():
         for step in range(first_step, max_steps):
             epoch, i = divmod(step, steps_an_epoch)
             rows = train[data.epoch_order(len(train), args.seed, epoch)[i * args.batch_size:(i + 1) * args.batch_size]]
             yield [(piece, [text[row] for row in rows[piece * micro_batch:(piece + 1) * micro_batch]])
                    for piece in my_pieces]
-    return [text[row] for row in held_out], max_steps, steps()
+    return [text[row] for row in held_out], max_steps, batches()
 
 def set_bias(head, text):
     """ Start the bias of a new MLM head at the log frequency of every word. Otherwise the word embeddings have to learn

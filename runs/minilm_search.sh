@@ -36,9 +36,9 @@ train() {      # NAME SEED FLAGS
 }
 evaluate "$model" untouched $sizes
 evaluate "$model" dims 6:32,6:64,6:128,6:192,6:256,6:384          # all layers, fewer dims
-train 2dmse-1 1 --method 2dmse
 for seed in 1 2 3; do
     train $seed $seed
+    train 2dmse-$seed $seed --method 2dmse
     [ -e $out/$seed/dev.json ] || python evaluate.py $out/$seed --sizes $sizes --max_length 128 --out $out/$seed/dev.json \
         --sts "$data"/sts/{stsb,sickr}-dev.jsonl                  # what it costs in sentence similarity
 done
@@ -75,7 +75,7 @@ from pathlib import Path
 import numpy as np
 import evaluate
 
-LABELS = {"1": "SRL: one model", "2dmse-1": "2D Matryoshka", "untouched": "MiniLM, cut"}   # the figure
+LABELS = {"srl": "SRL: one model", "2dmse": "2D Matryoshka", "untouched": "MiniLM, cut"}   # the figure
 out, runs, figure = Path("out/minilm-search"), [], {}
 for file in sorted(out.glob("*.json")):
     if file.stem.startswith("figure"):
@@ -84,7 +84,7 @@ for file in sorted(out.glob("*.json")):
     for r in run["results"]:
         if r["metric"] == "nDCG@10":
             found.setdefault(r["task"], {})[f"{r['layer']}:{r['dim']}" if r["layer"] else "BM25"] = round(r["value"], 4)
-            name = "1" if file.stem in ("2", "3") else file.stem                             # seeds are averaged
+            name = "srl" if file.stem in "123" else file.stem.split("-")[0]                  # seeds are averaged
             figure.setdefault(name, {}).setdefault((r["layer"], r["dim"]), []).append(r["value"])
     runs.append({"run": file.stem, "commit": run["commit"], "dtype": run["dtype"], "nDCG@10": found})
     for task, values in found.items():

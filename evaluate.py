@@ -154,10 +154,7 @@ def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens, embe
     best, doc_ids = {size: no_documents(Q) for size in sizes}, []
     about = made_by(model, tokenizer, dtype) if embeddings_dir else ""
     for shard, (ids, texts) in enumerate(collection.shards()):
-        prefix = None                      # of the files that keep this shard's embeddings, with --embeddings_dir
-        if embeddings_dir:
-            checksum = f"{zlib.crc32(repr(texts).encode()):08x}"
-            prefix = Path(embeddings_dir, f"{collection.task}-{shard:04}-{about}-{checksum}")
+        prefix = shard_prefix(embeddings_dir, f"{collection.task}-{shard:04}-{about}", texts)   # None: keep no files
         passages = load_or_embed(prefix, widest, texts, embed)                         # {layer: (P, C or widest dim)}
         own_column = own_documents(collection.queries, ids)
         for layer, dim in sizes:
@@ -188,8 +185,8 @@ def keep_best(best, rows, scores, first_doc, own_column):
         if rows.start <= row < rows.stop:
             scores[row - rows.start, column] = -np.inf
     new_scores, columns = scores.topk(min(K, scores.shape[1]))                 # (rows, K), or (rows, P) if P < K
-    both_scores = torch.cat([best_scores[rows], new_scores], dim=1)            # (rows, K + K)
-    both_docs = torch.cat([best_docs[rows], first_doc + columns], dim=1)       # (rows, K + K)
+    both_scores = torch.cat([best_scores[rows], new_scores], dim=1)            # (rows, K + K), or K + P
+    both_docs = torch.cat([best_docs[rows], first_doc + columns], dim=1)       # (rows, K + K), or K + P
     best_scores[rows], kept = both_scores.topk(K)                              # (rows, K)
     best_docs[rows] = both_docs.gather(1, kept)
 
@@ -204,8 +201,8 @@ def best_documents(scores, docs, doc_ids):
     return rankings
 
 # ==== Below: the jobs of this script and their flags ==================================================================
-# Each stands alone. evaluate: evaluate_model | --search: search, funnel | --export: export, write_card
-# --speed: cost, speed | --compare: compare | --plot: plot | --embeddings_dir: load_or_embed | BM25: bm25
+# evaluate: evaluate_model, cost, print_table | --search: search, funnel | --export: export, write_card | --speed: speed
+# --compare: compare | --plot: plot | --embeddings_dir: load_or_embed | BM25: search_bm25, bm25
 # ---- all tasks at all sizes: what main calls for every model ---------------------------------------------------------
 def evaluate_model(name, model, tokenizer, sizes, args):
     """ all tasks at all sizes, the table, and the file of the results -> [path of that file], or [] without one.
@@ -280,6 +277,10 @@ def made_by(model, tokenizer, dtype):
     config = [getattr(model.config, key) for key in ("pooling", "num_attention_heads", "hidden_act", "layer_norm_eps")]
     about = [weights, config, data.about_tokenizer(tokenizer), tokenizer.model_max_length, dtype]
     return f"{zlib.crc32(repr(about).encode()):08x}"
+
+def shard_prefix(embeddings_dir, name, texts):
+    """ how the names of the files begin that keep a shard's embeddings; None without --embeddings_dir """
+    return Path(embeddings_dir, f"{name}-{zlib.crc32(repr(texts).encode()):08x}") if embeddings_dir else None
 
 def load_or_embed(prefix, widest, texts, embed):
     """ texts -> {layer: (P, C)}; with a prefix {layer: (P, widest dim)} from the .npy files whose names begin so, made

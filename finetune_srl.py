@@ -107,8 +107,10 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
         passage_rows = {layer: rows[Q:] for layer, rows in embeddings.items()}
         return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
                         teacher_scores, to_device(batch.gold), to_device(batch.same))
+    # The usual case: embed all texts at once, loss, backward. Otherwise cached_backward gives the gradient in pieces.
     if pieces == 1:
-        # Dropout by seed and step, so runs can resume. A hash of integers, unlike one of strings, is always the same.
+        # Dropout by seed, step and piece (here the only one, 0), so runs can resume. A hash of integers, unlike one of
+        # strings, is always the same.
         torch.manual_seed(hash((args.seed, step, 0)))
         loss, nce, kl = loss_of(embed(token_ids))
         loss.backward()
@@ -156,8 +158,8 @@ def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=
     losses[0].backward()
     # 3. on through the encoder, piece by piece
     for k in mine:
-        if not single:
-            embeddings = embed_piece(k)
+        if not single:                    # of a single piece `embeddings` is still that of step 1, with its graph
+            embeddings = embed_piece(k)   # the same numbers again, this time with a graph
         torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
     return losses
 

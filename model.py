@@ -122,9 +122,10 @@ def score(queries, passages, dim, similarity):
     return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
-# `dropout` and `fast_attention`, below the double line, do what F.dropout and `attention` do, but faster on a CPU.
-# Dropout is where BERT has it: after the LayerNorm of the embeddings, on the attention's weights, before both sums of a
-# block. Its rate is --dropout in training, by default 0; BERT's own is 0.1.
+# `dropout` and `fast_attention`, below the double line, stand for F.dropout and `attention`: faster on a CPU, equal but
+# for rounding and random draws; there the rate of dropout is a multiple of 1/256. Dropout is where BERT has it: after
+# the LayerNorm of the embeddings, on the attention's weights, before both sums of a block. Its rate is --dropout in
+# training, by default 0; BERT's own is 0.1.
 @dataclass
 class BertConfig:
     """ Architecture, under the names of Hugging Face's config.json; then how the embeddings are meant to be used. """
@@ -164,6 +165,7 @@ class SelfAttention(nn.Module):
         self.heads = config.num_attention_heads
         assert self.heads > 0 and config.hidden_size % self.heads == 0, f"{self.heads} heads"
         self.p = config.attention_probs_dropout_prob
+        # q, k and v in one matrix: the first C of the 3C outputs are q, then k, then v; in each, head after head
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -269,7 +271,8 @@ class MLMHead(nn.Module):
 # OUT_DIR: check_out_dir, open_run, load_run, save_run | flags: training_flags
 # ---- speed, mostly on a CPU ------------------------------------------------------------------------------------------
 def fast_attention(qkv, groups, H, p):
-    """ equals `attention` and its gradient, 3 times as fast in training on a CPU """
+    """ `attention` and its gradient but for rounding (float32 also under autocast) and the draws of dropout; 3 times as
+    fast in training on a CPU """
     with torch.autocast("cpu", enabled=False):
         return PackedAttention.apply(qkv, groups, H, p)
 

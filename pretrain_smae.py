@@ -29,8 +29,9 @@ from model import (STATE, HelpFormatter, MLMHead, as_contiguous, autocast, avera
 # ---- the method ------------------------------------------------------------------------------------------------------
 # B texts, N tokens of a batch, C channels, D dims of a size, S sizes (layer, dim), V vocabulary;
 # M positions that the encoder must guess, M' those of the decoder
-# Read smae_loss first: it is the method. It calls `decode` and `vocabulary_loss`, which are written to be read.
-# Training passes faster functions in their place, which are below the double line; tests hold them equal.
+# Read smae_loss first, then what it calls: with_ids, `transform` of MLMHead (model.py), decode, vocabulary_loss. The
+# last two are the definition. batch_loss passes fast_decode and fast_vocabulary_loss in their place, which tests hold
+# equal; you need those only to change the decoder or the loss over the vocabulary.
 
 class SMAE(nn.Module):
     """ What is trained: encoder, MLM head, and a decoder of one layer that is not needed afterwards. The decoder has no
@@ -53,7 +54,7 @@ def decode(decoder, embeddings, bottlenecks, batch, positions):
     decoded = []
     for vectors in bottlenecks:                                           # (B, C), one size
         # The bottleneck replaces [CLS]. It needs no position embedding, because it is always at position 0.
-        x = embeddings.index_copy(0, batch.starts, vectors)               # (N, C)
+        x = embeddings.index_copy(0, batch.starts, vectors.to(embeddings.dtype))   # (N, C); GPU autocast mixes dtypes
         decoded.append(decoder(x, batch.groups)[positions])               # (M', C)
     return torch.stack(decoded)
 
@@ -75,8 +76,9 @@ def smae_loss(model, batch, masked, sizes, objective="smae", decode_with=decode,
       x   = layer 0 of the decoder's ids, with x[CLS] replaced by the bottleneck transform(h[CLS])
       MAE = CE( E transform(decoder(x)) + bias, words hidden from the decoder )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
-    The bottleneck is all that the decoder sees of the encoder, and much of its own input is hidden (--decoder_mask). So
-    it can only do well if dim numbers say what the text is about. All sizes share the head and the decoder.
+    The decoder shares the encoder's layer 0, but of what the blocks make of the text it sees the bottleneck alone, and
+    much of its own input is hidden (--decoder_mask). So it can only do well if dim numbers say what the text is about.
+    All sizes share the head and the decoder.
     batch, masked: Pack and Masked of the same texts. decode_with, loss_with: training passes the fast ones.
     -> loss, {"mlm 1:8": CE, ..., "mae 1:8": CE, ...}, the same names with accuracies """
     device = batch.input_ids.device                  # batch has the true ids; with_ids gives it the masked ones

@@ -228,13 +228,19 @@ def test_gradient_checkpointing(smae, batch):
     assert runs[1][0] < runs[0][0] / 3   # the decoder's inside is not kept either
 
 
+@pytest.mark.parametrize("functions", [(), FAST], ids=["plain", "fast"])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_autocast(smae, batch, dtype):
-    """ Under autocast the loss is that of float32 to the digits that the type has. """
-    smae.float()
-    exact, *_ = loss_and_terms(smae, *batch, SIZES)
+def test_autocast(smae, batch, dtype, training, functions):
+    """ Under autocast the loss is that of float32 to the digits that the type has, in training and in validation. """
+    smae.float().train(training)
+    for module in smae.modules():
+        if hasattr(module, "p"):
+            module.p = 0.0
+    smae.bert.config.hidden_dropout_prob = 0.0
+    exact, *_ = loss_and_terms(smae, *batch, SIZES, functions=functions)
     with torch.autocast("cpu", getattr(torch, dtype)):
-        loss, *_ = loss_and_terms(smae, *batch, SIZES)
+        loss, *_ = loss_and_terms(smae, *batch, SIZES, functions=functions)
     loss.backward()
     assert 0 < abs(loss - exact) < 0.02 * exact
     assert all(p.grad.isfinite().all() for p in smae.parameters())

@@ -34,8 +34,8 @@ class Batch(NamedTuple):
     same: np.ndarray   # (Q, P) bool, see duplicates, or None
     gold: np.ndarray   # (Q,) gold scores, or None
 
-# The last number of a seed, so that windows, sources and sizes (step_sizes) are drawn independently of each other. None
-# is 0, because default_rng([seed, step, 0]) draws as default_rng([seed, step]) does.
+# The last number of a seed, so that windows, sources and sizes (step_sizes) are drawn independently of each other. 0 is
+# not among them, because default_rng([seed, step, 0]) draws as default_rng([seed, step]) does.
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
 @functools.lru_cache(maxsize=64)   # every step asks for it; sources take turns

@@ -9,9 +9,9 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py out/srl --export 2:16 out/small         # a folder for sentence-transformers and transformers
 
 Prints a table and writes its values to --out, or to MODEL/eval.json if that is a folder with sizes of its own; see
-evaluate_model. STS: Spearman's rank correlation of the cosine. Retrieval: exact search in shards, so memory does not
-grow with the corpus; equal scores rank as in trec_eval. MS MARCO (8.8 M passages) at six sizes of BERT-base needs about
-1.3 GB.
+evaluate_model. STS: Spearman's rank correlation of the cosine. Retrieval: exact search in shards, so of the corpus only
+the ids stay in memory; equal scores rank as in trec_eval. MS MARCO (8.8 M passages) at six sizes of BERT-base needs
+about 1.3 GB.
 
 Reading order: embed_ids, from texts to embeddings; METRICS; sts; retrieval, which is search_corpus -> best_documents ->
 METRICS.

@@ -7,7 +7,8 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
 
-Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, where there is a test set, eval.json.
+Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, where there is a test set, eval.json and a
+model card, README.md; until it ends also training_state.pt, for --resume.
 Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
 """
 import argparse, math, os, sys, time

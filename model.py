@@ -706,8 +706,8 @@ def status(step, max_steps, parts, lr, norm, seconds, tokens):
 #   a new run      refuses a folder that holds a model (check_out_dir)
 #   --overwrite    moves the earlier run to OUT_DIR/replaced; the new run's first checkpoint deletes it (save_run)
 #   --resume       goes on from STATE; log.jsonl keeps its lines up to that step (open_run)
-#   the end        the model, args.json and log.jsonl stay; a test set adds eval.json and the model card, README.md, which
-#                  --overwrite leaves alone; finetune_srl.py deletes STATE, because its run is finished
+#   the end        the model, args.json and log.jsonl stay; a test set adds eval.json and the model card README.md,
+#                  which --overwrite leaves alone; finetune_srl.py deletes STATE, because its run is finished
 STATE = "training_state.pt"   # for --resume; the other files are for those who use the model
 MODEL_FILES = (STATE, "model.safetensors", "config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json",

@@ -51,6 +51,8 @@ done
 for size in 1:32 2:64 3:128 4:192 5:256 6:384; do
     longer bestalone${size%:*} 1 $size
 done
+# SRL as README explains it: its own full size is the teacher, the channels are as loaded, KL weight 1.
+train bestplain 1 5e-4 $sizes --max_steps 920
 # What else was tried: one seed, dev sets alone (the rate 6e-4 written another way keeps the test sets out of it).
 train teacher 1 0.0006 $sizes --teacher "$model"
 train order 1 0.0006 $sizes --order_channels

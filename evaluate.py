@@ -349,7 +349,7 @@ def search(model, tokenizer, question, sizes, args, model_folder):
     def embed(strings, layers=list(widest)):   # -> {layer: (strings, C)}
         return embed_texts(model, tokenizer, strings, layers, args.dtype, args.batch_tokens)
     name = f"search-{Path(args.texts).resolve().name}-"
-    index = model_folder / f"{name}{made_by(model, tokenizer, args.dtype)}-{zlib.crc32(repr(texts).encode()):08x}"
+    index = shard_prefix(model_folder, f"{name}{made_by(model, tokenizer, args.dtype)}", texts)
     for old in set(model_folder.glob(f"{name}*.npy")) - set(model_folder.glob(f"{index.name}*")):
         old.unlink()
     embeddings = load_or_embed(index, widest, texts, embed)                                   # {layer: (P, D)}

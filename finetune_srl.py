@@ -195,12 +195,12 @@ def build_model(args, strings):
 def choose_sizes(args, config):
     """ --sizes, else the model's own -> config. Raises ValueError if they lack a full size, or what 2dmse draws. """
     set_sizes(config, check_sizes(args.sizes or named_sizes(config), config))
-    full = layer, dim = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
+    full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
         raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
-                         f"widest, so none can teach the others; add {layer}:{dim}")
-    if args.method == "2dmse" and (layer == 1 or len({dim for _, dim in config.sizes}) == 1):
-        raise ValueError(f"--method 2dmse draws a layer and a dim below {layer}:{dim}; give --sizes that have some")
+                         f"widest, so none can teach the others; add {size_name(full)}")
+    if args.method == "2dmse" and (full[0] == 1 or len({dim for _, dim in config.sizes}) == 1):
+        raise ValueError(f"--method 2dmse draws a layer and a dim below {size_name(full)}; give --sizes that have some")
 
 def silence_last_channels(model):
     """ Set the last sixth of the model's channels to 0 after its last block, where they stay: a channel that is 0 in
@@ -267,7 +267,9 @@ def evaluate_saved(args, test_set, rank, world_size):
     speed is measured without other ranks only, because they would wait for each other. """
     if world_size > 1:
         dist.barrier()   # until rank 0 has saved the model
-    flags = ["--speed"] * (world_size == 1) + ["--out", os.devnull] * (rank > 0)
+    flags = ["--speed"] if world_size == 1 else []
+    if rank > 0:
+        flags = ["--out", os.devnull]
     evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), *flags,
                                        "--device", args.device, "--dtype", args.dtype]))
 

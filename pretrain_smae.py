@@ -381,7 +381,7 @@ def main(args):
           f"{args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, losses, caught = time.time(), 0, [], catch_signals()
+    clock, tokens, records, caught = time.time(), 0, [], catch_signals()
     for step, documents_of_pieces in enumerate(batches, start=first_step):
         lr = get_lr(step, max_steps, args, "cosine")   # as in the paper's run
         for group in optimizer.param_groups:
@@ -392,7 +392,7 @@ def main(args):
             (loss, ce, accuracy), N = batch_loss(model, documents, tokenizer, sizes, args, [args.seed, step, piece])
             (loss / pieces).backward()   # the mean of the pieces' losses; unlike in SRL, other pieces are other masks
             tokens += N * world_size
-            losses.append(({"loss": loss}, ce, accuracy))
+            records.append(({"loss": loss}, ce, accuracy))     # of each piece since the last line of the log
         sum_over_ranks(trained.values(), world_size)           # the sum over all pieces of the batch
         norm = nn.utils.clip_grad_norm_(trained.values(), args.grad_clip or math.inf)
         check_finite(step, loss, norm, ce, args)               # loss and ce of the last piece; the norm covers all
@@ -400,8 +400,8 @@ def main(args):
 
         last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
         if (step + 1) % args.log_interval == 0 or last_step:
-            mean_loss, mean_ce, mean_accuracy = (average(records, world_size) for records in zip(*losses))
-            steps_done = len(losses) * world_size / pieces
+            mean_loss, mean_ce, mean_accuracy = (average(column, world_size) for column in zip(*records))
+            steps_done = len(records) * world_size / pieces
             seconds = (time.time() - clock) / steps_done
             shown = [f"{name} {mean_ce[name]:.2f} acc {mean_accuracy[name]:.2f}"
                      for name in dict.fromkeys([list(mean_ce)[0], list(mean_ce)[-1]])]
@@ -410,7 +410,7 @@ def main(args):
                            "tokens_per_second": tokens / steps_done / seconds, "seconds": time.time() - start},
                 status(step + 1, max_steps, [f"loss {mean_loss['loss']:.3f}", *shown], lr, norm, seconds,
                        tokens / steps_done))
-            clock, tokens, losses = time.time(), 0, []
+            clock, tokens, records = time.time(), 0, []
         if args.eval_interval and (step + 1) % args.eval_interval == 0 or step + 1 == max_steps:
             pause = time.time()
             loss, ce, accuracy = validate(model, held_out, tokenizer, sizes, args)

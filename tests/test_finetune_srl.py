@@ -673,7 +673,7 @@ def test_the_teacher_flag(bert_folder, pairs_file, tmp_path, refused):
     run(pairs_file, tmp_path / "frozen", *flags, "--teacher", bert_folder)
     run(pairs_file, tmp_path / "live", *flags)
     frozen, live = logged(tmp_path / "frozen"), logged(tmp_path / "live")
-    assert frozen[0]["kl"]["3:48"] == pytest.approx(0, abs=1e-5) and frozen[-1]["kl"]["3:48"] > 1e-4
+    assert frozen[0]["kl"]["3:48"] == pytest.approx(0, abs=1e-5) and frozen[-1]["kl"]["3:48"] > 1e-3
     assert frozen[0]["kl"]["1:8"] == pytest.approx(live[0]["kl"]["1:8"], rel=1e-4)
     said = refused(finetune_srl, ["--train_pairs", pairs_file, "--out_dir", str(tmp_path / "c"), *SMALL, "--vocab_size",
                                   "110", "--teacher", bert_folder])

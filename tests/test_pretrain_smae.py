@@ -20,7 +20,7 @@ import model
 import pretrain_smae
 from conftest import refused_process
 from model import SIZES as NAMED, Bert, from_pretrained, load_head, load_tokenizer, named_sizes, pack
-from pretrain_smae import SMAE, MLMHead, VocabularyLoss, fast_decode, fast_vocabulary_loss, smae_loss
+from pretrain_smae import SMAE, MLMHead, VocabularyLoss, decode, fast_decode, fast_vocabulary_loss, smae_loss
 
 SIZES = ((1, 6), (2, 16), (4, 48))
 ROOT = Path(__file__).parent.parent
@@ -244,6 +244,16 @@ def test_autocast(smae, batch, dtype, training, functions):
     loss.backward()
     assert 0 < abs(loss - exact) < 0.02 * exact
     assert all(p.grad.isfinite().all() for p in smae.parameters())
+
+
+def test_decode_takes_bottlenecks_of_another_dtype(smae, batch):
+    """ Autocast on a GPU keeps LayerNorm in float32 where validation has bfloat16 embeddings: decode mixes the two. """
+    texts, masked = batch
+    embeddings = torch.randn(len(texts.input_ids), smae.bert.config.hidden_size, dtype=torch.float64)
+    vectors = torch.randn(2, len(texts.starts), smae.bert.config.hidden_size)                       # float32
+    at = torch.from_numpy(masked.decoder_positions)
+    found, want = (decode(smae.decoder, embeddings, bottlenecks, texts, at) for bottlenecks in (vectors, vectors.double()))
+    assert torch.equal(found, want)
 
 
 class TestMasks:

@@ -1,32 +1,30 @@
 r"""
 Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
 
-    python finetune_srl.py                                       # six sizes from scratch; 5 to 11 minutes with bfloat16
-    python finetune_srl.py --sizes 6:192 --out_dir out/full      # one size alone, here the ordinary full-size model
+    python finetune_srl.py                                       # six sizes from scratch; under 10 minutes on 2 cores
+    python finetune_srl.py --sizes 6:160 --out_dir out/full      # one size alone, here the ordinary full-size model
     python finetune_srl.py --train_pairs my_pairs.csv --out_dir out/mine      # columns query, positive, negative...
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
 
-Writes to OUT_DIR an ordinary Hugging Face model, args.json, log.jsonl and, where there is a test set, eval.json and a
-model card, README.md; until it ends also training_state.pt, for --resume.
-Paper: arXiv 2410.13230. srl_loss is its fine-tuning loss; the README lists the known differences.
+Writes to OUT_DIR a Hugging Face model, args.json, log.jsonl, eval.json if there is a test set, and until it ends
+training_state.pt, for --resume. Paper: arXiv 2410.13230; srl_loss is its fine-tuning loss.
 """
-import argparse, math, os, sys, time
+import argparse, math, sys, time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 import evaluate
-from model import (POOLINGS, SIMILARITIES, STATE, HelpFormatter, autocast, average, catch_signals, check_about,
-                   check_finite, check_out_dir, check_sizes, configure_optimizer, default_signals, full_size, get_lr,
-                   interrupted, keep_freed_memory, load_model, load_run, log, named_sizes, new_bert, nonneg_float,
-                   nonneg_int, open_run, pack, permute_channels, positive_float, positive_int, readable, run_script,
-                   save_run, score, set_sizes, size_name, start_ranks, status, sum_over_ranks, text_length,
-                   training_flags)
+from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, autocast, average, check_sizes, clip_gradient,
+                   configure_optimizer, due, fast_dtype, keep_freed_memory, load_model, load_run, log, named_sizes,
+                   new_config, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
+                   size_name, start_ranks, weights_hash)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -35,38 +33,28 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
-    positive of query i; passages from Q on are hard negatives. All passages but i are the negatives of query i, except
-    where same (Q, P) is True, see data.duplicates. sizes: (layer, dim) pairs from small to large; the last, the full
-    size, is the teacher.
+    positive of query i; all other passages are its negatives, except where same (Q, P) is True, see data.duplicates.
+    sizes: (layer, dim) pairs; the last, the full size, is the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
-    CoSENT then replaces InfoNCE, and the KL stays.
-    Call it outside autocast: bfloat16 scores would be wrong in the third digit.
-    -> loss, {size name: InfoNCE or CoSENT}, {size name: KL} """
-    full = max(layer for layer, _ in sizes), max(dim for _, dim in sizes)
-    assert sizes[-1] == full, f"no full size (deepest layer, widest dim) last: {sizes}"
-    scores = {size_name((layer, dim)): score(queries[layer], passages[layer], dim, similarity) / temperature
-              for layer, dim in sizes}                             # (Q, P) each
+    CoSENT then replaces InfoNCE. Call it outside autocast: bfloat16 scores would be wrong in the third digit.
+    -> loss, {"nce 1:8": InfoNCE or CoSENT, "kl 1:8": KL, ...} for the log """
+    full_layer, full_dim = sizes[-1]
     if teacher_scores is None:
-        teacher_scores = scores[size_name(full)].detach()   # detached: the full size must not move towards the others
-    if same is not None:                              # -1e9 gives probability 0; -inf would make the KL NaN
-        teacher_scores = teacher_scores.masked_fill(same, -1e9)
-        scores = {name: s.masked_fill(same, -1e9) for name, s in scores.items()}
-    teacher_probs = teacher_scores.softmax(-1)                                          # (Q, P)
-    nce, kl = {}, {}                                  # by size name; nce holds CoSENT where there is gold
-    for name, s in scores.items():
-        log_probs = s.log_softmax(-1)                                                   # (Q, P)
-        nce[name] = info_nce(log_probs) if gold is None else cosent(s.diagonal(), gold)
-        kl[name] = kl_divergence(teacher_probs, log_probs)              # 0 where a size is its own teacher
-    return (sum(nce.values()) + kl_weight * sum(kl.values())) / len(nce), nce, kl
-
-def info_nce(log_probs):
-    """ (Q, P) log-probabilities of the passages -> mean of -log p(positive): from queries to passages, not back """
-    target = torch.arange(len(log_probs), device=log_probs.device)   # (Q,) 0 1 2 ...: passage i is query i's positive
-    return F.nll_loss(log_probs, target)
-
-def kl_divergence(teacher_probs, log_probs):
-    """ (Q, P) probabilities of the teacher, (Q, P) log-probabilities of a size -> mean KL(teacher || size) """
-    return F.kl_div(log_probs, teacher_probs, reduction="batchmean")   # torch's order: student, teacher
+        with torch.no_grad():   # the full size must not move towards the others
+            teacher_scores = score(queries[full_layer], passages[full_layer], full_dim, similarity) / temperature
+    if same is None:
+        same = torch.zeros_like(teacher_scores, dtype=torch.bool)
+    teacher = teacher_scores.masked_fill(same, -1e9).softmax(-1)   # probability 0; -inf would make the KL NaN
+    positive = torch.arange(len(teacher), device=teacher.device)   # (Q,) 0 1 2 ...: passage i is query i's positive
+    loss, terms = 0, {}
+    for layer, dim in sizes:
+        scores = score(queries[layer], passages[layer], dim, similarity) / temperature            # (Q, P)
+        log_probs = scores.masked_fill(same, -1e9).log_softmax(-1)                                # (Q, P)
+        nce = F.nll_loss(log_probs, positive) if gold is None else cosent(scores.diagonal(), gold)
+        kl = F.kl_div(log_probs, teacher, reduction="batchmean")   # KL(teacher || size): torch has the student first
+        loss = loss + (nce + kl_weight * kl) / len(sizes)
+        terms |= {f"nce {layer}:{dim}": nce.detach(), f"kl {layer}:{dim}": kl.detach()}
+    return loss, terms
 
 def cosent(scores, gold):
     """ (Q,) scores of pairs of texts, (Q,) their gold scores -> log(1 + sum of exp(s_j - s_i) over all i, j with
@@ -76,12 +64,10 @@ def cosent(scores, gold):
     return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
 
 def step_sizes(method, sizes, seed, step):
-    """ The sizes that one step trains, the full size last. The methods differ in nothing else here: all have InfoNCE
-    and KL at each of these sizes.
+    """ The sizes that one step trains, the full size last. The methods differ in nothing else here.
     srl     the same few sizes in every step
     2dmse   2D Matryoshka (arXiv 2402.14776): draw any layer below the full one, and a smaller dim of --sizes; train
-            all four combinations of these two with the full layer and the full dim. In time every layer is trained
-            with every dim, most pairs rarely. """
+            all four combinations of these two with the full layer and the full dim """
     if method == "srl":
         return sizes
     full_layer, full_dim = sizes[-1]
@@ -90,131 +76,86 @@ def step_sizes(method, sizes, seed, step):
     dim = int(rng.choice(sorted({dim for _, dim in sizes} - {full_dim})))
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
-# ---- one step --------------------------------------------------------------------------------------------------------
 def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
-    """ Batch -> what srl_loss returns. Adds to the gradients of the parameters. step: decides the dropout. pieces: into
-    how many parts the batch is split, because of --micro_batch or several processes (rank of world_size); see
-    cached_backward """
-    token_ids = batch.queries + batch.passages            # of Q + P texts, (T,) each
-    Q, layers = len(batch.queries), sorted({layer for layer, _ in sizes})
-    teacher_scores = frozen_scores(teacher, token_ids, Q, args) if teacher else None                  # (Q, P)
-    def to_device(array):
-        return None if array is None else torch.from_numpy(array).to(args.device)
-    def embed(texts):                                     # B of the token_ids -> {layer: (B, C)}
+    """ Batch -> {"loss", and the terms of srl_loss}. Adds to the gradients of the parameters. """
+    token_ids, Q = batch.queries + batch.passages, len(batch.queries)        # of Q + P texts, (T,) each
+    layers = sorted({layer for layer, _ in sizes})
+    def embed(texts):                                                        # B of the token_ids -> {layer: (B, C)}
         with autocast(args.device, args.dtype):
-            return model.encode(pack(texts, args.device, multiple=128), layers)
-    def loss_of(embeddings):                              # {layer: (Q + P, C)}, the queries first
-        query_rows = {layer: rows[:Q] for layer, rows in embeddings.items()}
-        passage_rows = {layer: rows[Q:] for layer, rows in embeddings.items()}
-        return srl_loss(query_rows, passage_rows, sizes, model.config.similarity, args.temperature, args.kl_weight,
-                        teacher_scores, to_device(batch.gold), to_device(batch.same))
-    # The usual case: embed all texts at once, loss, backward. Otherwise cached_backward gives the gradient in pieces.
-    if pieces == 1:
-        # Dropout by seed, step and piece (here the only one, 0), so runs can resume. A hash of integers, unlike one of
-        # strings, is always the same.
-        torch.manual_seed(hash((args.seed, step, 0)))
-        loss, nce, kl = loss_of(embed(token_ids))
-        loss.backward()
-        return loss, nce, kl
-    return cached_backward(embed, token_ids, loss_of, pieces, (args.seed, step), rank, world_size)
+            return model.encode(pack(texts, args.device), layers)
+    rows = embed_in_pieces(embed, token_ids, pieces, (args.seed, step), rank, world_size)   # {layer: (Q + P, C)}
+    gold, same = (None if array is None else torch.from_numpy(array).to(args.device)
+                  for array in (batch.gold, batch.same))
+    loss, terms = srl_loss({layer: r[:Q] for layer, r in rows.items()}, {layer: r[Q:] for layer, r in rows.items()},
+                           sizes, model.config.similarity, args.temperature, args.kl_weight,
+                           frozen_scores(teacher, token_ids, Q, args) if teacher else None, gold, same)
+    loss.backward()
+    return {"loss": loss.detach()} | terms
+
+def embed_in_pieces(embed, token_ids, pieces, seed, rank, world_size):
+    """ list of B (T,) ids -> {layer: (B, C)}: embed(token_ids), but in pieces, for a batch that is too large for the
+    memory, or for several ranks, whose gradients clip_gradient sums. The loss is still that of the whole batch, because
+    texts depend on each other only through their embeddings (gradient caching, arXiv 2101.06983). With several pieces
+    a rank, backward embeds each again, so that the activations of one are in memory at a time. """
+    mine, rows = range(rank, pieces, world_size), {}
+    for k in mine:                                                # piece k is token_ids[k::pieces]
+        torch.manual_seed(hash((*seed, k)))                       # dropout by seed, step and piece, so runs can resume
+        piece = token_ids[k::pieces]
+        embedded = checkpoint(embed, piece, use_reentrant=False) if len(mine) > 1 else embed(piece)
+        for layer, vectors in embedded.items():
+            rows.setdefault(layer, vectors.new_zeros(len(token_ids), vectors.shape[1]))[k::pieces] = vectors
+    if world_size > 1:
+        for layer, own in rows.items():
+            everyone = own.detach().clone()
+            dist.all_reduce(everyone)                             # a sum that gathers: rows of other ranks are 0 here
+            rows[layer] = own + (everyone - own.detach())         # own rows keep their graph
+    return rows
 
 def frozen_scores(teacher, token_ids, Q, args):
     """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size, divided by the temperature """
-    layer, dim = full_size(teacher.config)
+    layer, dim = list(named_sizes(teacher.config))[-1]                                  # its full size
     rows = evaluate.embed_ids(teacher, token_ids, [layer], args.dtype)[layer].to(args.device)        # (Q + P, C)
     return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
 
-# ==== Below is the training around the method =========================================================================
-# Read main first: it calls build_model, plan, order_channels and load_teacher, then for each step srl_batch and
-# train_step, and evaluate_saved at the end. cached_backward is for --micro_batch and several ranks only.
-def cached_backward(embed, token_ids, loss_of, pieces, seed, rank=0, world_size=1):
-    """ The gradient of loss_of(embed(token_ids))[0].backward(), for several processes, or for a batch that is too large
-    for the memory. The loss is that of the whole batch: the passages of all ranks are negatives. The texts of a batch
-    depend on each other only through their embeddings (gradient caching, arXiv 2101.06983), so
-      1. embed the pieces of the batch that are this rank's, and gather the embeddings of all ranks;
-      2. compute the loss and its gradient with respect to the embeddings, the same on every rank;
-      3. backpropagate each piece's rows of that gradient. The caller then sums the parameters' gradients over ranks.
-    The activations of several pieces would fill the memory, so step 1 keeps no graph and step 3 embeds again. Piece k
-    is token_ids[k::pieces]; its dropout is drawn from (*seed, k), the same in both passes and on any number of ranks.
-    embed: list of B (T,) ids -> {layer: (B, C)}. loss_of: {layer: (B, C)} of all -> (loss, ...), which is returned. """
-    def embed_piece(k):
-        torch.manual_seed(hash((*seed, k)))
-        return embed(token_ids[k::pieces])
-    mine = range(rank, pieces, world_size)
-    single = len(mine) == 1      # a single piece keeps its graph and is embedded once
-    # 1. the embeddings of the whole batch
-    all_rows = {}                # {layer: (B, C)}
-    for k in mine:
-        with torch.set_grad_enabled(single):
-            embeddings = embed_piece(k)
-        for layer, rows in embeddings.items():
-            if layer not in all_rows:
-                all_rows[layer] = rows.new_zeros(len(token_ids), rows.shape[1])
-            all_rows[layer][k::pieces] = rows.detach()
-    if world_size > 1:
-        for rows in all_rows.values():
-            dist.all_reduce(rows)      # a sum that gathers: the rows of other ranks are 0 here
-    # 2. the loss, and its gradient with respect to them
-    losses = loss_of({layer: rows.requires_grad_() for layer, rows in all_rows.items()})
-    losses[0].backward()
-    # 3. on through the encoder, piece by piece
-    for k in mine:
-        if not single:                    # of a single piece `embeddings` is still that of step 1, with its graph
-            embeddings = embed_piece(k)   # the same numbers again, this time with a graph
-        torch.autograd.backward(list(embeddings.values()), [all_rows[layer].grad[k::pieces] for layer in embeddings])
-    return losses
-
-def build_model(args, strings):
-    """ -> Bert with sizes, pooling and similarity in its config; tokenizer. strings: what load_pairs gives for each
-    source, for the vocabulary of a new model. Raises ValueError for flags that misfit """
-    init_from = args.out_dir if args.resume else args.init_from
-    if init_from == "scratch":
-        print(f"training a WordPiece vocabulary of {args.vocab_size} on the pairs")
-        texts = (text for rows in strings for query, positives, negatives, _ in rows
-                 for text in [query, *positives, *negatives])
+# ---- model -----------------------------------------------------------------------------------------------------------
+def build_model(args, tables):
+    """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer. tables: for a new vocabulary """
+    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    if args.init_from == "scratch":
+        texts = (text for table in tables for row in table
+                 for text in [row["query"], *row["positive"], *row["negative"]])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
-        # half of BERT's standard deviation, so that AdamW's steps weigh more
-        model = new_bert(args, tokenizer, args.max_length, initializer_range=0.01)
+        model = Bert(new_config(vocab_size=len(tokenizer), hidden_size=args.hidden_size, **dropout,
+                                num_hidden_layers=args.num_layers, num_attention_heads=max(1, args.hidden_size // 64),
+                                intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
+                                initializer_range=0.01))   # half of BERT's, so that AdamW's steps weigh more
     else:
-        model, tokenizer = load_model(init_from, hidden_dropout_prob=args.dropout,
-                                      attention_probs_dropout_prob=args.dropout)
+        model, tokenizer = load_model(args.init_from, **dropout)
     config = model.config
-    for name in ("query_max_length", "passage_max_length"):
-        if getattr(args, name) > config.max_position_embeddings:
-            raise ValueError(f"--{name} {getattr(args, name)}: {args.init_from} has {config.max_position_embeddings} "
-                             "positions; choose that or less")
     config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
-    choose_sizes(args, config)
-    config.num_hidden_layers = config.sizes[-1][0]        # layers that no size uses are not saved
-    del model.blocks[config.num_hidden_layers:]
-    if init_from == "scratch" and config.pooling == "mean":
-        silence_last_channels(model)
+    config.prompts = {kind: config.prompts[kind] if flag is None else flag for kind, flag in
+                      (("query", args.query_prompt), ("passage", args.passage_prompt))}
+    sizes = list(args.sizes or named_sizes(config))
+    if args.init_from == "scratch" and not args.sizes and config.pooling == "mean":
+        sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # better than all of them: results/README.md
+    config.sizes = check_sizes(sizes, config)
+    full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
+    if config.sizes[-1] != full:
+        raise ValueError(f"--sizes: none is deepest and widest, to teach the others; add {size_name(full)}")
+    if args.method == "2dmse" and (full[0] == 1 or len({dim for _, dim in config.sizes}) == 1):
+        raise ValueError(f"--method 2dmse draws a layer and a dim below {size_name(full)}; give --sizes that have some")
+    config.num_hidden_layers = full[0]
+    del model.blocks[full[0]:]                            # layers that no size uses are not saved
+    longest = max(args.query_max_length, args.passage_max_length)
+    if longest > config.max_position_embeddings:
+        raise ValueError(f"--query_max_length, --passage_max_length: {longest} tokens, and {args.init_from} has "
+                         f"{config.max_position_embeddings} positions")
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     return model.to(args.device).train(), tokenizer
 
-def choose_sizes(args, config):
-    """ --sizes, else the model's own -> config. Raises ValueError if they lack a full size, or what 2dmse draws. """
-    set_sizes(config, check_sizes(args.sizes or named_sizes(config), config))
-    full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
-    if config.sizes[-1] != full:
-        raise ValueError(f"--sizes {','.join(map(size_name, config.sizes))}: no size is both the deepest and the "
-                         f"widest, so none can teach the others; add {size_name(full)}")
-    if args.method == "2dmse" and (full[0] == 1 or len({dim for _, dim in config.sizes}) == 1):
-        raise ValueError(f"--method 2dmse draws a layer and a dim below {size_name(full)}; give --sizes that have some")
-
-def silence_last_channels(model):
-    """ Set the last sixth of the model's channels to 0 after its last block, where they stay: a channel that is 0 in
-    every text has no gradient. From scratch with mean pooling this lifts every size (results/README.md). The likely
-    reason: LayerNorm gives all tokens vectors of the same length, so "the" weighs as much in the mean as a rare word,
-    unless common words can hide in channels that are not scored. Small sizes have such channels anyway; now the full
-    size has some. """
-    silent = math.ceil(model.config.hidden_size / 6)
-    model.blocks[-1].norm2.weight.data[-silent:] = 0      # the bias is 0 already
-
 def order_channels(model, token_ids, sizes):
-    """ Sort the hidden channels, so that each size keeps the ones that matter at its layer: first the channels whose
-    embeddings vary most over the texts at the smallest size's layer, as many as it has dims, then those of the next
-    size. A full size of all C channels stays the same function. token_ids: list of (T,) ids """
+    """ Sort the hidden channels, so that each size keeps those that matter at its layer: first the channels that vary
+    most over the texts (lists of ids) at the smallest size's layer, as many as it has dims, then the next size's """
     embeddings = evaluate.embed_ids(model, token_ids, sorted({layer for layer, _ in sizes}))
     order = []
     for layer, dim in sizes:
@@ -223,201 +164,183 @@ def order_channels(model, token_ids, sizes):
         order += variance.argsort(descending=True)[:max(0, dim - len(order))].tolist()
     permute_channels(model, order + sorted(set(range(model.config.hidden_size)) - set(order)))
 
+def permute_channels(model, order):
+    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
+    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
+    for name, parameter in model.named_parameters():
+        kind = name.split(".")[-2]
+        if kind in ("word", "position", "token_type"):
+            parameter.data = parameter.data[:, order]
+        elif kind not in ("query", "key", "value", "up"):   # what writes channels: a matrix's rows, a vector's entries
+            parameter.data = parameter.data[order]
+        elif parameter.dim() == 2:                          # what only reads them: a matrix's columns
+            parameter.data = parameter.data[:, order]
+
 def load_teacher(args, tokenizer):
     """ --teacher -> frozen Bert, or None. Raises ValueError if it does not read the same token ids. """
     if not args.teacher:
         return None
     teacher, its_tokenizer = load_model(args.teacher, args.device)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--teacher {args.teacher} has another vocabulary than --init_from {args.init_from}; choose a "
-                         "teacher that reads the same tokens")
+        raise ValueError(f"--teacher {args.teacher} has another vocabulary than the model to train")
     if teacher.config.max_position_embeddings < max(args.query_max_length, args.passage_max_length):
-        raise ValueError(f"--teacher {args.teacher} has {teacher.config.max_position_embeddings} positions; choose "
-                         "that or less as --query_max_length and --passage_max_length")
+        raise ValueError(f"--teacher {args.teacher} has only {teacher.config.max_position_embeddings} positions")
     return teacher
 
 def plan(args, sources, world_size):
     """ list of Pairs -> queries of a batch, pieces of a batch, steps of the training. Raises ValueError where nothing
     can be learned, and warns if the first batch has nothing to learn from. """
-    counts = [len(pairs.queries) for pairs in sources]
-    batch_size = min([args.batch_size, *counts])   # a batch is of one source, maybe of the smallest
+    counts = [len(source.table) for source in sources]
+    batch_size = min(args.batch_size, *counts)   # a batch is of one source, maybe of the smallest
     if batch_size < 2 * world_size:
-        raise ValueError(f"--batch_size {args.batch_size}, --train_pairs with {min(counts)} rows: the other rows of a "
-                         f"batch are the negatives, so {world_size} ranks need {2 * world_size} rows or more")
-    if any(len(set(pairs.gold)) == 1 for pairs in sources):
-        raise ValueError("--train_pairs: every score of a source is the same, so there is no order to learn; take "
-                         "the scores out, if the texts of every pair belong together")
+        raise ValueError(f"a batch of {batch_size} pairs: the others of a batch are the negatives, so take more")
     first = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, 0)
+    if first.gold is not None and len(set(first.gold)) == 1:
+        raise ValueError("--train_pairs: every score of the first batch is the same, so there is no order to learn")
     if first.same is not None and first.same.sum() == batch_size * (len(first.passages) - 1):
         print("warning: all queries or all positives of the first batch are the same text, so it has no negatives to "
               "learn from", file=sys.stderr)
     pieces = max(world_size, math.ceil(batch_size / (args.micro_batch or batch_size)))
-    steps_an_epoch = sum(n // batch_size for n in counts)
-    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * steps_an_epoch))
+    return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
-def evaluate_dev(args, model, tokenizer, step, max_steps, log_file):
-    """ every size on the dev queries, into the log """
-    results, _ = evaluate.retrieval(model, tokenizer, f"{args.retrieval}:dev", model.config.sizes, args.dtype)
-    shown = [f"{r['layer']}:{r['dim']} {r['value']:.3f}"
-             for r in results if r["metric"] == "MRR@10" and r["layer"]]               # without BM25
-    log(log_file, {"step": step, "dev": results}, f"step {step}/{max_steps} | dev MRR@10 | " + " | ".join(shown))
-
-def evaluate_saved(args, test_set, rank, world_size):
-    """ evaluate.py on the model in --out_dir. All ranks call it and share the encoding; the first writes eval.json. The
-    speed is measured without other ranks only, because they would wait for each other. """
-    if world_size > 1:
-        dist.barrier()   # until rank 0 has saved the model
-    flags = ["--speed"] if world_size == 1 else []
-    if rank > 0:
-        flags = ["--out", os.devnull]
-    evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", str(test_set), *flags,
-                                       "--device", args.device, "--dtype", args.dtype]))
-
+# ---- training --------------------------------------------------------------------------------------------------------
 def main(args):
-    """ data, model, optimizer, loop, evaluation. Raises ValueError or OSError for what the user can mend. """
-    start = time.time()
+    """ data, model, optimizer, loop, evaluation """
     rank, world_size = start_ranks(args)
+    saved = load_run(args)
     keep_freed_memory()
     torch.manual_seed(args.seed)
-    saved = load_run(args) if args.resume else None
 
-    # data and model: read all input before anything is written
-    test_set = args.retrieval
-    if test_set:
-        data.Collection(test_set)                     # raises now, not after the training
-        if args.eval_interval:
-            data.Collection(f"{test_set}:dev")
-    strings = [data.load_pairs(source, args.columns) for source in args.train_pairs]
-    if args.hold_out:
-        strings[0], test_set = data.hold_out(strings[0], args.hold_out)
-    model, tokenizer = build_model(args, strings)
-    sources = [data.tokenize_pairs(rows, tokenizer, args.query_max_length, tokenizer.model_max_length)
-               for rows in strings]   # passages keep more tokens than a step takes: srl_batch cuts windows out of them
-    sizes = model.config.sizes
+    # data and model: all input is read before anything is written
+    dev = test_collections(args)
+    tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
+    model, tokenizer = build_model(args, tables)
+    sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts windows out of longer passages
+    sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
+                                   model.config.prompts) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources, world_size)
-    if args.order_channels and not args.resume:
-        order_channels(model, sources[0].queries[:1000], sizes)
+    if args.order_channels and not saved:
+        order_channels(model, data.as_arrays(sources[0].table[:1000]["query"]), sizes)
     teacher = load_teacher(args, tokenizer)
 
-    # optimizer
-    optimizer = configure_optimizer(dict(model.named_parameters()), args.learning_rate, args.weight_decay,
-                                    ("word.weight", "position.weight", "token_type.weight"), args.embedding_lr_scale)
-    parts = {"model": model, "optimizer": optimizer}
-    first_step = saved["step"] if saved else 0
-    about = {"--train_pairs": [data.checksum(pairs) for pairs in sources], "pieces of a batch": pieces,
-             "--teacher": teacher and evaluate.made_by(teacher, tokenizer, args.dtype)}
-    if saved:
-        check_about(args, saved, about)
-        with readable(f"--resume: the model in {args.out_dir} is not that of {STATE}", "begin again with --overwrite"):
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+    # optimizer, and the run to resume
+    optimizer = configure_optimizer(model.named_parameters(), args)
+    about = {"--train_pairs": [data.content_hash(source.table) for source in sources], "pieces": pieces,
+             "--teacher": teacher and weights_hash(teacher)}
+    first_step = restore(saved, about, model, optimizer) if saved else 0
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
-
     log_file = open_run(args, first_step) if rank == 0 else None
-    print(f"{sum(len(pairs.queries) for pairs in sources):,} pairs, {max_steps} steps of {batch_size} queries; sizes "
-          f"{', '.join(map(size_name, sizes))}; {args.dtype} on {args.device}")
+    names = [size_name(size) for size in sizes]
+    print(f"{max_steps} steps of {batch_size} queries; sizes {', '.join(names)}; {args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, records, caught = time.time(), 0, [], catch_signals()
+    clock, tokens, records = time.time(), 0, []
     for step in range(first_step, max_steps):
-        lr = get_lr(step, max_steps, args, "linear")
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+        lr = set_learning_rate(optimizer, step, max_steps, args, "linear")
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss, nce, kl = train_step(model, teacher, batch, step_sizes(args.method, sizes, args.seed, step), args, step,
-                                   pieces, rank, world_size)
-        sum_over_ranks(model.parameters(), world_size)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        check_finite(step, loss, norm, nce | {f"KL of {name}": value for name, value in kl.items()}, args)
+        drawn = step_sizes(args.method, sizes, args.seed, step)
+        optimizer.zero_grad()
+        losses = train_step(model, teacher, batch, drawn, args, step, pieces, rank, world_size)
+        norm = clip_gradient(model.parameters(), step, losses)
         optimizer.step()
 
+        done = step + 1
         tokens += sum(map(len, batch.queries + batch.passages))
-        records.append(({"loss": loss}, nce, kl))           # of each step since the last line of the log
-        last_step = step + 1 == max_steps or interrupted(caught, args, world_size)
-        if (step + 1) % args.log_interval == 0 or last_step:
-            mean_loss, mean_nce, mean_kl = (average(column) for column in zip(*records))
-            seconds, tokens_a_step = (time.time() - clock) / len(records), tokens / len(records)
-            ends = dict.fromkeys([size_name(sizes[0]), size_name(sizes[-1])])               # one, if there is one size
-            shown = [f"{name} {mean_nce[name]:.3f}" for name in ends if name in mean_nce]   # 2dmse: maybe not drawn
-            log(log_file, {"step": step + 1, "loss": mean_loss["loss"], "nce": mean_nce, "kl": mean_kl,
-                           "learning_rate": lr, "norm": norm.item(), "ms": 1000 * seconds,
-                           "tokens_per_second": tokens_a_step / seconds, "seconds": time.time() - start},
-                status(step + 1, max_steps, [f"loss {mean_loss['loss']:.3f}", *shown], lr, norm, seconds,
-                       tokens_a_step))
+        records.append(losses | {"norm": norm})
+        if due(done, args.log_interval, max_steps):
+            seconds = time.time() - clock
+            log(log_file, {"step": done} | average(records) | {
+                "lr": lr, "ms": 1000 * seconds / len(records), "tokens/s": tokens / seconds,
+                "minutes left": (max_steps - done) * seconds / len(records) / 60},
+                ["step", "loss", f"nce {names[0]}", f"nce {names[-1]}", "lr", "norm", "ms", "tokens/s", "minutes left"])
             clock, tokens, records = time.time(), 0, []
-        if args.retrieval and args.eval_interval and (step + 1) % args.eval_interval == 0 and not last_step:
-            pause = time.time()
-            evaluate_dev(args, model, tokenizer, step + 1, max_steps, log_file)
-            clock += time.time() - pause
-        if rank == 0 and (last_step or args.save_interval and (step + 1) % args.save_interval == 0):
-            save_run(args, step + 1, model, tokenizer, parts, about, last_step)
-        if last_step and step + 1 < max_steps:
-            raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with the same command and --resume")
-    default_signals()
-    print(f"saved {args.out_dir}")
-    if test_set:
-        evaluate_saved(args, test_set, rank, world_size)
+        if rank == 0 and due(done, args.save_interval, max_steps):
+            save_run(args, done, model, tokenizer, model, optimizer, about)
+        if dev and due(done, args.eval_interval, max_steps) and done < max_steps:
+            found, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
+            values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in found
+                      if r["metric"] == "MRR@10" and r["layer"]}
+            log(log_file, {"step": done} | values, ["step", *values])
+            clock = time.time()
+    if dist.is_initialized():
+        dist.destroy_process_group()             # rank 0 evaluates alone
+    if rank == 0 and args.retrieval:
+        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--device", args.device,
+                                           "--dtype", args.dtype]))
     if rank == 0:
-        Path(args.out_dir, STATE).unlink(missing_ok=True)   # three times the model, and the run is finished
-    print(f"{(time.time() - start) / 60:.1f} minutes in all")
+        Path(args.out_dir, STATE).unlink()       # three times the model, and the run is finished
+
+def test_collections(args):
+    """ --retrieval, read before the training for its errors -> its dev queries, or None where there are none """
+    if not args.retrieval:
+        return None
+    evaluate.Collection(args.retrieval)
+    try:
+        return evaluate.Collection(f"{args.retrieval}:dev") if args.eval_interval else None
+    except ValueError as error:
+        print(f"no evaluation during the training: {error}")
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """ command line -> args; a wrong one ends the program with status 2 and a line that says why """
+    """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",
         help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with the columns query, positive, "
-             "maybe negative, or sentence1, sentence2, score; several: each batch is of one, in proportion to its size")
-    add("--batch_size", type=positive_int, default=128,
-        help="queries a step, over all ranks; all their passages are candidates")
-    add("--negatives", type=nonneg_int, default=1, help="hard negatives a query, at most, where the pairs have any")
-    add("--micro_batch", type=nonneg_int, default=0,
-        help="queries that are encoded at a time, with their passages: the same gradient in less memory, for one more "
-             "forward pass; 0 encodes the whole batch at once")
-    add("--query_max_length", type=text_length, default=32, help="tokens, [CLS] and [SEP] included")
-    add("--passage_max_length", type=text_length, default=64,
-        help="tokens of a passage in a step; of a longer one its beginning or, half of the time, a random window")
-    add("--max_length", type=text_length, default=256,
-        help="tokens that the finished model reads of a text, if it has so many positions. Training on short windows "
-             "is faster, and reading more finds more, although the later positions are untrained")
+             "maybe negative, or sentence1, sentence2, score; each batch is of one source")
+    add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names: query=question positive=answer")
+    add("--retrieval", help="docs, a BEIR folder or a BEIR set of the hub: dev in training, test at the end")
+    add("--eval_interval", type=int, default=300, help="steps between two evaluations on dev; 0: none")
+    add("--batch_size", type=int, default=128, help="queries a step, over all ranks; all their passages are candidates")
+    add("--micro_batch", type=int, default=0, help="queries embedded at a time: less memory; 0: all")
+    add("--negatives", type=int, default=1, help="hard negatives a query, at most, where the pairs have any")
+    add("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
+    add("--passage_max_length", type=int, default=64, help="tokens; half of the time a random window")
+    add("--max_length", type=int, default=256, help="tokens that the finished model reads of a text")
+    add("--query_prompt", help="goes before every query, as 'query: '; by default the loaded model's own")
+    add("--passage_prompt", help="goes before every passage; by default the loaded model's own")
     add = parser.add_argument_group("loss and embeddings").add_argument
-    add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the loaded model's own, from scratch mean")
-    add("--similarity", choices=SIMILARITIES,
-        help="of a query and a passage; by default the loaded model's own, from scratch cosine")
-    add("--temperature", type=positive_float, default=0.1, help="divides the similarities; use 1 with --similarity dot")
+    add("--pooling", choices=POOLINGS, help="of the tokens; by default the loaded model's own, from scratch mean")
+    add("--similarity", choices=SIMILARITIES, help="by default the loaded model's own, from scratch cosine")
+    add("--temperature", type=float, default=0.1, help="divides the similarities; use 1 with --similarity dot")
     add("--method", choices=["srl", "2dmse"], default="srl", help="which sizes a step trains: see step_sizes")
+    add("--kl_weight", type=float, default=1.0, help="of the KL from the full size; 0 leaves it out")
     add("--teacher", help="a frozen model whose full size every size follows; by default the trained model's own")
-    add("--order_channels", action=flag, default=False,
-        help="for a loaded model: before training, sort the channels so that the first dims matter most")
-    add("--kl_weight", type=nonneg_float, default=1.0, help="of the KL from the full size; 0 leaves it out")
-    add("--embedding_lr_scale", type=positive_float,
-        help="learning rate of the embeddings over that of the blocks, because a word is seen less often than a block; "
-             "by default 8 from scratch, 1 for a loaded model")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--retrieval",
-        help="docs, a BEIR folder or a BEIR set of the hub, without :SPLIT: dev in training, test at the end; by "
-             "default docs if the pairs are docs, else none")
-    add("--hold_out", type=nonneg_int, default=0, help="measure on so many of the pairs, which are not trained on")
-    add("--eval_interval", type=nonneg_int, default=300, help="steps between two evaluations on dev; 0 for none")
-    training_flags(parser)
-    # for the docs from random weights; 3.6 epochs are 544 steps
-    parser.set_defaults(learning_rate=5e-4, warmup=0.1, weight_decay=0.1, epochs=3.6, out_dir="out/srl")
-
+    add("--order_channels", action=flag, default=False, help="sort a loaded model's channels: those that matter first")
+    add = parser.add_argument_group("model").add_argument
+    add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
+    add("--sizes", type=parse_sizes, help="LAYER:DIM,... trained together; by default the model's own, or the paper's")
+    add("--dropout", type=float, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
+    add("--num_layers", type=int, default=6, help="from scratch: blocks")
+    add("--hidden_size", type=int, default=192, help="from scratch: channels, a multiple of 64")
+    add("--vocab_size", type=int, default=8192, help="from scratch: WordPiece vocabulary, trained on the pairs")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--learning_rate", type=float, default=5e-4, help="peak, of AdamW")
+    add("--embedding_lr_scale", type=float, help="times that for the embeddings; by default 8 from scratch, else 1")
+    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises; then it falls to 0")
+    add("--weight_decay", type=float, default=0.1, help="of the matrices; biases and LayerNorms have none")
+    add("--epochs", type=float, default=1, help="passes over the data, if --max_steps is 0")
+    add("--max_steps", type=int, help="by default 200 for docs, 0 for other pairs: goes by --epochs")
+    add("--seed", type=int, default=1, help="of weights, order, windows and dropout")
+    add = parser.add_argument_group("system").add_argument
+    add("--out_dir", default="out/srl", help="where the model and the log go")
+    add("--overwrite", action=flag, default=False, help="replace the run in --out_dir")
+    add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
+    add("--log_interval", type=int, default=10, help="steps between two lines of the log")
+    add("--save_interval", type=int, default=200, help="steps between two checkpoints; 0: at the end only")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")
+    add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
     args = parser.parse_args(argv)
-    if args.hold_out and (args.retrieval or len(args.train_pairs) > 1):
-        parser.error(f"--hold_out {args.hold_out} makes the test set, of one source; leave --retrieval and the other "
-                     "sources out")
-    if args.retrieval is None:
-        args.retrieval = "docs" if args.train_pairs == ["docs"] and not args.hold_out else ""
-    if args.embedding_lr_scale is None:
+    docs = args.train_pairs == ["docs"]
+    args.retrieval = args.retrieval if args.retrieval is not None else "docs" if docs else ""
+    args.max_steps = args.max_steps if args.max_steps is not None else 200 if docs else 0
+    if args.embedding_lr_scale is None:   # a word is seen less often than a block
         args.embedding_lr_scale = 8.0 if args.init_from == "scratch" else 1.0
     args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)
-    check_out_dir(parser, args)
     return args
 
 if __name__ == "__main__":

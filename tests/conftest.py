@@ -1,11 +1,9 @@
 """ Shared by the tests: no network, small models, small texts. """
-import importlib.util
-import os
-import subprocess
-import sys
+import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"   # before anything imports huggingface_hub
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -14,12 +12,10 @@ import pytest
 import torch
 
 import data
-from model import Bert, BertConfig, save_pretrained
-
+from model import Bert, new_config, save_pretrained
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "optional: needs a package that requirements.txt leaves out; see .ci/run")
-
 
 def needs(package):
     """ a decorator for tests that need an optional package; .ci/run installs each and runs pytest -m optional """
@@ -27,19 +23,23 @@ def needs(package):
     skip = pytest.mark.skipif(missing, reason=f"{package}, which is optional, is not installed")
     return lambda test: pytest.mark.optional(skip(test))
 
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory):
+    """ tables of `datasets` go to a folder that ends with the tests; one thread, because sums depend on their number """
+    import datasets
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    torch.set_num_threads(1)
 
 @pytest.fixture
 def config():
-    return BertConfig(vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=80,
+    return new_config(vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=80,
                       max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                       initializer_range=0.2, layer_norm_eps=1e-3)   # far from BERT's: errors show
-
 
 @pytest.fixture
 def model(config):
     torch.manual_seed(0)
     return Bert(config).eval()
-
 
 @pytest.fixture
 def texts():
@@ -47,27 +47,26 @@ def texts():
     rng = np.random.default_rng(0)
     return [rng.integers(5, 97, size=n) for n in (7, 3, 20, 7, 12, 5, 20, 7, 9, 5, 11, 3)]
 
-
 # The nouns of a sentence say which pair it belongs to: a small model learns to match them in seconds.
 NOUNS = ("apple bridge candle dragon engine forest garden hammer "
          "island jacket kitchen lantern mirror needle orange pencil").split()
 
+def write_jsonl(path, rows):
+    """ -> the path, as a string """
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
     """ 64 (query, positive) rows """
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [f'{{"query": "where is the {a} {b}", "positive": "the {a} stands beside the {b} in the morning"}}\n'
-            for a in NOUNS[:8] for b in NOUNS[8:]]
-    path.write_text("".join(rows))
-    return str(path)
-
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl",
+                       [{"query": f"where is the {a} {b}", "positive": f"the {a} stands beside the {b} in the morning"}
+                        for a in NOUNS[:8] for b in NOUNS[8:]])
 
 @pytest.fixture
 def beir(tmp_path):
     """ see make_beir """
     return make_beir(tmp_path / "beir")
-
 
 def make_beir(folder):
     """ a BEIR folder of 4 documents: titles, grades, a document nobody judged, gz """
@@ -84,43 +83,28 @@ def make_beir(folder):
         (folder / "qrels" / f"{split}.tsv").write_text(judged)
     return folder
 
-
 @pytest.fixture(scope="session")
 def tokenizer(pairs_file):
     """ WordPiece, trained on the pairs """
-    rows = data.load_pairs(pairs_file)
-    return data.train_wordpiece((text for query, positives, *_ in rows for text in [query, *positives]), 200)
-
+    rows = [json.loads(line) for line in open(pairs_file)]
+    return data.train_wordpiece((text for row in rows for text in row.values()), 200)
 
 @pytest.fixture(scope="session")
 def bert_folder(tokenizer, tmp_path_factory):
     """ a folder with a BERT of 3 layers x 48, no weight of which is at its usual start: errors show """
     torch.manual_seed(0)
-    model = Bert(BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=3, num_attention_heads=3,
+    model = Bert(new_config(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=3, num_attention_heads=3,
                             intermediate_size=80, max_position_embeddings=64, layer_norm_eps=1e-3))
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=float("norm" in name and p.dim() == 1), std=0.2)
     save_pretrained(model, tokenizer, folder := tmp_path_factory.mktemp("bert"))
     return str(folder)
 
-
-@pytest.fixture
-def refused(capsys):
-    """ what main(parse_args(flags)) says when it refuses: the last line of stderr or the text of a ValueError """
-    def call(script, flags):
-        with pytest.raises((SystemExit, ValueError)) as stop:
-            script.main(script.parse_args(flags))
-        if isinstance(stop.value, SystemExit):
-            assert stop.value.code == 2
-            return capsys.readouterr().err.strip().splitlines()[-1]
-        return str(stop.value)
-    return call
-
-
-def refused_process(script, *flags):
-    """ the same of a process: exit status 2, no traceback, and the one line of stderr """
-    command = [sys.executable, str(ROOT / script), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    line, = done.stderr.splitlines()
-    return line
+def refused(script, *flags):
+    """ What a process says that refuses: exit status 2, no traceback, and the last line of stderr. script: "evaluate.py"
+    or a tool, "tools.export" """
+    start = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
+    done = subprocess.run([sys.executable, *start, *map(str, flags)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]

@@ -256,6 +256,7 @@ def make_table(source, rows, features, about=None, split="train"):
     """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, which is found
     again until the source, `about` or this program changes """
     import datasets
+    quiet()
     path = Path(docs_folder() / "train.jsonl" if source == "docs" else source)
     if FILE.search(path.name):
         content = str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size

@@ -11,6 +11,7 @@ memory; equal scores rank as in trec_eval. Letters for shapes: see model.py; her
 that are kept for a query.
 """
 import argparse, functools, json, re, statistics, subprocess, sys, time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import FILE, as_score, docs_folder, load_pairs, make_table, read_rows, tokenize
-from model import (POOLINGS, SIMILARITIES, HelpFormatter, autocast, check_sizes, load_model, named_sizes, pack,
+from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, load_model, named_sizes, pack,
                    parse_sizes, run_script, score, shorten, size_name)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
@@ -36,7 +37,8 @@ def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192):
     batches = batches_by_length(token_ids, batch_tokens)
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
     bar = functools.partial(tqdm, desc="encoding", leave=False, disable=True if B < 1000 or rank else None)
-    with autocast(device, dtype):   # around all batches, because it casts every weight once and keeps the copy
+    # around all batches, because it casts every weight once and keeps the copy
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         for rows in bar(batches[rank::world_size]):   # rows: numbers of texts
             batch = pack([token_ids[i] for i in rows], device)
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
@@ -158,17 +160,16 @@ class Collection:
     def judgements(self, source, documents, queries):
         """ ids of the documents, of the queries -> qrels. As in trec_eval a document that is not there counts as one
         that is not found. """
-        kinds = "of unknown queries (left out)", "of unknown documents (not found)", "twice"
-        qrels, odd = {}, dict.fromkeys(kinds, 0)
+        qrels, odd = {}, Counter()
         for row in read_rows(source):
             query, document, grade = str(row["query-id"]), str(row["corpus-id"]), as_score(row["score"])
             grades = qrels.setdefault(query, {})
             if grades.get(document, grade) != grade:
                 raise ValueError(f"{source}: query {query}, document {document} have two grades")
-            for kind, count in zip(odd, (query not in queries, document not in documents, document in grades)):
-                odd[kind] += count
+            odd.update({"of unknown queries (left out)": query not in queries, "there twice": document in grades,
+                        "of unknown documents (not found)": document not in documents})
             grades[document] = grade
-        if any(odd.values()):
+        if odd.total():
             print(f"{source}: judgements {', '.join(f'{kind}: {count:,}' for kind, count in odd.items())}")
         qrels = {query: grades for query, grades in qrels.items() if query in queries}
         if not qrels:
@@ -259,29 +260,30 @@ def write_run(folder, label, queries, rankings):
 def search_bm25(collection):
     """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
     (_, texts, own), = collection.shards()
-    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())).toarray())    # (Q, P)
+    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())))  # (Q, P)
     scores[scores == 0] = -np.inf                                              # not a word in common: not found
     scores[list(own), list(own.values())] = -np.inf
     return scores.topk(min(K, len(texts)))
 
 def bm25(texts, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> sparse (Q, P) BM25 scores (Lucene's defaults; words: letters or digits):
-    the sum over the words of the query of  idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * length / mean length)) """
-    def split(text):
-        return re.findall(r"[^\W_]+", text.lower())   # at underscores too: names of functions become words
-    texts, queries = [split(text) for text in texts], [split(query) for query in queries]
-    vocabulary = {word: i for i, word in enumerate(sorted({word for text in texts for word in text}))}
-    def count_words(texts):   # -> sparse (texts, V); repeats are summed
-        pairs = [(row, vocabulary[word]) for row, text in enumerate(texts) for word in text if word in vocabulary]
-        rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
-        return scipy.sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(texts), len(vocabulary)))
-    tf = count_words(texts)                                                            # term frequency
-    df = np.bincount(tf.indices, minlength=len(vocabulary))                            # (V,) texts with the word
-    idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))                             # (V,)
-    length = np.asarray(tf.sum(axis=1)).ravel()                                        # (P,)
-    norm = np.repeat(k1 * (1 - b + b * length / max(length.mean(), 1e-9)), np.diff(tf.indptr))   # of each entry
-    tf.data = tf.data * (k1 + 1) / (tf.data + norm) * idf[tf.indices]
-    return count_words(queries) @ tf.T                                                 # (Q, P)
+    """ list of P texts, list of Q texts -> (Q, P) BM25 scores (Lucene's defaults; words: letters or digits): the sum
+    over the words of the query of  idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * length / mean length)) """
+    def count_words(text):
+        return Counter(re.findall(r"[^\W_]+", text.lower()))   # at underscores too: names of functions become words
+    found = {}                                                              # {word: {text: how often it has the word}}
+    lengths = np.zeros(len(texts))                                          # (P,) in words
+    for i, words in enumerate(map(count_words, texts)):
+        lengths[i] = words.total()
+        for word, tf in words.items():
+            found.setdefault(word, {})[i] = tf
+    norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))           # (P,)
+    scores = np.zeros((len(queries), len(texts)))
+    for row, words in zip(scores, map(count_words, queries)):
+        for word in words.keys() & found.keys():
+            docs, tf = (np.array(list(values)) for values in (found[word], found[word].values()))   # (texts with it,)
+            idf = np.log(1 + (len(texts) - len(docs) + 0.5) / (len(docs) + 0.5))
+            row[docs] += words[word] * idf * tf * (k1 + 1) / (tf + norm[docs])
+    return scores
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
 def cost(model, sizes):
@@ -291,10 +293,9 @@ def cost(model, sizes):
     embeddings = sum(map(count, (model.word, model.position, model.token_type, model.embedding_norm)))
     blocks = [count(block) for block in model.blocks]
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
-    def costs(layer, dim):
-        parameters = embeddings + sum(blocks[:layer])
-        return {"parameters": parameters, "bytes": 4 * dim, "MFLOP/token": 2 * matrices * layer / 1e6}
-    return [record("cost", metric, size, value, 1) for size in sizes for metric, value in costs(*size).items()]
+    return [record("cost", metric, (layer, dim), value, 1) for layer, dim in sizes for metric, value in (
+            ("parameters", embeddings + sum(blocks[:layer])), ("bytes", 4 * dim),
+            ("MFLOP/token", 2 * matrices * layer / 1e6))]
 
 def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
     """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import evaluate
-from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, autocast, average, check_sizes, clip_gradient,
+from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, check_sizes, clip_gradient,
                    configure_optimizer, due, fast_dtype, keep_freed_memory, load_model, load_run, log, named_sizes,
                    new_config, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
-                   size_name, start_ranks, weights_hash)
+                   size_name, start_ranks)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -81,7 +81,7 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
     token_ids, Q = batch.queries + batch.passages, len(batch.queries)        # of Q + P texts, (T,) each
     layers = sorted({layer for layer, _ in sizes})
     def embed(texts):                                                        # B of the token_ids -> {layer: (B, C)}
-        with autocast(args.device, args.dtype):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             return model.encode(pack(texts, args.device), layers)
     rows = embed_in_pieces(embed, token_ids, pieces, (args.seed, step), rank, world_size)   # {layer: (Q + P, C)}
     gold, same = (None if array is None else torch.from_numpy(array).to(args.device)
@@ -121,6 +121,7 @@ def frozen_scores(teacher, token_ids, Q, args):
 def build_model(args, tables):
     """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer. tables: for a new vocabulary """
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    longest = max(args.query_max_length, args.passage_max_length)   # of the texts in a step
     if args.init_from == "scratch":
         texts = (text for table in tables for row in table
                  for text in [row["query"], *row["positive"], *row["negative"]])
@@ -130,7 +131,7 @@ def build_model(args, tables):
                                 intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
                                 initializer_range=0.01))   # half of BERT's, so that AdamW's steps weigh more
     else:
-        model, tokenizer = load_model(args.init_from, **dropout)
+        model, tokenizer = load_model(args.init_from, needed=longest, **dropout)
     config = model.config
     config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
     config.prompts = {kind: config.prompts[kind] if flag is None else flag for kind, flag in
@@ -146,45 +147,17 @@ def build_model(args, tables):
         raise ValueError(f"--method 2dmse draws a layer and a dim below {size_name(full)}; give --sizes that have some")
     config.num_hidden_layers = full[0]
     del model.blocks[full[0]:]                            # layers that no size uses are not saved
-    longest = max(args.query_max_length, args.passage_max_length)
-    if longest > config.max_position_embeddings:
-        raise ValueError(f"--query_max_length, --passage_max_length: {longest} tokens, and {args.init_from} has "
-                         f"{config.max_position_embeddings} positions")
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     return model.to(args.device).train(), tokenizer
-
-def order_channels(model, token_ids, sizes):
-    """ Sort the hidden channels, so that each size keeps those that matter at its layer: first the channels that vary
-    most over the texts (lists of ids) at the smallest size's layer, as many as it has dims, then the next size's """
-    embeddings = evaluate.embed_ids(model, token_ids, sorted({layer for layer, _ in sizes}))
-    order = []
-    for layer, dim in sizes:
-        variance = embeddings[layer].var(dim=0)                                         # (C,)
-        variance[order] = -1                                                            # last: smaller sizes have them
-        order += variance.argsort(descending=True)[:max(0, dim - len(order))].tolist()
-    permute_channels(model, order + sorted(set(range(model.config.hidden_size)) - set(order)))
-
-def permute_channels(model, order):
-    """ Put the hidden channels in another order, in place. order: list of C channels. LayerNorm, the sums and all
-    linear layers treat the channels alike, so the outputs are the same numbers in the new order. """
-    for name, parameter in model.named_parameters():
-        kind = name.split(".")[-2]
-        if kind in ("word", "position", "token_type"):
-            parameter.data = parameter.data[:, order]
-        elif kind not in ("query", "key", "value", "up"):   # what writes channels: a matrix's rows, a vector's entries
-            parameter.data = parameter.data[order]
-        elif parameter.dim() == 2:                          # what only reads them: a matrix's columns
-            parameter.data = parameter.data[:, order]
 
 def load_teacher(args, tokenizer):
     """ --teacher -> frozen Bert, or None. Raises ValueError if it does not read the same token ids. """
     if not args.teacher:
         return None
-    teacher, its_tokenizer = load_model(args.teacher, args.device)
+    longest = max(args.query_max_length, args.passage_max_length)
+    teacher, its_tokenizer = load_model(args.teacher, args.device, needed=longest)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {args.teacher} has another vocabulary than the model to train")
-    if teacher.config.max_position_embeddings < max(args.query_max_length, args.passage_max_length):
-        raise ValueError(f"--teacher {args.teacher} has only {teacher.config.max_position_embeddings} positions")
     return teacher
 
 def plan(args, sources, world_size):
@@ -212,21 +185,20 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # data and model: all input is read before anything is written
-    dev = test_collections(args)
+    if args.retrieval:
+        evaluate.Collection(args.retrieval)
+    dev = evaluate.Collection(f"{args.retrieval}:dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
     model, tokenizer = build_model(args, tables)
     sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts windows out of longer passages
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
                                    model.config.prompts) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources, world_size)
-    if args.order_channels and not saved:
-        order_channels(model, data.as_arrays(sources[0].table[:1000]["query"]), sizes)
     teacher = load_teacher(args, tokenizer)
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)
-    about = {"--train_pairs": [data.content_hash(source.table) for source in sources], "pieces": pieces,
-             "--teacher": teacher and weights_hash(teacher)}
+    about = {"--train_pairs": [data.content_hash(source.table) for source in sources], "pieces": pieces}
     first_step = restore(saved, about, model, optimizer) if saved else 0
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
@@ -272,16 +244,6 @@ def main(args):
     if rank == 0:
         Path(args.out_dir, STATE).unlink()       # three times the model, and the run is finished
 
-def test_collections(args):
-    """ --retrieval, read before the training for its errors -> its dev queries, or None where there are none """
-    if not args.retrieval:
-        return None
-    evaluate.Collection(args.retrieval)
-    try:
-        return evaluate.Collection(f"{args.retrieval}:dev") if args.eval_interval else None
-    except ValueError as error:
-        print(f"no evaluation during the training: {error}")
-
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
@@ -309,7 +271,6 @@ def parse_args(argv=None):
     add("--method", choices=["srl", "2dmse"], default="srl", help="which sizes a step trains: see step_sizes")
     add("--kl_weight", type=float, default=1.0, help="of the KL from the full size; 0 leaves it out")
     add("--teacher", help="a frozen model whose full size every size follows; by default the trained model's own")
-    add("--order_channels", action=flag, default=False, help="sort a loaded model's channels: those that matter first")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
     add("--sizes", type=parse_sizes, help="LAYER:DIM,... trained together; by default the model's own, or the paper's")

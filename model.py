@@ -10,7 +10,7 @@ Letters for shapes, the same in all files: B texts, T tokens of one text, N toke
 equal length, C channels (768), H heads, D dims that a size keeps (the first D of the C), Q queries, P passages,
 M positions that the encoder must guess, M' those of SMAE's decoder, V words of the vocabulary.
 """
-import argparse, ctypes, functools, json, math, os, sys, zlib
+import argparse, ctypes, functools, json, math, os, pickle, shutil, sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,15 +35,12 @@ def named_sizes(config):
     return dict(zip(sizes, names))
 
 def size_name(size):
-    """ (2, 32) -> "2:32" """
-    return f"{size[0]}:{size[1]}"
+    return "{}:{}".format(*size)   # 2:32
 
 def parse_sizes(text):
     """ "2:32,12:768" -> ((2, 32), (12, 768)); an argparse type """
-    try:
-        return tuple((int(layer), int(dim)) for layer, dim in (size.split(":") for size in text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:DIM,LAYER:DIM,... such as 2:32,4:64") from None
+    return tuple((int(layer), int(dim)) for layer, dim in (size.split(":") for size in text.split(",")))
+parse_sizes.__name__ = "LAYER:DIM,LAYER:DIM,..."   # argparse: invalid LAYER:DIM,LAYER:DIM,... value: '1:8,2'
 
 def check_sizes(sizes, config):
     """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
@@ -80,21 +77,16 @@ def pack(token_ids, device="cpu"):
                for array in (input_ids, position_ids, text_ids, starts)]
     return Pack(*tensors, list(zip(G_values.tolist(), T_values.tolist())))
 
-def mean_pool(hidden, batch):
-    """ (N, C) -> (B, C): the mean over the tokens of each text, [CLS] and [SEP] included """
-    total = hidden.new_zeros(len(batch.starts), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
-    return total / torch.bincount(batch.text_ids)[:, None]
-
-def cls_pool(hidden, batch):
-    """ (N, C) -> (B, C): the first token of each text, [CLS] """
-    return hidden[batch.starts]
-
-POOLINGS = {"mean": mean_pool, "cls": cls_pool}   # under the names that sentence-transformers gives them
+POOLINGS = ("mean", "cls")   # under the names that sentence-transformers gives them
 SIMILARITIES = ("cosine", "dot")
 
 def pool(hidden, batch, pooling):
     """ tap (N, C) -> (B, C) embeddings, at least float32: scores of bfloat16 vectors lose digits """
-    return POOLINGS[pooling](hidden.to(torch.promote_types(hidden.dtype, torch.float32)), batch)
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if pooling == "cls":
+        return hidden[batch.starts]                                        # the first token of each text
+    total = hidden.new_zeros(len(batch.starts), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
+    return total / torch.bincount(batch.text_ids)[:, None]                 # all tokens, also [CLS] and [SEP]
 
 def shorten(embeddings, dim, similarity):
     """ (B, C) -> (B, D), the vectors of a size, whose dot products are the scores. Slice first, then normalise: an
@@ -110,15 +102,6 @@ def score(queries, passages, dim, similarity):
 # Dropout is where BERT has it: after the LayerNorm of the embeddings, on the attention's weights, before both sums of a
 # block.
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": functools.partial(F.gelu, approximate="tanh")}
-
-def attention(q, k, v, groups, heads, p):
-    """ softmax(q k^T / sqrt(C / H)) v within each text, H heads, dropout p: (N, C) each -> (N, C) """
-    mixed, rows = [], [G * T for G, T in groups]
-    for (G, T), *qkv in zip(groups, q.split(rows), k.split(rows), v.split(rows)):          # (G * T, C) each
-        q, k, v = (x.view(G, T, heads, -1).transpose(1, 2) for x in qkv)                   # (G, H, T, C / H) each
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p)                    # no mask: nothing is padded
-        mixed.append(attended.transpose(1, 2).reshape(G * T, -1))                          # (G * T, C)
-    return torch.cat(mixed)
 
 class Block(nn.Module):
     """ Post-LayerNorm, as in BERT: the output of a block is normalised, so every tap can be used as it is. """
@@ -138,8 +121,13 @@ class Block(nn.Module):
         return self.after_attention(x, self.attend(self.query(x), self.key(x), self.value(x), groups))
 
     def attend(self, q, k, v, groups):
-        """ (N, C) each -> (N, C) """
-        return attention(q, k, v, groups, self.heads, self.p if self.training else 0.0)
+        """ softmax(q k^T / sqrt(C / H)) v within each text, H heads: (N, C) each -> (N, C) """
+        mixed, rows = [], [G * T for G, T in groups]
+        for (G, T), *qkv in zip(groups, q.split(rows), k.split(rows), v.split(rows)):      # (G * T, C) each
+            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)          # (G, H, T, C / H) each
+            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p * self.training)   # nothing is padded
+            mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                         # (G * T, C)
+        return torch.cat(mixed)
 
     def after_attention(self, x, mixed):
         """ block input (N, C), output of its attention (N, C) -> (N, C) """
@@ -210,9 +198,10 @@ def new_config(**fields):
     ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "prompts": {"query": "", "passage": ""}}
     return BertConfig(**ways | fields)
 
-def load_model(name, device="cpu", max_length=None, **overrides):
-    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. overrides:
-    fields of its config. Raises ValueError for what is broken, missing or no BERT. """
+def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
+    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
+    tokens that it must be able to read. overrides: fields of its config. Raises ValueError for what is broken, missing,
+    too short or no BERT. """
     from transformers import AutoTokenizer
     try:
         folder, ways, length = read_modules(find_folder(name))
@@ -226,6 +215,8 @@ def load_model(name, device="cpu", max_length=None, **overrides):
         config.sizes = tuple(map(tuple, config.sizes))                                  # JSON has lists
         if config.pooling not in POOLINGS or config.similarity not in SIMILARITIES:
             raise ValueError(f"pooling {config.pooling} or similarity {config.similarity} is unknown here")
+        if config.max_position_embeddings < needed:
+            raise ValueError(f"{config.max_position_embeddings} positions are too few for {needed} tokens")
         model, tokenizer = Bert(config), AutoTokenizer.from_pretrained(folder)
         load_weights(model, read_weights(folder))
         # a folder without tokenizer files gives a tokenizer of five words, and every text becomes [UNK]
@@ -271,10 +262,9 @@ def read_weights(folder):
     """ -> {Hugging Face's name: tensor}, of one file or of several shards, without what programs put before names """
     from safetensors.torch import load_file
     state, key = {}, hf_name("word.weight")
-    for file in sorted(folder.glob("model*.safetensors")):
-        state |= load_file(file)
-    for file in sorted(folder.glob("pytorch_model*.bin")) if not state else []:
-        state |= torch.load(file, map_location="cpu", weights_only=True)
+    for file in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+        bin = file.suffix == ".bin"
+        state |= torch.load(file, map_location="cpu", weights_only=True) if bin else load_file(file)
     starts = [name.removesuffix(key) for name in state if name.endswith(key)]   # "", "bert.", "module.bert.", ...
     if len(starts) != 1:
         raise ValueError(f"its weights hold {len(starts)} BERTs")
@@ -319,10 +309,6 @@ def save_pretrained(model, tokenizer, folder, head=None):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
 # ---- what both training scripts share --------------------------------------------------------------------------------
-def autocast(device, dtype, **flags):
-    """ with autocast(...): matrix products in dtype, "float32" or "bfloat16" """
-    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32", **flags)
-
 def fast_dtype():
     """ "bfloat16" where the machine is made for it, else "float32" """
     cpu = torch.cpu.get_capabilities()   # an Intel CPU with avx512_bf16 alone takes 1.5 times as long as in float32
@@ -330,15 +316,10 @@ def fast_dtype():
     return "bfloat16" if torch.cuda.is_available() or fast else "float32"
 
 def keep_freed_memory():
-    """ On Linux freed memory stays in the process. Otherwise the system takes it back and clears its pages before the
-    next step can use them, which costs 10 to 15 % of a step on a CPU. """
+    """ On Linux: otherwise the system clears its pages before each step, which costs 10 to 15 % of it on a CPU. """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)             # M_MMAP_MAX: map no block alone
         libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: keep the free end of the heap
-
-def weights_hash(model):
-    """ -> text that changes when a weight does """
-    return f"{zlib.crc32(b''.join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters())):08x}"
 
 def configure_optimizer(named_parameters, args):
     """ AdamW. Matrices decay; biases and LayerNorms do not. scale: see set_learning_rate """
@@ -405,9 +386,9 @@ def due(done, interval, max_steps):
     """ Is it time, after so many steps? Every interval steps (never, if that is 0) and at the end. """
     return done == max_steps or interval > 0 and done % interval == 0
 
-# --out_dir: the model in Hugging Face's files, args.json, log.jsonl, and the state of the training
-STATE = "training_state.pt"
-FREE = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "device", "compile"}   # may change
+STATE = "training_state.pt"   # in --out_dir, beside the model in Hugging Face's files, args.json and log.jsonl
+FREE = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device",
+        "compile"}   # what --resume may change
 
 def load_run(args):
     """ -> what save_run left in --out_dir for --resume, else None. Raises ValueError where flags differ or a run would
@@ -416,11 +397,14 @@ def load_run(args):
         if any(Path(args.out_dir, name).exists() for name in (STATE, "model.safetensors")) and not args.overwrite:
             raise ValueError(f"--out_dir {args.out_dir} holds a run; choose another folder, --overwrite or --resume")
         return None
-    saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--resume: {args.out_dir}/{STATE} cannot be read: {error}") from error
     changed = [name for name, value in vars(args).items() if name not in FREE and saved["args"].get(name) != value]
     if changed:
         raise ValueError(f"--resume: the run in {args.out_dir} had other values of --{', --'.join(changed)}; to train "
-                         "on with new ones, --init_from takes the folder of a run")
+                         "on with new ones, give --init_from the folder")
     return saved
 
 def restore(saved, about, model, optimizer):
@@ -439,8 +423,8 @@ def open_run(args, first_step):
     if args.resume and path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-    if not args.resume:
-        (out_dir / STATE).unlink(missing_ok=True)   # of the run that --overwrite replaces
+    for name in (STATE, "eval.json") if not args.resume else ():   # of the run that --overwrite replaces
+        (out_dir / name).unlink(missing_ok=True)
     (out_dir / "args.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=2) + "\n")
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
@@ -454,6 +438,7 @@ def save_run(args, step, bert, tokenizer, model, optimizer, about, head=None):
     (out_dir / "1_Pooling").mkdir(exist_ok=True)
     for file in sorted(part.rglob("*.*"), key=lambda file: file.name == STATE):   # STATE last: all else is in place
         os.replace(file, out_dir / file.relative_to(part))
+    shutil.rmtree(part)
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """ keep the docstring's line breaks and print every default """

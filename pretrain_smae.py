@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import (ACTIVATIONS, STATE, Bert, HelpFormatter, autocast, average, check_sizes, clip_gradient,
+from model import (ACTIVATIONS, STATE, Bert, HelpFormatter, average, check_sizes, clip_gradient,
                    configure_optimizer, due, fast_dtype, find_folder, keep_freed_memory, load_model, load_run,
                    load_weights, log, named_sizes, new_config, open_run, pack, parse_sizes, read_modules, read_weights,
                    restore, run_script, save_run, set_learning_rate, size_name, start_ranks)
@@ -65,17 +65,17 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     if objective == "smae":
         tokens = model.bert.embed(batch._replace(input_ids=decoder_ids))                   # (N, C), the decoder's
         qkv = [linear(tokens) for linear in (model.decoder.query, model.decoder.key, model.decoder.value)]
-    guesses, labels = {}, {}
+    loss, terms = 0, {}
     for layer, dim in sizes:
         h = taps[layer][:, :dim]                                                           # (N, D)
-        guesses[f"mlm {layer}:{dim}"] = model.head(h[encoder_at])                          # (M, C)
-        labels[f"mlm {layer}:{dim}"] = batch.input_ids[encoder_at]                         # (M,)
+        ce = {"mlm": vocabulary_loss(model, h[encoder_at], batch.input_ids[encoder_at])}
         if objective == "smae":
             bottleneck = model.head(h[batch.starts])                                       # (B, C)
             decoded = model.bert.maybe_checkpoint(decode, model.decoder, tokens, qkv, bottleneck, batch, decoder_at)
-            guesses[f"mae {layer}:{dim}"] = model.head(decoded)                            # (M', C)
-            labels[f"mae {layer}:{dim}"] = batch.input_ids[decoder_at]                     # (M',)
-    return vocabulary_loss(model, guesses, labels)
+            ce["mae"] = vocabulary_loss(model, decoded, batch.input_ids[decoder_at])       # decoded (M', C)
+        loss = loss + sum(ce.values()) / (len(ce) * len(sizes))
+        terms |= {f"{name} {layer}:{dim}": value.detach() for name, value in ce.items()}
+    return loss, terms
 
 def decode(decoder, tokens, qkv, bottleneck, batch, positions):
     """ tokens (N, C), bottleneck (B, C), masked positions (M',) -> (M', C): what the decoder makes of the positions
@@ -87,47 +87,23 @@ def decode(decoder, tokens, qkv, bottleneck, batch, positions):
     mixed = decoder.attend(q, k, v, batch.groups)                                          # (N, C)
     return decoder.after_attention(tokens[positions], mixed[positions])                    # no position is [CLS]
 
-def vocabulary_loss(model, guesses, labels):
-    """ {term: (M, C)}, {term: true ids (M,)} -> mean over terms of CE(E guess + bias, label), {term: CE}. A term
-    without positions (texts too short to hide a word) counts 0. """
-    rows = [len(ids) for ids in labels.values()]
-    weights = torch.cat([model.head.word_bias.new_full((M,), 1 / (len(rows) * max(1, M))) for M in rows])
-    loss, ce = VocabularyLoss.apply(torch.cat(list(guesses.values())), model.bert.word.weight, model.head.word_bias,
-                                    torch.cat(list(labels.values())), weights)
-    return loss, {term: part.sum() / max(1, len(part)) for term, part in zip(labels, ce.split(rows))}
-
-class VocabularyLoss(torch.autograd.Function):
-    """ hidden (M, C), E (V, C), bias (V,), labels (M,), weights (M,) -> sum of weights * CE, CE (M,), where
-        CE = F.cross_entropy(F.linear(hidden, E, bias), labels, reduction="none")
-    The (M, V) logits never exist as a whole: 1,024 rows at a time become their own gradient on the spot, which is
-    weight * (softmax - onehot). So a step needs a third of the memory and, with few rows a term, less time. """
-    @staticmethod
-    def forward(ctx, hidden, E, bias, labels, weights):
-        ce, d_hidden, d_E, d_bias = map(torch.zeros_like, (weights, hidden, E, bias))
-        dtype = torch.get_autocast_dtype(E.device.type) if torch.is_autocast_enabled(E.device.type) else E.dtype
-        matrix = E.to(dtype)
-        for rows in torch.arange(len(hidden), device=E.device).split(1024):
-            x, label = hidden[rows].to(dtype), labels[rows, None]                          # (1024, C), (1024, 1)
-            log_probs = (F.linear(x, matrix) + bias).log_softmax(-1)                       # (1024, V)
-            ce[rows] = -log_probs.gather(1, label)[:, 0]
-            d_logits = log_probs.exp_().scatter_add_(1, label, -torch.ones_like(log_probs[:, :1])) * weights[rows, None]
-            d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(dtype)
-            d_hidden[rows] = (d_logits @ matrix).to(d_hidden.dtype)
-            d_E += d_logits.T @ x
-        ctx.save_for_backward(d_hidden, d_E, d_bias)
-        ctx.mark_non_differentiable(ce)
-        return (ce * weights).sum(), ce
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        return *(grad * saved for saved in ctx.saved_tensors), None, None
+def vocabulary_loss(model, hidden, labels):
+    """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. In training
+    the logits, (M, V), never exist as a whole, and under autocast the value has but the digits of its dtype. """
+    hidden, E, bias = model.head(hidden), model.bert.word.weight, model.head.word_bias
+    if torch.is_autocast_enabled(hidden.device.type):   # linear_cross_entropy does not look
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, E, bias = hidden.to(dtype), E.to(dtype), bias.to(dtype)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024) if torch.is_grad_enabled() else None
+    total = F.linear_cross_entropy(hidden, E, labels, linear_bias=bias, options=options, reduction="sum")
+    return total.to(model.head.word_bias.dtype) / max(1, len(labels))
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
     """ documents -> loss, {"loss", and the terms of smae_loss} """
     masked = data.smae_batch(documents, args.max_length, (args.encoder_mask, args.decoder_mask), tokenizer, seed)
     # autocast keeps a bfloat16 copy of every weight until it ends: memory that --gradient_checkpointing saves, too
-    with autocast(args.device, args.dtype, cache_enabled=not args.gradient_checkpointing):
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16",
+                        cache_enabled=not args.gradient_checkpointing):
         loss, terms = smae_loss(model, pack(masked.texts, args.device), masked, sizes, args.objective)
     return loss, {"loss": loss.detach()} | terms
 
@@ -145,19 +121,18 @@ def build_model(args):
                                intermediate_size=4 * args.hidden_size,
                                max_position_embeddings=max(512, args.max_length)))   # room for longer texts later
     else:
-        bert, tokenizer = load_model(args.init_from, **dropout)
+        bert, tokenizer = load_model(args.init_from, needed=args.max_length, **dropout)
         if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id):
             raise ValueError(f"{args.init_from}: its tokenizer has no [CLS], [SEP] or [MASK]")
     config, head, bert.gradient_checkpointing = bert.config, MLMHead(bert.config), args.gradient_checkpointing
     if args.init_from != "scratch":
         with contextlib.suppress(KeyError):   # a checkpoint without a trained head: a new one
             load_weights(head, read_weights(read_modules(find_folder(args.init_from))[0]))
-    if args.max_length > config.max_position_embeddings:
-        raise ValueError(f"--max_length {args.max_length}: this model has {config.max_position_embeddings} positions")
-    sizes, config.pooling = check_sizes(args.sizes or named_sizes(config), config), "cls"   # the vector SMAE trains
-    if args.objective == "mlm":
-        sizes = check_sizes(args.sizes or [(config.num_hidden_layers, config.hidden_size)], config)
-    config.sizes = sizes if args.objective == "smae" else ()
+    if args.objective == "smae":
+        config.pooling = "cls"   # the vector that SMAE trains
+        config.sizes = sizes = check_sizes(args.sizes or named_sizes(config), config)
+    else:
+        sizes, config.sizes = check_sizes(args.sizes or [(config.num_hidden_layers, config.hidden_size)], config), ()
     tokenizer.model_max_length = args.max_length
     model = SMAE(bert, head).to(args.device).train()
     if Path(args.init_from, STATE).exists():   # of an earlier SMAE: only there is a trained decoder

@@ -7,12 +7,12 @@ cd "$(dirname "$0")/.."
 python - <<'PYTHON'
 import json, shutil
 from pathlib import Path
-import data
+import data, evaluate
 
 docs, out = data.docs_folder(), Path("out/docs-heldout")
 (out / "qrels").mkdir(parents=True, exist_ok=True)
 shutil.copy(docs / "corpus.jsonl", out)
-test = set(data.Collection("docs").qrels)
+test = set(evaluate.Collection("docs").qrels)
 rows = [row for line in open(docs / "corpus.jsonl") if f"q{(row := json.loads(line))['_id']}" not in test]
 (out / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{row['_id']}", "text": row["query"]}) + "\n" for row in rows))
 (out / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n"

@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -e out/docs-heldout ] || runs/docs_heldout.sh
+mkdir -p out/docs-trials
 trial() {      # NAME FLAGS...: fine-tune, then dev
     local out=out/docs-trials/$1
     [ -e $out/model.safetensors ] && [ ! -e $out/training_state.pt ] ||
@@ -21,12 +22,13 @@ for rate in "5e-4 8" "1e-3 8" "2.5e-4 8" "5e-4 16" "5e-4 32" "2.5e-4 16"; do
     trial alone5-$name $flags --sizes 5:128
 done
 
-# 2. SMAE as it comes, and a gentle SMAE that starts as SRL from scratch does: weights of .01, 32 gains at 0
-python - <<'PYTHON'
+# 2. SMAE as it comes, and a gentle SMAE that starts as SRL from scratch does: weights of .01, 160 scored channels
+sizes=1:8,2:16,3:32,4:64,5:128,6:160
+python - $sizes <<'PYTHON'
+import sys
 from functools import partial
 from pathlib import Path
-import torch
-import finetune_srl, pretrain_smae
+import pretrain_smae
 
 def pretrain(name, *flags):
     out = f"out/docs-trials/smae-{name}"
@@ -35,13 +37,8 @@ def pretrain(name, *flags):
         Path(out, "done").touch()
 
 pretrain("plain")
-class Silenced(pretrain_smae.SMAE):
-    def __init__(self, bert, head):
-        finetune_srl.silence_last_channels(bert)
-        super().__init__(bert, head)
-pretrain_smae.SMAE = Silenced
-pretrain_smae.new_bert = partial(pretrain_smae.new_bert, initializer_range=0.01)
-pretrain("gentle", "--learning_rate", "5e-4", "--word_lr_scale", "8")
+pretrain_smae.new_config = partial(pretrain_smae.new_config, initializer_range=0.01)
+pretrain("gentle", "--learning_rate", "5e-4", "--embedding_lr_scale", "8", "--sizes", sys.argv[1])
 PYTHON
 pre=out/docs-trials/smae-plain
 mean="--pooling mean --embedding_lr_scale 8"
@@ -51,18 +48,16 @@ trial mean-2.5e-4 --init_from $pre $mean --learning_rate 2.5e-4
 trial mean-1.25e-4x16 --init_from $pre --pooling mean --learning_rate 1.25e-4 --embedding_lr_scale 16
 trial mean-x2 --init_from $pre --pooling mean --embedding_lr_scale 2
 trial cls --init_from $pre --pooling cls --embedding_lr_scale 8
-# 3. Weights changed between SMAE and SRL, to learn what of SMAE does the harm
+# 3. Channels left unscored, or weights changed, between SMAE and SRL, to learn what of SMAE does the harm
+trial mean-silence --init_from $pre $mean --sizes $sizes
 edited() {     # FROM OUT CHANGES: a copy of the model with other weights
     [ -e $2/model.safetensors ] || python - "$@" <<'PYTHON'
 import sys
 import torch
-import finetune_srl
 from model import load_model, save_pretrained
 (_, source, out, changes), g = sys.argv, torch.Generator().manual_seed(0)
 model, tokenizer = load_model(source)
 C, words = model.config.hidden_size, model.word.weight.data
-if "silence" in changes:      # the last sixth of the full size's gains, as from scratch
-    finetune_srl.silence_last_channels(model)
 if "center" in changes:       # no direction that all words share
     words -= words.mean(0)
 if "shrink" in changes:       # std .01; the model stays the same function, because LayerNorm follows
@@ -75,24 +70,27 @@ if "whiten" in changes:       # words of equal length that fill all directions e
     words.copy_(0.01 * C**0.5 * torch.nn.functional.normalize(white, dim=-1))
     for embedding in (model.position, model.token_type):
         embedding.weight.data = 0.01 * torch.randn(embedding.weight.shape, generator=g)
-    torch.nn.init.ones_(model.norm.weight), torch.nn.init.zeros_(model.norm.bias)
+    torch.nn.init.ones_(model.embedding_norm.weight), torch.nn.init.zeros_(model.embedding_norm.bias)
 if "identity" in changes:     # a tenth of what attention and MLP add
     for block in model.blocks:
-        for linear in (block.attention.out, block.down):
+        for linear in (block.out, block.down):
             linear.weight.data *= 0.1
             linear.bias.data *= 0.1
 save_pretrained(model, tokenizer, out)
 PYTHON
 }
-for changes in silence identity center-shrink whiten-identity shrink; do
+for changes in identity center-shrink whiten-identity shrink; do
     edited $pre out/docs-trials/from-$changes $changes
     trial mean-$changes --init_from out/docs-trials/from-$changes $mean
 done
-edited out/docs-trials/smae-gentle out/docs-trials/from-gentle silence
-trial mean-gentle --init_from out/docs-trials/from-gentle $mean
+trial mean-gentle --init_from out/docs-trials/smae-gentle $mean
 # few pairs: 1,000 of the 19,433, 100 steps; and no training at all
-docs=$(python -c "import data; print(data.docs_folder())")
-shuf -n 1000 --random-source=<(yes) $docs/train.jsonl > out/docs-trials/few.jsonl
+python - > out/docs-trials/few.jsonl <<'PYTHON'
+import random
+import data
+lines = (data.docs_folder() / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+print("".join(random.Random(1).sample(lines, 1000)), end="")
+PYTHON
 few="--train_pairs out/docs-trials/few.jsonl --max_steps 100"
 trial few-scratch $few
 trial few-smae $few --init_from $pre $mean

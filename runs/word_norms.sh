@@ -8,11 +8,11 @@ python - "$@" <<'PYTHON'
 import sys
 import numpy as np, torch
 from scipy.stats import spearmanr
-import data
-from model import from_pretrained, load_tokenizer, pack, size_name
+import data, evaluate
+from model import load_model, pack, size_name
 
-model, tokenizer = from_pretrained(sys.argv[1]), load_tokenizer(sys.argv[1])
-_, texts = next(data.Collection("docs").shards())
+model, tokenizer = load_model(sys.argv[1])
+_, texts, _ = next(evaluate.Collection("docs").shards())
 texts = data.tokenize(texts[:2000], tokenizer, tokenizer.model_max_length)
 count = np.bincount(np.concatenate([np.unique(text) for text in texts]), minlength=len(tokenizer))   # (V,) texts a word
 batch = pack(texts[:300])

@@ -1,5 +1,5 @@
 """ Shared by the tests: no network, small models, small texts. """
-import importlib.util, json, os, subprocess, sys
+import importlib.util, json, os, subprocess, sys, zlib
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"   # before anything imports huggingface_hub
@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import data
-from model import Bert, new_config, save_pretrained
+from model import Bert, hf_name, new_config, save_pretrained
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "optional: needs a package that requirements.txt leaves out; see .ci/run")
+    config.addinivalue_line("markers", "slow: takes 10 seconds or more; pytest -m \"not slow\" leaves it out")
 
 def needs(package):
     """ a decorator for tests that need an optional package; .ci/run installs each and runs pytest -m optional """
@@ -25,7 +26,7 @@ def needs(package):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_caches(tmp_path_factory):
-    """ tables of `datasets` go to a folder that ends with the tests; one thread, because sums depend on their number """
+    """ tables of `datasets` go to a folder that ends with the tests; one thread: sums depend on how many """
     import datasets
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     torch.set_num_threads(1)
@@ -101,10 +102,37 @@ def bert_folder(tokenizer, tmp_path_factory):
     return str(folder)
 
 def refused(script, *flags):
-    """ What a process says that refuses: exit status 2, no traceback, and the last line of stderr. script: "evaluate.py"
+    """ What a process says that refuses: exit status 2, no traceback, the last line of stderr. script: "evaluate.py"
     or a tool, "tools.export" """
     start = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
     done = subprocess.run([sys.executable, *start, *map(str, flags)], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1]
+
+def set_weights(module):
+    """ Bert or MLMHead -> the same, float64, with weights that depend on nothing but their names: those of frozen.json
+    (the names are transformers' own, because ours may change) """
+    for name, parameter in module.double().named_parameters():
+        name = hf_name(name).replace("cls.predictions.", "head.")
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        values = rng.normal(float("LayerNorm.weight" in name), 0.2, parameter.shape)
+        parameter.data = torch.from_numpy(values)
+    return module
+
+def assert_frozen(case, loss, module):
+    """ The loss and the gradients are those of tests/frozen.json, to 1e-12: [loss, sum of the gradients' norms, sum of
+    the gradients times cos(0), cos(1), ...], over all parameters but the biases of the keys, which softmax ignores """
+    gradients = [p.grad for name, p in module.named_parameters()
+                 if p.grad is not None and not name.endswith("key.bias")]
+    norms = sum(gradient.norm() for gradient in gradients)
+    sums = sum(gradient.flatten() @ torch.arange(gradient.numel()).double().cos() for gradient in gradients)
+    want = json.loads((ROOT / "tests" / "frozen.json").read_text())[case]
+    for found, figure, scale in zip((loss, norms, sums), want, (want[0], want[1], want[1]), strict=True):
+        assert abs(found.item() - figure) < 1e-12 * scale, (case, found.item(), figure)
+
+@pytest.fixture
+def frozen_texts():
+    """ the 15 texts of frozen.json """
+    rng = np.random.default_rng(0)
+    return [rng.integers(5, 97, size=n) for n in (7, 3, 20, 7, 12, 5, 20, 7, 9, 5, 11, 3, 8, 6, 14)]

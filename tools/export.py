@@ -4,11 +4,12 @@ A size of a model as a folder of its own, for sentence-transformers and transfor
     python -m tools.export out/srl 2:16 out/small        # 2 layers, 16 dims (for transformers zeros beyond)
     python -m tools.export out/srl all out/sizes         # a folder for each size, or for those of 1:8,3:32
     python -m tools.export out/srl 2:16 out/tiny --vocab_size 4000 --texts my_folder
+    python -m tools.export out/srl 2:16 out/web --onnx --sts my_pairs.jsonl    # for programs without PyTorch, browsers
     python -m tools.export out/srl                       # no folder: only the card of out/srl itself
 
 Most of a small size's weight is its vocabulary. --vocab_size keeps the entries that are most frequent in --texts.
 """
-import argparse, copy, re, sys
+import argparse, copy, importlib.util, json, logging, re, sys, warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import evaluate
 from evaluate import embed_texts
 from model import (check_sizes, find_folder, load_model, named_sizes, parse_sizes, read_json, run_script,
                    save_pretrained, size_name)
@@ -35,22 +37,74 @@ def cut(model, size):
     return small.eval()
 
 def cut_vocabulary(model, tokenizer, counts, vocab_size):
-    """ Keep vocab_size pieces of WordPiece: the special tokens, the single characters, which can spell any word, and
-    those with the highest counts (V,) -> model, tokenizer, whose ids keep their order """
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    must = np.array([piece in tokenizer.all_special_tokens or len(piece.removeprefix("##")) == 1 for piece in pieces])
-    if not must.sum() <= vocab_size <= len(pieces):
-        raise ValueError(f"--vocab_size {vocab_size}: {must.sum()} special tokens and single characters must stay, and "
-                         f"there are {len(pieces)} entries; give a number between")
-    kept = np.sort(np.lexsort((-counts, ~must))[:vocab_size]).tolist()   # equal counts: the lower id stays
-    model = copy.deepcopy(model)
-    model.word = torch.nn.Embedding.from_pretrained(model.word.weight[kept], freeze=False)
-    model.config.vocab_size = vocab_size
-    vocab = {"vocab": {pieces[old]: new for new, old in enumerate(kept)}, "added_tokens_decoder": {}}
-    smaller = type(tokenizer)(**tokenizer.init_kwargs | vocab)
-    smaller.backend_tokenizer.normalizer = tokenizer.backend_tokenizer.normalizer
-    smaller.model_max_length, model.config.pad_token_id = tokenizer.model_max_length, smaller.pad_token_id
+    """ Keep vocab_size pieces of WordPiece: the special tokens and others that were added, the single characters, which
+    can spell any word, and those with the highest counts (V,) -> model, tokenizer, whose ids keep their order """
+    from tokenizers import Tokenizer
+    state, ids = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
+    wordpiece, added = state["model"], {token["content"] for token in state["added_tokens"]}
+    if wordpiece["type"] != "WordPiece":
+        raise ValueError(f"--vocab_size is for WordPiece; this tokenizer is {wordpiece['type']}")
+    must = {piece for piece in ids if piece in added or len(piece.removeprefix("##")) == 1}
+    if not len(must) <= vocab_size <= len(ids):
+        raise ValueError(f"--vocab_size {vocab_size}: {len(must)} special tokens and single characters must stay, and "
+                         f"there are {len(ids)} entries; give a number between")
+    best = sorted(ids, key=lambda piece: (piece not in must, -counts[ids[piece]], ids[piece]))[:vocab_size]
+    kept = {piece: new for new, piece in enumerate(sorted(best, key=ids.get))}
+    wordpiece["vocab"] = {piece: kept[piece] for piece in wordpiece["vocab"] if piece in kept}
+    state["added_tokens"] = [token | {"id": kept[token["content"]]} for token in state["added_tokens"]]
+    cls, sep = tokenizer.cls_token, tokenizer.sep_token
+    state |= {"post_processor": {"type": "BertProcessing", "cls": [cls, kept[cls]], "sep": [sep, kept[sep]]},
+              "padding": None}   # these have ids, too
+    flags = {"tokenizer_object": Tokenizer.from_str(json.dumps(state)), "added_tokens_decoder": {}}
+    smaller = type(tokenizer)(**tokenizer.init_kwargs | flags)
+    smaller.model_max_length, model = tokenizer.model_max_length, copy.deepcopy(model)
+    if smaller.get_vocab() != kept or [kept.get(t) for t in tokenizer("").tokens()] != smaller("")["input_ids"]:
+        raise ValueError("--vocab_size: this tokenizer numbers its words in another way than BERT's")
+    model.word = torch.nn.Embedding.from_pretrained(model.word.weight[[ids[piece] for piece in kept]], freeze=False)
+    model.config.vocab_size, model.config.pad_token_id = vocab_size, smaller.pad_token_id
     return model, smaller
+
+INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
+
+def write_onnx(model, tokenizer, folder, sts):
+    """ a size and its folder -> FOLDER/onnx/model.onnx and model_int8.onnx, where sentence-transformers and
+    transformers.js look for them. Raises ValueError if the first does not give the size's embeddings. """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import AutoModel
+    bert, (size,) = AutoModel.from_pretrained(folder, attn_implementation="eager").eval(), model.config.sizes
+    bert.pooler = None                          # nothing here uses it
+    ids = torch.tensor([[2, 3, 4], [2, 3, 0]])  # an example, with padding
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=model.config.max_position_embeddings)}
+    file, int8 = folder / "onnx" / "model.onnx", folder / "onnx" / "model_int8.onnx"
+    file.parent.mkdir()
+    logging.disable(logging.WARNING)            # they tell of every layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(bert, kwargs=dict(zip(INPUTS, (ids, ids.clamp(max=1), 0 * ids))), verbose=False,
+                          dynamic_shapes=dict.fromkeys(INPUTS, axes), output_names=["last_hidden_state"]).save(file)
+        quantize_dynamic(file, int8, weight_type=QuantType.QInt8)
+    logging.disable(logging.NOTSET)
+    versions = {folder / "model.safetensors": model, file: onnx_model(model, file), int8: onnx_model(model, int8)}
+    texts = sts[1] if sts else ["a text", "another one, which is longer"]
+    rows = [embed_texts(version, tokenizer, texts, [size[0]])[size[0]] for version in versions.values()]
+    if not torch.allclose(rows[0], rows[1], rtol=0, atol=1e-4):
+        raise ValueError(f"{file}: its embeddings are off by {(rows[0] - rows[1]).abs().max():.1e}")
+    for path, version in versions.items():
+        found = sts and evaluate.sts(version, tokenizer, sts, [size], "float32")[0][0]["value"]
+        print(f"  {path.name:18}{path.stat().st_size / 1e6:8.1f} MB" + (f"  Spearman {found:.4f}" if sts else ""))
+
+def onnx_model(model, file):
+    """ -> a model that encodes as `model` does, but with the ONNX file """
+    import onnxruntime
+    session, model = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]), copy.copy(model)
+    def forward(batch, layers):
+        at = batch.text_ids, batch.position_ids                                                   # of tokens in (B, T)
+        ids, mask = torch.zeros(2, len(batch.starts), batch.groups[-1][1], dtype=torch.long)      # (B, T) each
+        ids[at], mask[at] = batch.input_ids, 1
+        hidden, = session.run(None, {name: x.numpy() for name, x in zip(INPUTS, (ids, mask, 0 * ids))})   # (B, T, C)
+        return dict.fromkeys(layers, torch.from_numpy(hidden)[at])                                # (N, C)
+    model.forward = forward
+    return model
 
 def export(model, tokenizer, args):
     """ write a folder for each size that is asked for -> the folders """
@@ -61,24 +115,29 @@ def export(model, tokenizer, args):
     for folder in folders:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder}: something is there already; delete it, or name another folder")
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
+    if args.onnx and missing:
+        raise ValueError(f"--onnx: pip install {' '.join(missing)}")
+    sts = evaluate.load_sts(args.sts) if args.sts else None
     smaller, its_tokenizer = model, tokenizer
     if args.vocab_size:
         texts = [text for _, text in load_passages(args.texts)]
-        ids = np.concatenate(data.tokenize(texts, tokenizer, 10**6))
-        counts = np.bincount(ids, minlength=len(tokenizer))
+        counts = np.bincount(np.concatenate(data.tokenize(texts, tokenizer, 10**6)), minlength=model.config.vocab_size)
         smaller, its_tokenizer = cut_vocabulary(model, tokenizer, counts, args.vocab_size)
         texts = texts[::max(1, len(texts) // 1000)]   # a thousand of them show the cost
     for (layer, dim), folder in zip(sizes, folders):
         if model.config.sizes and (layer, dim) not in known:
             print(f"warning: {args.model} was not trained at {layer}:{dim}, which may be worse", file=sys.stderr)
-        save_pretrained(cut(smaller, (layer, dim)), its_tokenizer, folder)
-        megabytes = (folder / "model.safetensors").stat().st_size / 1e6
-        print(f"{layer}:{dim} is in {folder}: {megabytes:.1f} MB of float32")
+        small = cut(smaller, (layer, dim))
+        save_pretrained(small, its_tokenizer, folder)
+        print(f"{layer}:{dim} is in {folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB of float32")
         if args.vocab_size:
-            before = embed_texts(model, tokenizer, texts, [layer])[layer][:, :dim]             # (texts, D)
-            after = embed_texts(smaller, its_tokenizer, texts, [layer])[layer][:, :dim]
+            before, after = (embed_texts(*pair, texts, [layer], prompt="passage")[layer][:, :dim]    # (texts, D) each
+                             for pair in ((model, tokenizer), (small, its_tokenizer)))
             print(f"  {args.vocab_size:,} of {len(tokenizer):,} vocabulary entries: the mean cosine of a text's vector "
                   f"to that before is {F.cosine_similarity(before, after).mean():.3f}")
+        if args.onnx:
+            write_onnx(small, its_tokenizer, folder, sts)
     return folders
 
 MADE_HERE = "<!-- written by tools/export.py, which replaces this file as long as this line stands -->"
@@ -140,9 +199,13 @@ def parse_args(argv=None):
     parser.add_argument("out", nargs="?", metavar="OUT", help="the new folder; of several sizes the one above them")
     parser.add_argument("--vocab_size", type=int, metavar="N", help="keep the N entries most frequent in --texts")
     parser.add_argument("--texts", default="docs", metavar="PATH", help="as in tools.search; by default %(default)s")
+    parser.add_argument("--onnx", action="store_true", help="also OUT/onnx: model.onnx in float32, model_int8.onnx")
+    parser.add_argument("--sts", metavar="FILE", help="of --onnx: Spearman of both, on what evaluate.py --sts takes")
     args = parser.parse_args(argv)
-    if args.size and not args.out:
-        parser.error(f"SIZE {args.size}: add the folder OUT")
+    if not args.out and (args.size or args.vocab_size or args.onnx):
+        parser.error("SIZE OUT: say which size, and the new folder")
+    if args.sts and not args.onnx:
+        parser.error("--sts is for --onnx; see evaluate.py")
     return args
 
 def main(args):

@@ -14,7 +14,7 @@ import torch
 
 import data
 from evaluate import embed_texts
-from model import (check_sizes, load_model, named_sizes, parse_sizes, run_script, shorten, size_name, weights_hash)
+from model import check_sizes, load_model, named_sizes, parse_sizes, run_script, shorten, size_name
 
 def load_passages(source):
     """ "docs", or a file or folder of .txt, .md and .jsonl, maybe .gz -> [(name, text), ...]: the docstrings, the
@@ -40,7 +40,8 @@ def load_passages(source):
 def embed_passages(model, tokenizer, texts, layers, args):
     """ -> {layer: (P, C)}; found again by the texts and by whatever decides their embedding """
     from datasets import Dataset
-    about = [texts, weights_hash(model), model.config.to_json_string(), tokenizer.backend_tokenizer.to_str(), layers]
+    weights = [zlib.crc32(parameter.detach().numpy()) for parameter in model.parameters()]
+    about = [texts, weights, model.config.to_json_string(), tokenizer.backend_tokenizer.to_str(), layers]
     def embed(batch):
         found = embed_texts(model, tokenizer, batch["text"], layers, prompt="passage")
         return {str(layer): rows.numpy() for layer, rows in found.items()}

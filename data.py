@@ -212,7 +212,7 @@ def open_source(source, split, streaming):
     if kind:
         return read_file(path, kind)
     # C:\data is a folder and no NAME:CONFIG
-    name, config, named_split = ([source] if Path(source).exists() else source.split(":") + ["", ""])[:3]
+    name, config, named_split = (([source] if Path(source).exists() else source.split(":")) + ["", ""])[:3]
     return datasets.load_dataset(name, config or None, split=named_split or split, streaming=streaming)
 
 def read_file(path, kind):
@@ -226,7 +226,10 @@ def read_file(path, kind):
             csv.field_size_limit(2**31 - 1)
             separator = "\t" if kind == "tsv" else max(",;", key=start.count)   # spreadsheets may write semicolons
             quoting = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL    # in .tsv a quote is a character
-            for row in (rows := csv.DictReader(file, delimiter=separator, quoting=quoting, strict=True)):
+            rows = csv.DictReader(file, delimiter=separator, quoting=quoting, strict=True)
+            if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+                raise ValueError("two columns have one name")
+            for row in rows:
                 if None in row or None in row.values():
                     raise ValueError(f"line {rows.line_num} has not as many cells as the first line")
                 yield row
@@ -277,6 +280,7 @@ COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": 
            "positive": "pos|positives?|positive_passages|answers?|context|document|passage|response|sentence2",
            "negative": "neg|negatives?|negative_passages"}
 LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class"   # may say which rows are no pairs
+BINARY = {"0", "1", "0.0", "1.0", "true", "false", "none", "nan", ""}   # so may a score that is one of these
 
 def find_columns(source, present, kinds, needed, columns=(), alone=True):
     """ -> {kind: the columns, of those present, that hold it}. columns: the flag, as ["query=question"]; kinds that it
@@ -302,7 +306,7 @@ def load_pairs(source, columns=(), alone=True, split="train"):
     names, count, scores = {}, 0, set()
     for count, row in enumerate(read_rows(source, split=split), start=1):   # all: in JSON a column may come late
         names |= dict.fromkeys(row)
-        scores.add(str(row.get("score")) if len(scores) < 4 else "")
+        scores.add(str(row.get("score")).lower() if len(scores) < 9 else "many")
     kinds, needed = ("query", "positive", "negative", "score"), ("query", "positive")
     found = find_columns(source, list(names), kinds, needed, columns, alone)
     # A score beside query and positive may say anything. It counts if --columns names it, or beside two sentences.
@@ -310,7 +314,7 @@ def load_pairs(source, columns=(), alone=True, split="train"):
     found["score"] = found["score"][:meant]
     unused = [name for name in names if name not in sum(found.values(), [])]
     for name in unused if not found["score"] else []:
-        if re.fullmatch(LABELS, name.lower()) or name == "score" and scores <= {"0", "1", "0.0", "1.0"}:
+        if re.fullmatch(LABELS, name.lower()) or name == "score" and scores <= BINARY:
             raise ValueError(f"{source}: {name} may say which rows are no pairs. Copy those that are to a file without "
                              f"this column, or train on it as a similarity: --columns score={name}")
 

@@ -143,12 +143,12 @@ class Collection:
             return {"_id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"] or ""}
         texts = dict.fromkeys(["_id", "title", "text"], Value("string"))
         self.corpus = make_table(corpus, functools.partial(read_rows, corpus, as_document), texts)
-        ids = set(self.corpus["_id"])
-        if len(ids) < len(self.corpus):
-            raise ValueError(f"{corpus}: two documents have one _id")
-        known = {str(row["_id"]) for row in read_rows(queries)}
-        self.qrels = self.judgements(self.source(f"qrels/{split or 'test'}.tsv", f"-qrels::{hub_split}"), ids, known)
-        texts = {str(row["_id"]): row["text"] for row in read_rows(queries) if str(row["_id"]) in self.qrels}
+        ids, rows = set(self.corpus["_id"]), list(read_rows(queries, as_document))
+        texts = {row["_id"]: row["text"] for row in rows}
+        for file, left, count in ((corpus, len(ids), len(self.corpus)), (queries, len(texts), len(rows))):
+            if left < count:
+                raise ValueError(f"{file}: two rows have one _id")
+        self.qrels = self.judgements(self.source(f"qrels/{split or 'test'}.tsv", f"-qrels::{hub_split}"), ids, texts)
         self.queries = {query: texts[query] for query in self.qrels}
 
     def source(self, file, hub_name):
@@ -161,8 +161,9 @@ class Collection:
         """ ids of the documents, of the queries -> qrels. As in trec_eval a document that is not there counts as one
         that is not found. """
         qrels, odd = {}, Counter()
-        for row in read_rows(source):
-            query, document, grade = str(row["query-id"]), str(row["corpus-id"]), as_score(row["score"])
+        def as_judgement(row):
+            return str(row["query-id"]), str(row["corpus-id"]), as_score(row["score"])
+        for query, document, grade in read_rows(source, as_judgement):
             grades = qrels.setdefault(query, {})
             if grades.get(document, grade) != grade:
                 raise ValueError(f"{source}: query {query}, document {document} have two grades")

@@ -211,7 +211,7 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
         kind = config.get("model_type"), config.get("position_embedding_type", "absolute")
         if kind != ("bert", "absolute"):
             raise ValueError(f"model_type {kind[0]} with {kind[1]} positions; this code is BERT with absolute ones")
-        config = new_config(**ways | config | overrides)
+        config = new_config(**ways | config | overrides | {"dtype": "float32"})   # half precision becomes float32
         config.sizes = tuple(map(tuple, config.sizes))                                  # JSON has lists
         if config.pooling not in POOLINGS or config.similarity not in SIMILARITIES:
             raise ValueError(f"pooling {config.pooling} or similarity {config.similarity} is unknown here")
@@ -232,7 +232,7 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
 def find_folder(name):
     """ a local folder, or a name on the Hugging Face hub (downloaded once, then found offline too) -> Path """
     from huggingface_hub import snapshot_download
-    files = ["*.json", "*.txt", "model*.safetensors", "pytorch_model*.bin"]
+    files = ["*.json", "*.txt", "*model*.safetensors", "*pytorch_model*.bin"]
     return Path(name) if Path(name).exists() else Path(snapshot_download(name, allow_patterns=files))
 
 def read_json(path):

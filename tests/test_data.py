@@ -37,7 +37,7 @@ def test_every_kind_of_file(tmp_path, name):
 LONG = "long " * 40_000   # characters; the csv module takes 131,072 by default
 @pytest.mark.parametrize("name, text, rows", [
     ("p.csv", "\ufeffa;b\r\n1;2,5\r\n", [{"a": "1", "b": "2,5"}]), ("p.csv", f"a\n{LONG}\n", [{"a": LONG}]),
-    ("p.csv", 'a,b\n"q\nr","x ""y"""\n\n', [{"a": "q\nr", "b": 'x "y"'}]), ("p.tsv", 'a\n5" "n\n', [{"a": '5" "n'}]),
+    ("p.csv", 'a,b\n"q\nr","x ""y"""\n\n', [{"a": "q\nr", "b": 'x "y"'}]), ("p.tsv", 'a\n"5" n\n', [{"a": '"5" n'}]),
     ("p.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": "x\u2028y"}', [{"a": 1}, {"a": "x\u2028y"}]),
     ("p.txt", " one\r\n\ntwo\u2028three", [{"text": "one"}, {"text": ""}, {"text": "two\u2028three"}])])
 def test_files_that_look_odd(tmp_path, name, text, rows):

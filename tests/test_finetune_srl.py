@@ -9,7 +9,7 @@ import torch
 import data, evaluate, finetune_srl
 from conftest import NOUNS, assert_frozen, make_beir, needs, set_weights, write_jsonl
 from finetune_srl import cosent, main, parse_args, srl_loss, step_sizes, train_step
-from model import STATE, Bert, load_model, pack, save_pretrained
+from model import STATE, Bert, load_model, pack, read_weights, save_pretrained
 from tools.order_channels import order_channels, permute_channels
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -256,24 +256,24 @@ def variant(folder, target, **ways):
 def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path):
     """ Five steps of main give the weights, losses and norms of a plain PyTorch loop. """
     records = run(pairs_file, tmp_path / "a", "--init_from", bert_folder, "--sizes", "1:8,3:48", "--warmup", "0.4",
-                  "--learning_rate", "0.0018", "--embedding_lr_scale", "3", "--weight_decay", "0.3",
-                  "--kl_weight", "0.3", "--temperature", "0.2", "--max_steps", "5")
+                  "--learning_rate", "0.0006", "--embedding_lr_scale", "3", "--weight_decay", "0.3",
+                  "--kl_weight", "0.3", "--temperature", "0.03", "--max_steps", "5")
     bert, tokenizer = load_model(bert_folder)
     embeddings = {"word.weight", "position.weight", "token_type.weight"}
     named = [(name, p) for name, p in bert.named_parameters() if not name.endswith("key.bias")]
     optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": 0.3 if p.dim() > 1 else 0.0,
                                     "scale": 3 if name in embeddings else 1} for name, p in named], fused=False)
     losses, norms = [], []
-    for step, lr in enumerate([0.0009, 0.0018, 0.0018, 0.0012, 0.0006]):   # two steps up, then a line to 0 over three
+    for step, lr in enumerate([0.0003, 0.0006, 0.0006, 0.0004, 0.0002]):   # two steps up, then a line to 0 over three
         rows = bert.encode(pack(first_batch(pairs_file, tokenizer, step)), [1, 3])
-        loss, _ = srl_loss(*split(rows, 16), ((1, 8), (3, 48)), "cosine", 0.2, 0.3)
+        loss, _ = srl_loss(*split(rows, 16), ((1, 8), (3, 48)), "cosine", 0.03, 0.3)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.stack([p.grad.norm() for _, p in named]).norm()
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
             for p in group["params"]:
-                p.grad *= min(1, 1 / norm)
+                p.grad *= min(1, 1 / (norm + 1e-6))
         optimizer.step()
         losses.append(loss.item()), norms.append(norm.item())
     assert min(norms) < 1 < max(norms)   # clipping bites in some steps
@@ -305,10 +305,11 @@ def test_six_sizes_from_scratch(pairs_file, tmp_path, pooling, last):
     assert len(found) == 6 and found[-2:] == ((2, 43), (3, last))
 
 def test_one_size_alone_has_only_its_layers(pairs_file, tmp_path):
-    """ --sizes 1:8 trains a separate model: one block, and no KL. """
+    """ --sizes 1:8 trains and saves a separate model: one block, and no KL. """
     records = run(pairs_file, tmp_path / "a", "--sizes", "1:8")
     bert, _ = load_model(tmp_path / "a")
-    assert len(bert.blocks) == bert.config.num_hidden_layers == 1 and bert.config.sizes == ((1, 8),)
+    assert bert.config.num_hidden_layers == 1 and bert.config.sizes == ((1, 8),)
+    assert not [name for name in read_weights(tmp_path / "a") if "layer.1" in name]
     assert all(abs(record["kl 1:8"]) < 1e-6 < record["nce 1:8"] for record in records)
 
 def test_2dmse_trains_what_it_draws(pairs_file, tmp_path):

@@ -157,8 +157,7 @@ def test_gradient_checkpointing(smae, batch):
         torch.manual_seed(1)
         size, (loss, _) = kept(lambda: smae_loss(smae, *batch, SIZES))
         runs.append((size, [loss, *torch.autograd.grad(loss, learned(smae))]))
-    print(runs[0][0], runs[1][0])
-    assert all(map(torch.equal, runs[0][1], runs[1][1])) and runs[1][0] < runs[0][0] / 2
+    assert all(map(torch.equal, runs[0][1], runs[1][1])) and runs[1][0] < runs[0][0] / 3
     (three, _), (four, taps) = (kept(lambda: smae.bert(batch[0], [n])) for n in (3, 4))
     assert four - three == taps[4].numel() * taps[4].element_size()
 
@@ -209,7 +208,7 @@ def test_a_run_equals_a_plain_loop(text_file, tmp_path):
     optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": 0.3 if p.dim() > 1 else 0.0,
                                     "scale": 4 if name in embeddings else 1} for name, p in named])
     losses, norms = [], []
-    for step, lr in enumerate([0.002, 0.004, 0.004, 0.003, 0.001]):         # two steps up, then a cosine to 0 over three
+    for step, lr in enumerate([0.002, 0.004, 0.004, 0.003, 0.001]):         # two steps up, then a cosine to 0
         optimizer.zero_grad()
         losses.append(0)
         for piece in (0, 1):                                                # of 4 documents; an epoch has 3 batches
@@ -225,7 +224,7 @@ def test_a_run_equals_a_plain_loop(text_file, tmp_path):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
             for p in group["params"]:
-                p.grad *= min(1, 1 / norms[-1])
+                p.grad *= min(1, 1 / (norms[-1] + 1e-6))
         optimizer.step()
     assert max(norms) > 1                                                   # clipping bites
     assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-4)
@@ -250,12 +249,11 @@ def test_validation_text_is_held_out(text_file, tmp_path, monkeypatch):
 
 def test_validation_sees_every_held_out_document_once(monkeypatch):
     """ Of many held-out documents validation takes fifty at a time, with other masks each, and gives the mean. """
-    seen, seeds = [], []
+    seen, seeds, model = [], [], torch.nn.Linear(1, 1)
     def batch_loss(model, documents, tokenizer, sizes, args, seed):
         seen.extend(documents), seeds.append(tuple(seed))
         return None, {"loss": torch.tensor(7.0 * len(seeds)), "mlm 1:8": torch.tensor(float(len(seeds)))}
     monkeypatch.setattr(pretrain_smae, "batch_loss", batch_loss)
-    model = torch.nn.Linear(1, 1)
     found = pretrain_smae.validate(model, list(range(120)), None, None, None)
     assert found == {"val loss": 14.0, "val mlm 1:8": 2.0}
     assert seen == list(range(120)) and len(set(seeds)) == 3 and model.training
@@ -322,7 +320,7 @@ def test_which_sizes_a_run_trains_and_saves(text_file, tmp_path, objective, kind
         terms = {name for name in record if name.startswith((prefix + "mlm", prefix + "mae"))}
         assert terms == {f"{prefix}{kind} {n}:{d}" for n, d in trained for kind in kinds}
     config = load_model(tmp_path / "a")[0].config
-    assert config.sizes == (six if objective == "smae" else ()) and config.pooling == ("cls" if objective == "smae" else "mean")
+    assert (config.sizes, config.pooling) == ((six, "cls") if objective == "smae" else ((), "mean"))
 
 @pytest.mark.parametrize("flags, message", [
     (["--batch_size", "500"], "--batch_size 500: there are 28 documents to train on"),

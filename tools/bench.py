@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+from transformers import BertForMaskedLM, BertModel
 
 import data
 from finetune_srl import train_step
@@ -29,7 +30,6 @@ def here(args, last=0):
 
 def transformers(args):
     """ the same, but the encoder is transformers' BertModel, which pads """
-    from transformers import BertModel
     model = BertModel.from_pretrained(args.model, add_pooling_layer=False, **args.dropouts)
     def encode(batch, layers):
         ids, mask = torch.zeros(2, len(batch.starts), batch.groups[-1][1], dtype=torch.long)         # (B, T) each
@@ -55,12 +55,11 @@ def smae_here(args, checkpointing=False):
     keep_freed_memory()
     model, sizes = SMAE(Bert(args.base), MLMHead(args.base)), list(named_sizes(args.base))
     model.bert.gradient_checkpointing = checkpointing
-    loss_of = lambda masked: smae_loss(model, pack(masked.texts), masked, sizes)[0]
-    return model, args.autocast(cache_enabled=not checkpointing)(loss_of)
+    autocast = args.autocast(cache_enabled=not checkpointing)
+    return model, autocast(lambda masked: smae_loss(model, pack(masked.texts), masked, sizes)[0])
 
 def smae_transformers(args):
     """ the same loss with transformers' BertForMaskedLM and BertLayer, the vocabulary head at all positions """
-    from transformers import BertForMaskedLM
     model = BertForMaskedLM(args.base)
     head, model.decoder = model.cls.predictions, copy.deepcopy(model.bert.encoder.layer[0])
     def loss_of(masked):
@@ -83,7 +82,7 @@ CONTESTANTS = {"SRL here, all sizes": here, "SRL here, full size alone": functoo
 READY = []   # in the process of a contestant: its model, function and optimizer
 
 def step(contestant, args, batch):
-    """ in that process -> seconds, peak GB """
+    """ in that process -> seconds, peak GB, loss """
     if not READY:
         READY.extend(contestant(args))
         READY.append(torch.optim.AdamW(READY[0].train().parameters(), lr=1e-6, fused=True))
@@ -93,7 +92,7 @@ def step(contestant, args, batch):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, loss.item()
 
 def main(args):
     """ batches, everybody's steps, a table for each kind of step """
@@ -112,11 +111,12 @@ def main(args):
         workers = {name: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for name in CONTESTANTS
                    if name.startswith(kind) and (find_spec("sentence_transformers") or "Loss" not in name)}
         found = np.array([[worker.submit(step, CONTESTANTS[name], args, batch).result()
-                           for name, worker in workers.items()] for batch in batches[kind]])   # (rounds, names, 2)
-        print(f"\n{args.dtype:42}{'ms':>8}{'x ours':>8}{'GB':>8}")
-        for name, seconds, peak in zip(workers, np.median(found[2:, :, 0], axis=0), found[-1, :, 1]):
+                           for name, worker in workers.items()] for batch in batches[kind]])   # (rounds, names, 3)
+        medians, peaks, losses = np.median(found[2:, :, 0], axis=0), found[-1, :, 1], found[0, :, 2]
+        print(f"\n{args.dtype:42}{'ms':>8}{'x ours':>8}{'GB':>8}{'loss of the first step':>24}")
+        for name, seconds, peak, loss in zip(workers, medians, peaks, losses):
             workers[name].shutdown()
-            print(f"{name:42}{1000 * seconds:8.0f}{seconds / np.median(found[2:, 0, 0]):8.2f}{peak:8.2f}", flush=True)
+            print(f"{name:42}{1000 * seconds:8.0f}{seconds / medians[0]:8.2f}{peak:8.2f}{loss:24.6f}", flush=True)
 
 def parse_args(argv=None):
     """ command line -> args """

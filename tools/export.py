@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from evaluate import embed_texts
 from model import (check_sizes, find_folder, load_model, named_sizes, parse_sizes, read_json, run_script,
                    save_pretrained, size_name)
 from tools.search import load_passages
@@ -28,38 +27,36 @@ def cut(model, size):
     cosine and no dot product, so programs that normalise before they slice, or never slice, are right as well. """
     layer, dim = size
     small = copy.deepcopy(model)
-    small.config.sizes = (size,)
-    small.config.num_hidden_layers = layer
+    small.config.sizes, small.config.num_hidden_layers = (size,), layer
     del small.blocks[layer:]
     last = small.blocks[-1].norm2
-    last.weight.data[dim:] = 0
-    last.bias.data[dim:] = 0
+    last.weight.data[dim:] = last.bias.data[dim:] = 0
     return small.eval()
 
 def cut_vocabulary(model, tokenizer, counts, vocab_size):
     """ Keep vocab_size pieces of WordPiece: the special tokens and others that were added, the single characters, which
     can spell any word, and those with the highest counts (V,) -> model, tokenizer, whose ids keep their order """
     from tokenizers import Tokenizer
-    state, ids = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
-    wordpiece, added = state["model"], {token["content"] for token in state["added_tokens"]}
-    if wordpiece["type"] != "WordPiece":
-        raise ValueError(f"--vocab_size is for WordPiece; this tokenizer is {wordpiece['type']}")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()   # {piece: id}
+    if state["model"]["type"] != "WordPiece":
+        raise ValueError(f"--vocab_size is for WordPiece; this tokenizer is {state['model']['type']}")
     must = {piece for piece in ids if piece in added or len(piece.removeprefix("##")) == 1}
     if not len(must) <= vocab_size <= len(ids):
         raise ValueError(f"--vocab_size {vocab_size}: {len(must)} special tokens and single characters must stay, and "
                          f"there are {len(ids)} entries; give a number between")
     best = sorted(ids, key=lambda piece: (piece not in must, -counts[ids[piece]], ids[piece]))[:vocab_size]
     kept = {piece: new for new, piece in enumerate(sorted(best, key=ids.get))}
-    wordpiece["vocab"] = {piece: kept[piece] for piece in wordpiece["vocab"] if piece in kept}
+    state["model"]["vocab"] = {piece: kept[piece] for piece in state["model"]["vocab"] if piece in kept}
     state["added_tokens"] = [token | {"id": kept[token["content"]]} for token in state["added_tokens"]]
     cls, sep = tokenizer.cls_token, tokenizer.sep_token
     state |= {"post_processor": {"type": "BertProcessing", "cls": [cls, kept[cls]], "sep": [sep, kept[sep]]},
               "padding": None}   # these have ids, too
     flags = {"tokenizer_object": Tokenizer.from_str(json.dumps(state)), "added_tokens_decoder": {}}
-    smaller = type(tokenizer)(**tokenizer.init_kwargs | flags)
-    smaller.model_max_length, model = tokenizer.model_max_length, copy.deepcopy(model)
+    smaller, model = type(tokenizer)(**tokenizer.init_kwargs | flags), copy.deepcopy(model)
+    smaller.model_max_length = tokenizer.model_max_length
     if smaller.get_vocab() != kept or [kept.get(t) for t in tokenizer("").tokens()] != smaller("")["input_ids"]:
-        raise ValueError("--vocab_size: this tokenizer numbers its words in another way than BERT's")
+        raise ValueError("--vocab_size: this tokenizer numbers or surrounds its words in another way than BERT's")
     model.word = torch.nn.Embedding.from_pretrained(model.word.weight[[ids[piece] for piece in kept]], freeze=False)
     model.config.vocab_size, model.config.pad_token_id = vocab_size, smaller.pad_token_id
     return model, smaller
@@ -72,11 +69,11 @@ def write_onnx(model, tokenizer, folder, sts):
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from transformers import AutoModel
     bert, (size,) = AutoModel.from_pretrained(folder, attn_implementation="eager").eval(), model.config.sizes
-    bert.pooler = None                          # nothing here uses it
+    bert.pooler = None                          # an output of zeros
     ids = torch.tensor([[2, 3, 4], [2, 3, 0]])  # an example, with padding
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=model.config.max_position_embeddings)}
-    file, int8 = folder / "onnx" / "model.onnx", folder / "onnx" / "model_int8.onnx"
-    file.parent.mkdir()
+    (folder / "onnx").mkdir()
+    file, int8 = folder / "onnx/model.onnx", folder / "onnx/model_int8.onnx"
     logging.disable(logging.WARNING)            # they tell of every layer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -86,9 +83,9 @@ def write_onnx(model, tokenizer, folder, sts):
     logging.disable(logging.NOTSET)
     versions = {folder / "model.safetensors": model, file: onnx_model(model, file), int8: onnx_model(model, int8)}
     texts = sts[1] if sts else ["a text", "another one, which is longer"]
-    rows = [embed_texts(version, tokenizer, texts, [size[0]])[size[0]] for version in versions.values()]
-    if not torch.allclose(rows[0], rows[1], rtol=0, atol=1e-4):
-        raise ValueError(f"{file}: its embeddings are off by {(rows[0] - rows[1]).abs().max():.1e}")
+    rows = [evaluate.embed_texts(version, tokenizer, texts, [size[0]])[size[0]] for version in versions.values()]
+    if (error := (rows[0] - rows[1]).abs().max()) > 1e-4:
+        raise ValueError(f"{file}: its embeddings are off by {error:.1e}")
     for path, version in versions.items():
         found = sts and evaluate.sts(version, tokenizer, sts, [size], "float32")[0][0]["value"]
         print(f"  {path.name:18}{path.stat().st_size / 1e6:8.1f} MB" + (f"  Spearman {found:.4f}" if sts else ""))
@@ -109,22 +106,21 @@ def onnx_model(model, file):
 def export(model, tokenizer, args):
     """ write a folder for each size that is asked for -> the folders """
     known = named_sizes(model.config)
-    sizes = check_sizes(known if args.size == "all" else parse_sizes(args.size), model.config)
+    sizes = check_sizes(known if args.size == "all" else args.size, model.config)
     several = args.size == "all" or len(sizes) > 1
     folders = [Path(args.out, size_name(size).replace(":", "-") if several else "") for size in sizes]
     for folder in folders:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder}: something is there already; delete it, or name another folder")
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
-    if args.onnx and missing:
-        raise ValueError(f"--onnx: pip install {' '.join(missing)}")
+    if args.onnx and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        raise ValueError("--onnx needs more packages: pip install onnx onnxruntime onnxscript")
     sts = evaluate.load_sts(args.sts) if args.sts else None
     smaller, its_tokenizer = model, tokenizer
     if args.vocab_size:
         texts = [text for _, text in load_passages(args.texts)]
         counts = np.bincount(np.concatenate(data.tokenize(texts, tokenizer, 10**6)), minlength=model.config.vocab_size)
         smaller, its_tokenizer = cut_vocabulary(model, tokenizer, counts, args.vocab_size)
-        texts = texts[::max(1, len(texts) // 1000)]   # a thousand of them show the cost
+        some = texts[::max(1, len(texts) // 1000)]   # a thousand texts show the cost
     for (layer, dim), folder in zip(sizes, folders):
         if model.config.sizes and (layer, dim) not in known:
             print(f"warning: {args.model} was not trained at {layer}:{dim}, which may be worse", file=sys.stderr)
@@ -132,7 +128,7 @@ def export(model, tokenizer, args):
         save_pretrained(small, its_tokenizer, folder)
         print(f"{layer}:{dim} is in {folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB of float32")
         if args.vocab_size:
-            before, after = (embed_texts(*pair, texts, [layer], prompt="passage")[layer][:, :dim]    # (texts, D) each
+            before, after = (evaluate.embed_texts(*pair, some, [layer], prompt="passage")[layer][:, :dim]
                              for pair in ((model, tokenizer), (small, its_tokenizer)))
             print(f"  {args.vocab_size:,} of {len(tokenizer):,} vocabulary entries: the mean cosine of a text's vector "
                   f"to that before is {F.cosine_similarity(before, after).mean():.3f}")
@@ -171,15 +167,14 @@ def write_card(folder, source):
     if not results and read_json(source / "config.json").get("vocab_size") == config["vocab_size"]:
         results = read_json(source / "eval.json")
     results = [r for r in results.get("results", []) if (r["layer"], r["dim"]) in sizes and r["task"] != "cost"]
-    names = [run.get("init_from", ""), *run.get("train_pairs", [])]
+    names = [name.split(":")[0] for name in (run.get("init_from", ""), *run.get("train_pairs", []))]
     # the hub rejects a card with names that are not its own
-    hub = [name.split(":")[0] for name in names if re.match(r"[\w.-]+/[\w.-]+(:|$)", name)
-           and not Path(name.split(":")[0]).exists()]
+    hub = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
     about = ModelCardData(
         library_name="sentence-transformers", pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],
-        base_model=[name for name in hub if names[0] == name] or None,
-        datasets=[name for name in hub if names[0] != name] or None,
+        base_model=[name for name in hub if name == names[0]] or None,
+        datasets=list(dict.fromkeys(name for name in hub if name != names[0])) or None,
         model_name=folder.resolve().name if results else None,
         eval_results=[EvalResult("sentence-similarity", r["task"], r["task"], r["metric"], r["value"],
                                  metric_name=f"{r['metric']} at {r['layer']}:{r['dim']}") for r in results] or None)
@@ -191,21 +186,23 @@ def write_card(folder, source):
     card.write_text(f"---\n{about.to_yaml()}\n---\n{MADE_HERE}\n{text}", encoding="utf-8")
     print(f"the card is in {card}")
 
+def sizes_or_all(text):
+    """ an argparse type """
+    return text if text == "all" else parse_sizes(text)
+
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder of finetune_srl.py, or any BERT")
-    parser.add_argument("size", nargs="?", metavar="SIZE", help="LAYER:DIM, several with commas between, or all")
+    parser.add_argument("size", nargs="?", metavar="SIZE", type=sizes_or_all, help="LAYER:DIM,LAYER:DIM,... or all")
     parser.add_argument("out", nargs="?", metavar="OUT", help="the new folder; of several sizes the one above them")
     parser.add_argument("--vocab_size", type=int, metavar="N", help="keep the N entries most frequent in --texts")
     parser.add_argument("--texts", default="docs", metavar="PATH", help="as in tools.search; by default %(default)s")
     parser.add_argument("--onnx", action="store_true", help="also OUT/onnx: model.onnx in float32, model_int8.onnx")
     parser.add_argument("--sts", metavar="FILE", help="of --onnx: Spearman of both, on what evaluate.py --sts takes")
     args = parser.parse_args(argv)
-    if not args.out and (args.size or args.vocab_size or args.onnx):
-        parser.error("SIZE OUT: say which size, and the new folder")
-    if args.sts and not args.onnx:
-        parser.error("--sts is for --onnx; see evaluate.py")
+    if not args.out and (args.size or args.vocab_size or args.onnx) or args.sts and not args.onnx:
+        parser.error("--vocab_size and --onnx need SIZE and OUT, the new folder; --sts needs --onnx")
     return args
 
 def main(args):

@@ -45,26 +45,24 @@ def window(text, length, rng):
     return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
 
 def duplicates(queries, passages, answers=()):
-    """ Q queries, P passages, (T,) ids -> (Q, P) bool. True: passage j also answers query i, so it must not count as a
-    negative. It does if its text is the positive of query i in this batch, or of a query with the same text, or if
-    answers, a list of (query, passage), says so. The pair (i, i), the positive itself, is False. None if nothing is
-    True. """
+    """ Q queries, P passages, (T,) ids -> (Q, P) bool, None if nothing is True. True: passage j also answers i, so
+    it must not count as a negative: it is the positive of a query with the same text in this batch, or answers, a list
+    of (query, passage), says so. The pair (i, i), the positive itself, is False. """
     known = {}   # {query: its answers}
     for query, passage in [*zip(queries, passages), *answers]:
         known.setdefault(query.tobytes(), set()).add(passage.tobytes())
     # Queries A B A with positives x y z: A has the answers x and z, so same is True at (0, 2) and (2, 0).
-    columns = {}   # {passage: where it stands in the batch}
-    for j, passage in enumerate(passages):
-        columns.setdefault(passage.tobytes(), []).append(j)
-    same = np.zeros((len(queries), len(passages)), bool)      # (Q, P)
-    for i, query in enumerate(queries):
-        for answer in known[query.tobytes()] & columns.keys():
-            same[i, columns[answer]] = True
+    texts = [passage.tobytes() for passage in passages]
+    same = np.array([[text in answered for text in texts]     # (Q, P)
+                     for answered in (known[query.tobytes()] for query in queries)])
     np.fill_diagonal(same, False)                             # the positive itself
     return same if same.any() else None
 
-def batch_rows(sources, batch_size, seed, step):
-    """ -> the Pairs that batch number `step` is drawn from, and the numbers of its rows """
+def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
+    """ list of Pairs -> Batch number `step`. A row has at most max_negatives hard negatives, which count as negatives
+    of all queries. Longer passages than passage_max_length are cut to a window. All rows of a batch are of one source:
+    passages of another source would be negatives that are too easy. An epoch visits every row of every source at most
+    once; an incomplete last batch is dropped. """
     batches_per_source = [len(pairs.table) // batch_size for pairs in sources]
     epoch, batch = divmod(step, sum(batches_per_source))
     # Sources of 3 and 2 batches may take turns 0 1 0 0 1. Then batch 2 is of source 0, which has had one batch: i = 1.
@@ -72,16 +70,10 @@ def batch_rows(sources, batch_size, seed, step):
     turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)
     pairs = sources[turns[batch]]
     i = (turns[:batch] == turns[batch]).sum()       # batches that this source has had in this epoch
-    return pairs, epoch_order(len(pairs.table), seed, epoch)[i * batch_size:(i + 1) * batch_size]
+    rows = epoch_order(len(pairs.table), seed, epoch)[i * batch_size:(i + 1) * batch_size]
 
-def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
-    """ list of Pairs -> Batch number `step`. A row has at most max_negatives hard negatives, which count as negatives
-    of all queries. Longer passages than passage_max_length are cut to a window. All rows of a batch are of one source:
-    passages of another source would be negatives that are too easy. An epoch visits every row of every source at most
-    once; an incomplete last batch is dropped. """
-    pairs, rows = batch_rows(sources, batch_size, seed, step)
     rng = np.random.default_rng([seed, step, TEXT_SEED])
-    table = pairs.table[rows]                                           # {column: a list with a cell for each row}
+    table = pairs.table[rows]                       # {column: a list with a cell for each row}
     positives = [texts[rng.integers(len(texts))] for texts in table["positive"]]
     hard = [texts[k] for texts in table["negative"] for k in rng.permutation(len(texts))[:max_negatives]]
     queries, passages = map(as_arrays, (table["query"], positives + hard))
@@ -89,15 +81,11 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     if "score" in table:   # sentence2 may be no positive, and two pairs may share a sentence
         return Batch(queries, windows, None, np.array(table["score"], np.float32))
     # Every answer that the file gives to a query is no negative of it. Compares whole texts: windows of copies differ.
-    answers = [(query, answer) for query, texts in zip(queries, table["positive"]) for answer in as_arrays(texts)]
-    for query in queries:
-        if others := pairs.repeats.get(query.tobytes()):
-            answers += [(query, answer) for texts in pairs.table[others]["positive"] for answer in as_arrays(texts)]
+    others = [row for query in queries for row in pairs.repeats.get(query.tobytes(), ())]
+    given = pairs.table[[*rows, *others]]
+    answers = [(query, answer) for query, texts in zip(as_arrays(given["query"]), given["positive"])
+               for answer in as_arrays(texts)]
     return Batch(queries, windows, duplicates(queries, passages, answers), None)
-
-def as_arrays(texts):
-    """ list of lists of ids -> list of (T,) arrays """
-    return [np.array(ids, np.int32) for ids in texts]
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
@@ -153,7 +141,7 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     """ B documents, (T,) ids without [CLS] and [SEP] -> Masked. Each gives one random window of at most max_length
     tokens, [CLS] and [SEP] included. rates: shares that are hidden from (encoder, decoder). seed: a list of integers
     that decides windows and masks. """
-    rng, begins_word = np.random.default_rng(seed), word_begins(tokenizer)               # begins_word (V,)
+    rng = np.random.default_rng(seed)
     room = max_length - 2                                               # [CLS] and [SEP] take two
     starts = [rng.integers(max(1, len(document) - room + 1)) for document in documents]
     windows = [document[start:start + room] for document, start in zip(documents, starts)]
@@ -161,7 +149,7 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
              for ids in sorted(windows, key=len)]                       # the order of model.pack
     masks = []                                                          # (encoder's, decoder's), (T,) each, of a text
     for text in texts:
-        begins = begins_word[text]                                      # (T,), a copy
+        begins = word_begins(tokenizer)[text]                           # (T,), a copy
         begins[1] = True                                                # a window may begin inside a word
         masks.append(whole_word_mask(begins, rates, rng))
     row, for_encoder, for_decoder = map(np.concatenate, (texts, *zip(*masks)))           # (N,) each
@@ -211,8 +199,8 @@ def open_source(source, split, streaming):
         return datasets.load_dataset("parquet", data_files=path, split="train", streaming=streaming)
     if kind:
         return read_file(path, kind)
-    # C:\data is a folder and no NAME:CONFIG
-    name, config, named_split = (([source] if Path(source).exists() else source.split(":")) + ["", ""])[:3]
+    parts = [source] if Path(source).exists() else source.split(":")   # C:\data is a folder and no NAME:CONFIG
+    name, config, named_split, *_ = [*parts, "", ""]
     return datasets.load_dataset(name, config or None, split=named_split or split, streaming=streaming)
 
 def read_file(path, kind):
@@ -227,7 +215,8 @@ def read_file(path, kind):
             separator = "\t" if kind == "tsv" else max(",;", key=start.count)   # spreadsheets may write semicolons
             quoting = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL    # in .tsv a quote is a character
             rows = csv.DictReader(file, delimiter=separator, quoting=quoting, strict=True)
-            if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+            names = rows.fieldnames or []
+            if len(set(names)) < len(names):
                 raise ValueError("two columns have one name")
             for row in rows:
                 if None in row or None in row.values():
@@ -237,8 +226,7 @@ def read_file(path, kind):
             yield from json.load(file) if start.startswith("[") else map(json.loads, filter(str.strip, file))
 
 def as_texts(cell):
-    """ None, a text, a number, a passage {"title": ..., "text": ...}, or a list of these -> list of strings, none
-    blank """
+    """ None, a text, a number, a passage {"title", "text"}, or a list of these -> list of strings, none blank """
     if isinstance(cell, list):
         return [text for item in cell for text in as_texts(item)]
     if isinstance(cell, dict) and "text" in cell:
@@ -282,20 +270,20 @@ COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": 
 LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class"   # may say which rows are no pairs
 BINARY = {"0", "1", "0.0", "1.0", "true", "false", "none", "nan", ""}   # so may a score that is one of these
 
-def find_columns(source, present, kinds, needed, columns=(), alone=True):
-    """ -> {kind: the columns, of those present, that hold it}. columns: the flag, as ["query=question"]; kinds that it
-    does not name go by COLUMNS. sentence1=X counts as query=X and sentence2=X as positive=X: scored pairs are pairs,
-    too. alone: there is no other source that a name may be meant for. """
+def find_columns(source, present, kinds, columns=(), alone=True):
+    """ -> {kind: the columns, of those present, that hold it}; only a negative or a score may have none. columns: the
+    flag, as ["query=question"]; kinds that it does not name go by COLUMNS. sentence1=X counts as query=X and
+    sentence2=X as positive=X: scored pairs are pairs, too. alone: a name can be meant for no other source. """
     has, found = f"{source} has the columns {', '.join(present)}", {}
-    named = [item.replace("sentence1=", "query=").replace("sentence2=", "positive=").split("=", 1) for item in columns]
-    for kind, *name in named:
-        if kind not in kinds or not name or alone and name[0] not in present:
-            raise ValueError(f"--columns {kind}={''.join(name)}: {has}; KIND in KIND=COLUMN is {' or '.join(kinds)}")
+    named = [item.replace("sentence1=", "query=").replace("sentence2=", "positive=").partition("=") for item in columns]
+    for kind, _, name in named:
+        if kind not in kinds or not name or alone and name not in present:
+            raise ValueError(f"--columns {kind}={name}: {has}; KIND in KIND=COLUMN is {' or '.join(kinds)}")
     for kind in kinds:
         known = [name for name in present if re.fullmatch(rf"({COLUMNS[kind]})(_\d+)?", name.lower())]
-        found[kind] = [name for its_kind, name in named if its_kind == kind and name in present] or known
+        found[kind] = [name for its_kind, _, name in named if its_kind == kind and name in present] or known
         several = found[kind] == known and len({re.sub(r"_\d+$", "", name) for name in known}) > 1
-        if several or kind in needed and not found[kind]:
+        if several or not found[kind] and kind not in ("negative", "score"):
             raise ValueError(f"{has}; --columns {kind}=COLUMN says which is the {kind}")
     return found
 
@@ -303,24 +291,22 @@ def load_pairs(source, columns=(), alone=True, split="train"):
     """ a source of --train_pairs, see read_rows -> table with the columns query (a string), positive, negative (lists
     of strings) and, of scored pairs, score; without the rows that have no query or no positive. Prints its columns. """
     from datasets import List, Value
-    names, count, scores = {}, 0, set()
+    names, count, binary = {}, 0, True
     for count, row in enumerate(read_rows(source, split=split), start=1):   # all: in JSON a column may come late
         names |= dict.fromkeys(row)
-        scores.add(str(row.get("score")).lower() if len(scores) < 9 else "many")
-    kinds, needed = ("query", "positive", "negative", "score"), ("query", "positive")
-    found = find_columns(source, list(names), kinds, needed, columns, alone)
+        binary &= str(row.get("score")).lower() in BINARY
+    found = find_columns(source, list(names), ["query", "positive", "negative", "score"], columns, alone)
     # A score beside query and positive may say anything. It counts if --columns names it, or beside two sentences.
     meant = any(item.startswith(("sentence", "score")) for item in columns) or {"sentence1", "sentence2"} <= set(names)
     found["score"] = found["score"][:meant]
     unused = [name for name in names if name not in sum(found.values(), [])]
-    for name in unused if not found["score"] else []:
-        if re.fullmatch(LABELS, name.lower()) or name == "score" and scores <= BINARY:
+    for name in unused:
+        if not found["score"] and (re.fullmatch(LABELS, name.lower()) or name == "score" and binary):
             raise ValueError(f"{source}: {name} may say which rows are no pairs. Copy those that are to a file without "
                              f"this column, or train on it as a similarity: --columns score={name}")
 
     def as_pair(row):
-        pair = {kind: [text for name in found[kind] for text in as_texts(row.get(name))]
-                for kind in kinds[:3]}
+        pair = {kind: as_texts([row.get(name) for name in found[kind]]) for kind in ("query", "positive", "negative")}
         if len(pair["query"]) > 1:
             raise ValueError("several queries; give each a row of its own")
         score = {"score": as_score(row.get(name)) for name in found["score"]}
@@ -335,19 +321,19 @@ def load_pairs(source, columns=(), alone=True, split="train"):
 
 def text_rows(source, streaming=False, columns=()):
     """ --train_text, see read_rows -> yields {"text": a document}, none blank """
-    first = next(read_rows(source, streaming=True), {})
     names = ["query", "positive"]   # of docs
     if source != "docs":
-        names = find_columns(source, list(first), ["text"], ["text"], columns)["text"]
+        first = next(read_rows(source, streaming=True), {})
+        names = find_columns(source, list(first), ["text"], columns)["text"]
     def as_document(row):
-        text = " ".join(text for name in names for text in as_texts(row.get(name)))
-        return {"text": text} if text else None
+        text = " ".join(as_texts([row.get(name) for name in names]))
+        return text and {"text": text}
     return read_rows(source, as_document, streaming=streaming)
 
 # ---- tokenising ------------------------------------------------------------------------------------------------------
 def train_wordpiece(texts, vocab_size):
-    """ a lower-casing WordPiece tokenizer like BERT's, trained on an iterable of texts -> transformers tokenizer.
-    Unlike BERT's it keeps accents and vowel signs, without which words of many languages become the same. """
+    """ an iterable of texts -> transformers tokenizer: lower-casing WordPiece like BERT's, but it keeps accents and
+    vowel signs, without which words of many languages become the same """
     from transformers import BertTokenizer   # imported where it is used, because that takes a second or two
     # The trainer numbers letters in the order of a hash table and breaks ties by number. With the letters in a fixed
     # order, and its pieces sorted afterwards, the same texts always give the same vocabulary.
@@ -360,10 +346,15 @@ def train_wordpiece(texts, vocab_size):
 
 def to_ids(texts, tokenizer, **flags):
     """ list of strings -> list of lists of ids """
-    flags |= {"return_attention_mask": False, "return_token_type_ids": False}
-    ids = tokenizer(texts, **flags)["input_ids"] if texts else []
-    tokenizer.backend_tokenizer.no_truncation()   # datasets finds tables again by a hash, also of the tokenizer's state
+    if not texts:
+        return []
+    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **flags)["input_ids"]
+    tokenizer.backend_tokenizer.no_truncation()   # else the truncation of this call would be saved with the tokenizer
     return ids
+
+def as_arrays(texts):
+    """ list of lists of ids -> list of (T,) arrays """
+    return [np.array(ids, np.int32) for ids in texts]
 
 def tokenize(texts, tokenizer, max_length):
     """ list of B texts -> list of B (T,) ids, [CLS] ... [SEP], T <= max_length """
@@ -389,25 +380,23 @@ def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_lengt
     """ table of load_pairs, prompts {"query", "passage"}: what goes before each text -> Pairs, where every string is
     its ids, [CLS] ... [SEP] """
     from datasets import Features, List, Value
-    for kind in ("query", "positive"):
-        cells = pairs[:1000][kind]
-        check_tokens(source, [cell if kind == "query" else cell[0] for cell in cells], tokenizer)
+    first = pairs[:1000]
+    check_tokens(source, first["query"], tokenizer)
+    check_tokens(source, [texts[0] for texts in first["positive"]], tokenizer)
     def encode(batch):
-        queries = [prompts["query"] + text for text in batch["query"]]
-        ids = {"query": to_ids(queries, tokenizer, truncation=True, max_length=query_max_length)}
+        texts = [prompts["query"] + text for text in batch["query"]]
+        ids = {"query": to_ids(texts, tokenizer, truncation=True, max_length=query_max_length)}
         for kind in ("positive", "negative"):
             texts = [prompts["passage"] + text for texts in batch[kind] for text in texts]
             passages = iter(to_ids(texts, tokenizer, truncation=True, max_length=passage_max_length))
             ids[kind] = [[next(passages) for _ in texts] for texts in batch[kind]]
         return ids
-    ids = List(Value("int32"))
-    features = Features({**pairs.features, "query": ids, "positive": List(ids), "negative": List(ids)})
+    text = List(Value("int32"))
+    features = Features({**pairs.features, "query": text, "positive": List(text), "negative": List(text)})
     table, rows = pairs.map(encode, batched=True, features=features), {}
-    count = 0
-    for batch in table.select_columns("query").iter(1000):
-        for query in as_arrays(batch["query"]):
-            rows.setdefault(query.tobytes(), []).append(count)
-            count += 1
+    batches = table.select_columns("query").iter(1000)
+    for number, query in enumerate(query for batch in batches for query in as_arrays(batch["query"])):
+        rows.setdefault(query.tobytes(), []).append(number)
     return Pairs(table, {query: numbers for query, numbers in rows.items() if len(numbers) > 1})
 
 def tokenize_text(source, tokenizer, streaming=False, rank=0, world_size=1, columns=()):

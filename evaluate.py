@@ -7,8 +7,7 @@ How good is each size of a model, and what does it cost? One pass over the texts
 
 Prints a table and writes its values to --out, or to MODEL/eval.json if that is a folder with sizes of its own. STS:
 Spearman's rank correlation of the cosine. Retrieval: exact search in shards, so of the corpus only the ids stay in
-memory; equal scores rank as in trec_eval. Letters for shapes: see model.py; here P passages of a shard, K documents
-that are kept for a query.
+memory. Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
 """
 import argparse, functools, json, re, statistics, subprocess, sys, time
 from collections import Counter
@@ -26,20 +25,19 @@ from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, load_mode
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def embed_ids(model, token_ids, layers, dtype="float32", batch_tokens=8192):
+def embed_ids(model, token_ids, layers, dtype="float32"):
     """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. Ranks share the batches, so all of
     them must call this with the same texts. """
     B, device, training = len(token_ids), next(model.parameters()).device, model.training
     model.eval()   # no dropout, also in the middle of a training
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world_size > 1:   # a batch for every rank, also of few texts
-        batch_tokens = min(batch_tokens, sum(map(len, token_ids)) // world_size)
-    batches = batches_by_length(token_ids, batch_tokens)
+    share = sum(map(len, token_ids)) // world_size if world_size > 1 else np.inf   # a batch for every rank
+    batches = batches_by_length(token_ids, min(model.batch_tokens, share))
     embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
-    bar = functools.partial(tqdm, desc="encoding", leave=False, disable=True if B < 1000 or rank else None)
+    bar = tqdm(batches[rank::world_size], "encoding", leave=False, disable=True if B < 1000 or rank else None)
     # around all batches, because it casts every weight once and keeps the copy
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        for rows in bar(batches[rank::world_size]):   # rows: numbers of texts
+        for rows in bar:   # rows: numbers of texts
             batch = pack([token_ids[i] for i in rows], device)
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
                 if not pooled.isfinite().all():
@@ -62,10 +60,10 @@ def batches_by_length(token_ids, batch_tokens):
         batches[-1].append(i)
     return batches
 
-def embed_texts(model, tokenizer, texts, layers, dtype="float32", batch_tokens=8192, prompt=None):
+def embed_texts(model, tokenizer, texts, layers, dtype="float32", prompt=None):
     """ list of B strings, "query", "passage" or no prompt -> {layer: (B, C) float32 on the CPU} """
     texts = [model.config.prompts[prompt] + text for text in texts] if prompt else texts
-    return embed_ids(model, tokenize(texts, tokenizer, tokenizer.model_max_length), layers, dtype, batch_tokens)
+    return embed_ids(model, tokenize(texts, tokenizer, tokenizer.model_max_length), layers, dtype)
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 def spearman(x, y):
@@ -111,13 +109,12 @@ def load_sts(name, columns=()):
         raise ValueError(f"{name}: needs sentence1, sentence2 and a column score with two different numbers in it")
     return task_name(name), pairs["query"][:], [texts[0] for texts in pairs["positive"]], np.array(pairs["score"])
 
-def sts(model, tokenizer, pairs, sizes, dtype, batch_tokens=8192):
+def sts(model, tokenizer, pairs, sizes, dtype):
     """ every size on the pairs of load_sts -> records, per-item values (cosines of the pairs) """
     task, first, second, gold = pairs
-    texts = list(dict.fromkeys(first + second))   # each sentence once
-    row = {text: i for i, text in enumerate(texts)}
-    left, right = [row[text] for text in first], [row[text] for text in second]   # (n,) rows of texts
-    embeddings = embed_texts(model, tokenizer, texts, {layer for layer, _ in sizes}, dtype, batch_tokens)
+    row = {text: i for i, text in enumerate(dict.fromkeys(first + second))}   # each sentence once
+    left, right = [row[text] for text in first], [row[text] for text in second]   # (n,) rows of the embeddings
+    embeddings = embed_texts(model, tokenizer, list(row), {layer for layer, _ in sizes}, dtype)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
         x = shorten(embeddings[layer], dim, "cosine")         # (texts, D)
@@ -136,46 +133,25 @@ class Collection:
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards(). """
     def __init__(self, name):
         from datasets import Value
-        self.task, (self.name, _, split) = task_name(name), name.partition(":")
-        hub_split = "validation" if split == "dev" else split or "test"   # the hub calls it so
-        corpus, queries = (self.source(f"{kind}.jsonl", f":{kind}:{kind}") for kind in ("corpus", "queries"))
+        self.task, (name, _, split) = task_name(name), name.partition(":")
+        folder = docs_folder() if name == "docs" else Path(name)
+        if folder.is_dir():
+            files = [folder / file for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{split or 'test'}.tsv")]
+            corpus, queries, judgements = (str(file) if file.exists() else f"{file}.gz" for file in files)
+        else:   # the hub has the judgements in a set of their own, and calls dev validation
+            corpus, queries = f"BeIR/{name}:corpus:corpus", f"BeIR/{name}:queries:queries"
+            judgements = f"BeIR/{name}-qrels::{'validation' if split == 'dev' else split or 'test'}"
         def as_document(row):
             return {"_id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"] or ""}
-        texts = dict.fromkeys(["_id", "title", "text"], Value("string"))
-        self.corpus = make_table(corpus, functools.partial(read_rows, corpus, as_document), texts)
-        ids, rows = set(self.corpus["_id"]), list(read_rows(queries, as_document))
-        texts = {row["_id"]: row["text"] for row in rows}
-        for file, left, count in ((corpus, len(ids), len(self.corpus)), (queries, len(texts), len(rows))):
-            if left < count:
+        features = dict.fromkeys(["_id", "title", "text"], Value("string"))
+        self.corpus = make_table(corpus, functools.partial(read_rows, corpus, as_document), features)
+        rows = [(row["_id"], row["text"]) for row in read_rows(queries, as_document)]
+        documents, texts = set(self.corpus["_id"]), dict(rows)
+        for file, different, count in ((corpus, documents, len(self.corpus)), (queries, texts, len(rows))):
+            if len(different) < count:
                 raise ValueError(f"{file}: two rows have one _id")
-        self.qrels = self.judgements(self.source(f"qrels/{split or 'test'}.tsv", f"-qrels::{hub_split}"), ids, texts)
+        self.qrels = read_qrels(judgements, texts, documents)
         self.queries = {query: texts[query] for query in self.qrels}
-
-    def source(self, file, hub_name):
-        """ a file in the folder, or its counterpart on the hub, which has the judgements under another name """
-        folder = docs_folder() if self.name == "docs" else Path(self.name)
-        path = folder / file if (folder / file).exists() else folder / f"{file}.gz"
-        return str(path) if folder.is_dir() else f"BeIR/{self.name}{hub_name}"
-
-    def judgements(self, source, documents, queries):
-        """ ids of the documents, of the queries -> qrels. As in trec_eval a document that is not there counts as one
-        that is not found. """
-        qrels, odd = {}, Counter()
-        def as_judgement(row):
-            return str(row["query-id"]), str(row["corpus-id"]), as_score(row["score"])
-        for query, document, grade in read_rows(source, as_judgement):
-            grades = qrels.setdefault(query, {})
-            if grades.get(document, grade) != grade:
-                raise ValueError(f"{source}: query {query}, document {document} have two grades")
-            odd.update({"of unknown queries (left out)": query not in queries, "there twice": document in grades,
-                        "of unknown documents (not found)": document not in documents})
-            grades[document] = grade
-        if odd.total():
-            print(f"{source}: judgements {', '.join(f'{kind}: {count:,}' for kind, count in odd.items())}")
-        qrels = {query: grades for query, grades in qrels.items() if query in queries}
-        if not qrels:
-            raise ValueError(f"{source}: no judgement of a query that is there")
-        return qrels
 
     def shards(self):
         """ yields ([id], [title + text], own) of SHARD documents at a time. own {row of a query: column of a document}:
@@ -187,15 +163,39 @@ class Collection:
                    and self.queries[key] in (texts[column], rows["text"][column]) and self.qrels[key].get(key, 0) <= 0}
             yield ids, texts, own
 
+def read_qrels(source, queries, documents):
+    """ a table of judgements, the ids that there are -> {query id: {document id: grade}}. As in trec_eval a document
+    that is not there counts as one that is not found. """
+    def as_judgement(row):
+        return str(row["query-id"]), str(row["corpus-id"]), as_score(row["score"])
+    qrels, odd = {}, Counter()
+    for query, document, grade in read_rows(source, as_judgement):
+        grades = qrels.setdefault(query, {})
+        if grades.get(document, grade) != grade:
+            raise ValueError(f"{source}: query {query}, document {document} have two grades")
+        odd.update({"of unknown queries (left out)": query not in queries, "there twice": document in grades,
+                    "of unknown documents (not found)": document not in documents})
+        grades[document] = grade
+    if odd.total():
+        print(f"{source}: judgements {', '.join(f'{kind}: {count:,}' for kind, count in odd.items())}")
+    qrels = {query: grades for query, grades in qrels.items() if query in queries}
+    if not qrels:
+        raise ValueError(f"{source}: no judgement of a query that is there")
+    return qrels
+
 # "docs" are numbers of documents in the order of the corpus, doc_ids[number] is the id. Empty places score -inf.
 BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
 K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
-def retrieval(model, tokenizer, collection, sizes, dtype, batch_tokens=8192, runs_dir=None):
+def retrieval(model, tokenizer, collection, sizes, dtype, runs_dir=None):
     """ a Collection -> records, per-item values, of every size and, if it is one shard, of BM25 """
-    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens)
+    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype)
     if len(doc_ids) <= SHARD:
-        found[BM25] = search_bm25(collection)
+        (_, texts, own), = collection.shards()
+        scores = torch.from_numpy(bm25(texts, list(collection.queries.values())))   # (Q, P)
+        scores[scores == 0] = -np.inf                                               # not a word in common: not found
+        scores[list(own), list(own.values())] = -np.inf
+        found[BM25] = scores.topk(min(K, len(texts)))
     records, per_item = [], {"ids": list(collection.queries)}
     for size, (scores, docs) in found.items():
         label = "BM25" if size == BM25 else size_name(size)
@@ -209,37 +209,30 @@ def retrieval(model, tokenizer, collection, sizes, dtype, batch_tokens=8192, run
             write_run(runs_dir, f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
     return records, per_item
 
-def search_corpus(model, tokenizer, collection, sizes, dtype, batch_tokens):
-    """ Exact search, one shard of the corpus after the other, with one pass of the encoder for all sizes
-    -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
+def search_corpus(model, tokenizer, collection, sizes, dtype):
+    """ exact search, one shard of the corpus after the other -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
     Q, layers = len(collection.queries), sorted({layer for layer, _ in sizes})
-    queries = embed_texts(model, tokenizer, list(collection.queries.values()), layers, dtype, batch_tokens, "query")
+    queries = embed_texts(model, tokenizer, list(collection.queries.values()), layers, dtype, "query")
     best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}
     doc_ids, dropped = [], 0
     for ids, texts, own in collection.shards():
-        passages = embed_texts(model, tokenizer, texts, layers, dtype, batch_tokens, "passage")   # {layer: (P, C)}
-        for layer, dim in sizes:
+        passages = embed_texts(model, tokenizer, texts, layers, dtype, "passage")   # {layer: (P, C)}
+        for (layer, dim), (best_scores, best_docs) in best.items():
             for start in range(0, Q, 1024):   # 1,024 queries and a shard have 100 MB of scores
                 rows = slice(start, start + 1024)
                 scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (rows, P)
                 for row in own.keys() & range(start, start + 1024):
                     scores[row - start, own[row]] = -np.inf
-                keep_best(best[layer, dim], rows, scores, len(doc_ids))
+                scores, columns = scores.topk(min(K, len(ids)))                      # (rows, K), or (rows, P) if P < K
+                scores = torch.cat([best_scores[rows], scores], dim=1)               # (rows, K + K), or K + P
+                docs = torch.cat([best_docs[rows], len(doc_ids) + columns], dim=1)   # (rows, K + K), or K + P
+                best_scores[rows], kept = scores.topk(K)                             # (rows, K)
+                best_docs[rows] = docs.gather(1, kept)
         doc_ids += ids
         dropped += len(own)
     if dropped:
         print(f"{collection.task}: of {dropped:,} queries, which are documents, too, the document itself is left out")
     return best, doc_ids
-
-def keep_best(best, rows, scores, first_doc):
-    """ Merge a shard into best = (scores (Q, K), docs (Q, K)), for the queries in `rows`, a slice of the Q. scores
-    (rows, P): of these queries and the documents first_doc, first_doc + 1, ... """
-    best_scores, best_docs = best
-    new_scores, columns = scores.topk(min(K, scores.shape[1]))                 # (rows, K), or (rows, P) if P < K
-    both_scores = torch.cat([best_scores[rows], new_scores], dim=1)            # (rows, K + K), or K + P
-    both_docs = torch.cat([best_docs[rows], first_doc + columns], dim=1)       # (rows, K + K), or K + P
-    best_scores[rows], kept = both_scores.topk(K)                              # (rows, K)
-    best_docs[rows] = both_docs.gather(1, kept)
 
 def best_documents(scores, docs, doc_ids):
     """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
@@ -258,14 +251,6 @@ def write_run(folder, label, queries, rankings):
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, f"{label}.run").write_text("".join(lines))
 
-def search_bm25(collection):
-    """ a corpus of one shard -> scores (Q, K), docs (Q, K), as search_corpus gives them for a size """
-    (_, texts, own), = collection.shards()
-    scores = torch.from_numpy(bm25(texts, list(collection.queries.values())))  # (Q, P)
-    scores[scores == 0] = -np.inf                                              # not a word in common: not found
-    scores[list(own), list(own.values())] = -np.inf
-    return scores.topk(min(K, len(texts)))
-
 def bm25(texts, queries, k1=1.2, b=0.75):
     """ list of P texts, list of Q texts -> (Q, P) BM25 scores (Lucene's defaults; words: letters or digits): the sum
     over the words of the query of  idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * length / mean length)) """
@@ -280,7 +265,7 @@ def bm25(texts, queries, k1=1.2, b=0.75):
     norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))           # (P,)
     scores = np.zeros((len(queries), len(texts)))
     for row, words in zip(scores, map(count_words, queries)):
-        for word in words.keys() & found.keys():
+        for word in sorted(words.keys() & found.keys()):
             docs, tf = (np.array(list(values)) for values in (found[word], found[word].values()))   # (texts with it,)
             idf = np.log(1 + (len(texts) - len(docs) + 0.5) / (len(docs) + 0.5))
             row[docs] += words[word] * idf * tf * (k1 + 1) / (tf + norm[docs])
@@ -292,19 +277,18 @@ def cost(model, sizes):
     def count(module):
         return sum(parameter.numel() for parameter in module.parameters())
     embeddings = sum(map(count, (model.word, model.position, model.token_type, model.embedding_norm)))
-    blocks = [count(block) for block in model.blocks]
     matrices = sum(parameter.numel() for parameter in model.blocks[0].parameters() if parameter.dim() == 2)
     return [record("cost", metric, (layer, dim), value, 1) for layer, dim in sizes for metric, value in (
-            ("parameters", embeddings + sum(blocks[:layer])), ("bytes", 4 * dim),
+            ("parameters", embeddings + count(model.blocks[:layer])), ("bytes", 4 * dim),
             ("MFLOP/token", 2 * matrices * layer / 1e6))]
 
-def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
+def speed(model, tokenizer, sizes, dtype):
     """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
     texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of "
              "ordinary words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
     def ms(texts):
         start = time.perf_counter()
-        embed_texts(model, tokenizer, texts, [size[0]], dtype, batch_tokens)
+        embed_texts(model, tokenizer, texts, [size[0]], dtype)
         return 1000 * (time.perf_counter() - start)
     records = []
     for size in sizes:
@@ -315,33 +299,43 @@ def speed(model, tokenizer, sizes, dtype, batch_tokens=8192):
     return records
 
 # ---- all tests at all sizes ------------------------------------------------------------------------------------------
-def evaluate_model(model, tokenizer, tests, args):
-    """ print a table, and write the values to a file, with layer and dim null for BM25:
+def main(args):
+    """ tests, model, sizes, values, table. The values go to a file, with layer and dim null for BM25:
       "results": [{"task": "docs", "metric": "MRR@10", "layer": 1, "dim": 8, "value": 0.135, "n": 1000}, ...]
       "per_item": {"docs": {"ids": [of the queries], "1:8": {"MRR@10": [one value a query], ...}, ...},
                    "stsb": {"gold": [scores], "1:8": {"Spearman": [one cosine a pair]}, ...}} """
+    # tests and model: all is read before the first is evaluated, so a mistake in the last shows at once
+    sts_sets = [load_sts(name, args.columns) for name in args.sts]
+    collections = [Collection(name) for name in args.retrieval or ([] if args.sts else ["docs"])]
+    ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
+    model, tokenizer = load_model(args.model, args.device, args.max_length, **ways)
+    model.batch_tokens = args.batch_tokens
+    for kind, prompt in (("query", args.query_prompt), ("passage", args.passage_prompt)):
+        if prompt is not None:
+            model.config.prompts[kind] = prompt
     start, names = time.time(), named_sizes(model.config)
     sizes = check_sizes(args.sizes or names, model.config)
     if args.grid:
         dims = sorted({dim for _, dim in sizes})
-        sizes = tuple((layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims)
+        sizes = [(layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims]
     out = args.out or (Path(args.model, "eval.json") if model.config.sizes and Path(args.model).exists() else None)
     if out and not Path(out).resolve().parent.is_dir():   # says it now, not after minutes
         raise ValueError(f"--out {out}: there is no such folder")
+
     results, per_item = [], {}
-    for pairs in tests["sts"]:
-        records, per_item[pairs[0]] = sts(model, tokenizer, pairs, sizes, args.dtype, args.batch_tokens)
+    for pairs in sts_sets:
+        records, per_item[pairs[0]] = sts(model, tokenizer, pairs, sizes, args.dtype)
         results += records
-    for size in sizes if len(tests["sts"]) > 1 else []:
-        values = [r["value"] for r in results if (r["layer"], r["dim"]) == size and r["task"] in per_item]
+    for size in sizes if len(sts_sets) > 1 else []:
+        values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]   # so far of STS alone
         results.append(record("mean of STS", "Spearman", size, statistics.fmean(values), len(values)))
-    for collection in tests["retrieval"]:
-        records, per_item[collection.task] = retrieval(model, tokenizer, collection, sizes, args.dtype,
-                                                       args.batch_tokens, args.save_run)
+    for collection in collections:
+        records, per_item[collection.task] = retrieval(model, tokenizer, collection, sizes, args.dtype, args.save_run)
         results += records
     results += cost(model, sizes)
     if args.speed:
-        results += speed(model, tokenizer, sizes, args.dtype, args.batch_tokens)
+        results += speed(model, tokenizer, sizes, args.dtype)
+
     if out:
         git = subprocess.run("git describe --always --exclude='*' --dirty=+", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True)   # "" without git
@@ -382,7 +376,7 @@ def parse_args(argv=None):
     add("--passage_prompt", help="goes before every document; by default the model's own")
     add("--max_length", type=int, help="tokens of a text; by default the model's own")
     add("--batch_tokens", type=int, default=8192, help="tokens of a batch")
-    add("--pooling", choices=list(POOLINGS), help="of the tokens; by default the model's own, else mean")
+    add("--pooling", choices=POOLINGS, help="of the tokens; by default the model's own, else mean")
     add("--similarity", choices=SIMILARITIES, help="of query and document; by default the model's own, else cosine")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
@@ -394,17 +388,6 @@ def parse_args(argv=None):
     if len(set(names)) < len(names):
         parser.error(f"two tasks of {', '.join(names)} have the same name; evaluate them one by one")
     return args
-
-def main(args):
-    """ Read all tests first: a mistake in the last shows before the first is evaluated. """
-    tests = {"sts": [load_sts(name, args.columns) for name in args.sts],
-             "retrieval": [Collection(name) for name in args.retrieval or ([] if args.sts else ["docs"])]}
-    ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
-    model, tokenizer = load_model(args.model, args.device, args.max_length, **ways)
-    own = model.config.prompts
-    model.config.prompts = {kind: own[kind] if flag is None else flag for kind, flag in
-                            (("query", args.query_prompt), ("passage", args.passage_prompt))}
-    evaluate_model(model, tokenizer, tests, args)
 
 if __name__ == "__main__":
     run_script(main, parse_args)

@@ -79,16 +79,16 @@ def step_sizes(method, sizes, seed, step):
 def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
     """ Batch -> {"loss", and the terms of srl_loss}. Adds to the gradients of the parameters. """
     token_ids, Q = batch.queries + batch.passages, len(batch.queries)        # of Q + P texts, (T,) each
-    layers = sorted({layer for layer, _ in sizes})
     def embed(texts):                                                        # B of the token_ids -> {layer: (B, C)}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return model.encode(pack(texts, args.device), layers)
+            return model.encode(pack(texts, args.device), sorted({layer for layer, _ in sizes}))
     rows = embed_in_pieces(embed, token_ids, pieces, (args.seed, step), rank, world_size)   # {layer: (Q + P, C)}
-    gold, same = (None if array is None else torch.from_numpy(array).to(args.device)
+    queries, passages = {layer: r[:Q] for layer, r in rows.items()}, {layer: r[Q:] for layer, r in rows.items()}
+    gold, same = (array if array is None else torch.from_numpy(array).to(args.device)
                   for array in (batch.gold, batch.same))
-    loss, terms = srl_loss({layer: r[:Q] for layer, r in rows.items()}, {layer: r[Q:] for layer, r in rows.items()},
-                           sizes, model.config.similarity, args.temperature, args.kl_weight,
-                           frozen_scores(teacher, token_ids, Q, args) if teacher else None, gold, same)
+    teacher_scores = frozen_scores(teacher, token_ids, Q, args) if teacher else None
+    loss, terms = srl_loss(queries, passages, sizes, model.config.similarity, args.temperature, args.kl_weight,
+                           teacher_scores, gold, same)
     loss.backward()
     return {"loss": loss.detach()} | terms
 
@@ -121,7 +121,6 @@ def frozen_scores(teacher, token_ids, Q, args):
 def build_model(args, tables):
     """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer. tables: for a new vocabulary """
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
-    longest = max(args.query_max_length, args.passage_max_length)   # of the texts in a step
     if args.init_from == "scratch":
         texts = (text for table in tables for row in table
                  for text in [row["query"], *row["positive"], *row["negative"]])
@@ -131,11 +130,12 @@ def build_model(args, tables):
                                 intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
                                 initializer_range=0.01))   # half of BERT's, so that AdamW's steps weigh more
     else:
-        model, tokenizer = load_model(args.init_from, needed=longest, **dropout)
+        needed = max(args.query_max_length, args.passage_max_length)   # tokens of the longest text in a step
+        model, tokenizer = load_model(args.init_from, needed=needed, **dropout)
     config = model.config
     config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
-    config.prompts = {kind: config.prompts[kind] if flag is None else flag for kind, flag in
-                      (("query", args.query_prompt), ("passage", args.passage_prompt))}
+    given = {"query": args.query_prompt, "passage": args.passage_prompt}
+    config.prompts = {kind: config.prompts[kind] if given[kind] is None else given[kind] for kind in given}
     sizes = list(args.sizes or named_sizes(config))
     if args.init_from == "scratch" and not args.sizes and config.pooling == "mean":
         sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # better than all of them: results/README.md
@@ -151,11 +151,9 @@ def build_model(args, tables):
     return model.to(args.device).train(), tokenizer
 
 def load_teacher(args, tokenizer):
-    """ --teacher -> frozen Bert, or None. Raises ValueError if it does not read the same token ids. """
-    if not args.teacher:
-        return None
-    longest = max(args.query_max_length, args.passage_max_length)
-    teacher, its_tokenizer = load_model(args.teacher, args.device, needed=longest)
+    """ --teacher -> frozen Bert. Raises ValueError if it does not read the same token ids. """
+    needed = max(args.query_max_length, args.passage_max_length)
+    teacher, its_tokenizer = load_model(args.teacher, args.device, needed=needed)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {args.teacher} has another vocabulary than the model to train")
     return teacher
@@ -187,14 +185,14 @@ def main(args):
     # data and model: all input is read before anything is written
     if args.retrieval:
         evaluate.Collection(args.retrieval)
-    dev = evaluate.Collection(f"{args.retrieval}:dev") if args.retrieval and args.eval_interval else None
+    dev = evaluate.Collection(f"{args.retrieval.split(':')[0]}:dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
     model, tokenizer = build_model(args, tables)
     sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts windows out of longer passages
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
                                    model.config.prompts) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources, world_size)
-    teacher = load_teacher(args, tokenizer)
+    teacher = load_teacher(args, tokenizer) if args.teacher else None
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)
@@ -238,10 +236,10 @@ def main(args):
             clock = time.time()
     if dist.is_initialized():
         dist.destroy_process_group()             # rank 0 evaluates alone
-    if rank == 0 and args.retrieval:
-        evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--device", args.device,
-                                           "--dtype", args.dtype]))
     if rank == 0:
+        if args.retrieval:
+            evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--device", args.device,
+                                               "--dtype", args.dtype]))
         Path(args.out_dir, STATE).unlink()       # three times the model, and the run is finished
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -297,8 +295,10 @@ def parse_args(argv=None):
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
     args = parser.parse_args(argv)
     docs = args.train_pairs == ["docs"]
-    args.retrieval = args.retrieval if args.retrieval is not None else "docs" if docs else ""
-    args.max_steps = args.max_steps if args.max_steps is not None else 200 if docs else 0
+    if args.retrieval is None:
+        args.retrieval = "docs" if docs else ""
+    if args.max_steps is None:
+        args.max_steps = 200 if docs else 0
     if args.embedding_lr_scale is None:   # a word is seen less often than a block
         args.embedding_lr_scale = 8.0 if args.init_from == "scratch" else 1.0
     args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)

@@ -89,8 +89,7 @@ def pool(hidden, batch, pooling):
     return total / torch.bincount(batch.text_ids)[:, None]                 # all tokens, also [CLS] and [SEP]
 
 def shorten(embeddings, dim, similarity):
-    """ (B, C) -> (B, D), the vectors of a size, whose dot products are the scores. Slice first, then normalise: an
-    index of D numbers a text can normalise only those D. """
+    """ (B, C) -> (B, D) vectors of a size. Slice, then normalise: an index of D numbers can normalise only those. """
     embeddings = embeddings[:, :dim]
     return F.normalize(embeddings, dim=-1) if similarity == "cosine" else embeddings
 
@@ -99,8 +98,7 @@ def score(queries, passages, dim, similarity):
     return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
-# Dropout is where BERT has it: after the LayerNorm of the embeddings, on the attention's weights, before both sums of a
-# block.
+# Dropout is where BERT has it: after the embeddings' LayerNorm, on the attention's weights, before both sums of a block
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": functools.partial(F.gelu, approximate="tanh")}
 
 class Block(nn.Module):
@@ -139,20 +137,19 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.hidden_size
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False   # in training
+        self.batch_tokens = 8192              # of a batch in evaluate.py
         self.word = nn.Embedding(config.vocab_size, C)
         self.position = nn.Embedding(config.max_position_embeddings, C)
         self.token_type = nn.Embedding(config.type_vocab_size, C)
         self.embedding_norm = nn.LayerNorm(C, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.apply(self.init_weights)
-
-    def init_weights(self, module):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def embed(self, batch):
         """ Pack -> (N, C), layer 0. One text is one segment, so the segment id is 0 everywhere. """
@@ -200,17 +197,16 @@ def new_config(**fields):
 
 def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
-    tokens that it must be able to read. overrides: fields of its config. Raises ValueError for what is broken, missing,
-    too short or no BERT. """
+    tokens that it must be able to read. overrides: fields of its config. Raises ValueError if that cannot be. """
     from transformers import AutoTokenizer
     try:
         folder, ways, length = read_modules(find_folder(name))
         if (folder / "adapter_config.json").exists():
             raise ValueError("it is an adapter; merge it into its model first")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type"), config.get("position_embedding_type", "absolute")
-        if kind != ("bert", "absolute"):
-            raise ValueError(f"model_type {kind[0]} with {kind[1]} positions; this code is BERT with absolute ones")
+        kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
+        if (kind, positions) != ("bert", "absolute"):
+            raise ValueError(f"model_type {kind} with {positions} positions; this code is BERT with absolute ones")
         config = new_config(**ways | config | overrides | {"dtype": "float32"})   # half precision becomes float32
         config.sizes = tuple(map(tuple, config.sizes))                                  # JSON has lists
         if config.pooling not in POOLINGS or config.similarity not in SIMILARITIES:
@@ -263,8 +259,7 @@ def read_weights(folder):
     from safetensors.torch import load_file
     state, key = {}, hf_name("word.weight")
     for file in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        bin = file.suffix == ".bin"
-        state |= torch.load(file, map_location="cpu", weights_only=True) if bin else load_file(file)
+        state |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     starts = [name.removesuffix(key) for name in state if name.endswith(key)]   # "", "bert.", "module.bert.", ...
     if len(starts) != 1:
         raise ValueError(f"its weights hold {len(starts)} BERTs")
@@ -280,8 +275,8 @@ def load_weights(module, state):
     module.load_state_dict(weights)
 
 def save_pretrained(model, tokenizer, folder, head=None):
-    """ Write an ordinary Hugging Face folder, for AutoModel or, with an MLMHead, for BertForMaskedLM; and what
-    sentence-transformers needs to give the embeddings of the largest size. """
+    """ Write a folder for AutoModel, or with an MLMHead for BertForMaskedLM, and for sentence-transformers, which gives
+    the embeddings of the largest size. """
     from safetensors.torch import save_file
     config, folder, C = model.config, Path(folder), model.config.hidden_size
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
@@ -391,8 +386,7 @@ FREE = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval
         "compile"}   # what --resume may change
 
 def load_run(args):
-    """ -> what save_run left in --out_dir for --resume, else None. Raises ValueError where flags differ or a run would
-    be lost. """
+    """ -> with --resume what save_run left in --out_dir, else None. Raises ValueError if a run would be lost. """
     if not args.resume:
         if any(Path(args.out_dir, name).exists() for name in (STATE, "model.safetensors")) and not args.overwrite:
             raise ValueError(f"--out_dir {args.out_dir} holds a run; choose another folder, --overwrite or --resume")
@@ -417,16 +411,15 @@ def restore(saved, about, model, optimizer):
 
 def open_run(args, first_step):
     """ make --out_dir -> log.jsonl, open: that of a resumed run keeps its lines up to first_step """
-    out_dir = Path(args.out_dir)
+    out_dir, path = Path(args.out_dir), Path(args.out_dir, "log.jsonl")
     out_dir.mkdir(parents=True, exist_ok=True)
-    path, kept = out_dir / "log.jsonl", []
-    if args.resume and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-    for name in (STATE, "eval.json") if not args.resume else ():   # of the run that --overwrite replaces
-        (out_dir / name).unlink(missing_ok=True)
     (out_dir / "args.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=2) + "\n")
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if not args.resume:
+        for name in (STATE, "eval.json", "log.jsonl"):   # of the run that --overwrite replaces
+            (out_dir / name).unlink(missing_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+    path.write_text("".join(lines), encoding="utf-8")
     return open(path, "a", encoding="utf-8")
 
 def save_run(args, step, bert, tokenizer, model, optimizer, about, head=None):

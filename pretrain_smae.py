@@ -124,33 +124,33 @@ def build_model(args):
         bert, tokenizer = load_model(args.init_from, needed=args.max_length, **dropout)
         if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id):
             raise ValueError(f"{args.init_from}: its tokenizer has no [CLS], [SEP] or [MASK]")
-    config, head, bert.gradient_checkpointing = bert.config, MLMHead(bert.config), args.gradient_checkpointing
+    model, config = SMAE(bert, MLMHead(bert.config)), bert.config
     if args.init_from != "scratch":
         with contextlib.suppress(KeyError):   # a checkpoint without a trained head: a new one
-            load_weights(head, read_weights(read_modules(find_folder(args.init_from))[0]))
+            load_weights(model.head, read_weights(read_modules(find_folder(args.init_from))[0]))
+    if Path(args.init_from, STATE).exists():   # of an earlier SMAE: only there is a trained decoder
+        earlier = torch.load(Path(args.init_from, STATE), map_location="cpu", weights_only=True)
+        if earlier["args"].get("objective") == "smae":
+            model.load_state_dict(earlier["model"])
     if args.objective == "smae":
         config.pooling = "cls"   # the vector that SMAE trains
         config.sizes = sizes = check_sizes(args.sizes or named_sizes(config), config)
     else:
         sizes, config.sizes = check_sizes(args.sizes or [(config.num_hidden_layers, config.hidden_size)], config), ()
+    bert.gradient_checkpointing = args.gradient_checkpointing
     tokenizer.model_max_length = args.max_length
-    model = SMAE(bert, head).to(args.device).train()
-    if Path(args.init_from, STATE).exists():   # of an earlier SMAE: only there is a trained decoder
-        earlier = torch.load(Path(args.init_from, STATE), map_location=args.device, weights_only=True)
-        if earlier["args"].get("objective") == "smae":
-            model.load_state_dict(earlier["model"])
-    return model, tokenizer, sizes
+    return model.to(args.device).train(), tokenizer, sizes
 
 def read_text(args, text, first_step, mine, micro_batch):
     """ a table or stream of documents -> those held out, max_steps, and an iterator over the documents that this rank
     trains on from first_step on; of each step those of its pieces `mine`, micro_batch each """
-    def documents(rows):
-        return data.as_arrays(text[rows.tolist()]["ids"])
     if args.streaming:
         stream = (np.array(row["ids"], np.int32) for row in text)
         held_out = list(itertools.islice(stream, HELD_OUT))
         read_before = first_step * len(mine) * micro_batch   # before the run was stopped: read it again and drop it
         return held_out, args.max_steps, itertools.islice(stream, read_before, None)
+    def documents(rows):
+        return data.as_arrays(text[rows]["ids"])
     n_held_out = min(HELD_OUT, (len(text) + 9) // 10)        # of few documents a tenth
     held_out, train = np.split(np.random.default_rng(0).permutation(len(text)), [n_held_out])
     steps_an_epoch = len(train) // args.batch_size
@@ -188,18 +188,16 @@ def main(args):
 
     # model and text: a batch is pieces of micro_batch documents, which the ranks share
     micro_batch = args.micro_batch or args.batch_size // world_size
-    pieces = args.batch_size // max(1, micro_batch)
-    if micro_batch < 1 or args.batch_size % micro_batch or pieces % world_size:
+    if micro_batch < 1 or args.batch_size % (micro_batch * world_size):
         raise ValueError(f"--batch_size {args.batch_size}: no multiple of {world_size} x --micro_batch {micro_batch}")
+    pieces = args.batch_size // micro_batch
     mine = range(rank, pieces, world_size)
     model, tokenizer, sizes = build_model(args)
     text = data.tokenize_text(args.train_text, tokenizer, args.streaming, rank, world_size, args.columns)
     held_out, max_steps, documents = read_text(args, text, first_step, mine, micro_batch)
 
     # optimizer, and the run to resume
-    trained = {name: parameter for name, parameter in model.named_parameters()
-               if args.objective == "smae" or not name.startswith("decoder")}
-    optimizer = configure_optimizer(trained.items(), args)
+    optimizer = configure_optimizer(model.named_parameters(), args)   # MLM gives the decoder no gradient, so it stays
     seen = zlib.crc32(np.concatenate(held_out).tobytes()) if args.streaming else data.content_hash(text)
     about = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
     if saved:
@@ -225,7 +223,8 @@ def main(args):
             (loss / pieces).backward()   # the mean of the pieces' losses; unlike in SRL, other pieces are other masks
             records.append(terms)
             tokens += sum(min(len(document) + 2, args.max_length) for document in batch) * world_size
-        norm = clip_gradient(trained.values(), step, terms)      # of the sum over all pieces of the batch
+        sums = {name: sum(record[name] for record in records[-len(mine):]) for name in terms}   # of this step's pieces
+        norm = clip_gradient(model.parameters(), step, sums)
         optimizer.step()
 
         done = step + 1

@@ -26,6 +26,7 @@ def test_srl_contestants(bert_folder, tmp_path, capsys):
     assert all_sizes == pytest.approx(padded, abs=5e-6) and alone == pytest.approx(ranking, abs=5e-6)
     assert abs(all_sizes - alone) > 1e-3 and found["SRL here, all sizes"][1] == 1
 
+@needs("sentence_transformers")   # as slow as the other one
 def test_smae_contestants_and_what_is_not_installed(bert_folder, tmp_path, capsys, monkeypatch):
     """ --smae adds three rows, whose loss is a mean over words: log(V) with random weights. Without
     sentence-transformers its rows are left out. """

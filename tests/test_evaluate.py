@@ -76,11 +76,14 @@ def test_embed_ids_ignores_batches_and_order(model, texts):
     in whatever order the texts come. """
     lengths = list(map(len, texts))
     different = [texts[lengths.index(n)] for n in set(lengths)]
-    once, turned = (embed_ids(model, some, [2, 4], batch_tokens=30) for some in (different, different[::-1]))
+    def embed(texts, batch_tokens):
+        model.batch_tokens = batch_tokens
+        return embed_ids(model, texts, [2, 4])
+    once, turned = embed(different, 30), embed(different[::-1], 30)
     assert all(torch.equal(turned[layer].flip(0), once[layer]) for layer in (2, 4))
     model.double()
-    one, turned = embed_ids(model, texts, [2, 4], batch_tokens=1), embed_ids(model, texts[::-1], [2, 4], "float32", 40)
-    for layer, whole in embed_ids(model, texts, [2, 4]).items():
+    one, turned = embed(texts, 1), embed(texts[::-1], 40)
+    for layer, whole in embed(texts, 8192).items():
         torch.testing.assert_close(one[layer], whole, rtol=0, atol=1e-12)
         torch.testing.assert_close(turned[layer].flip(0), whole, rtol=0, atol=1e-12)
 
@@ -93,7 +96,7 @@ def test_one_embedding_that_is_not_finite_ends_the_evaluation(model, texts):
     """ A single bad coordinate of a single text is enough, and the message names the layer. """
     model.word.weight.data[texts[3][1], 0] = np.nan
     with pytest.raises(FloatingPointError, match="layer 2 gave embeddings that are not finite; try --dtype float32"):
-        embed_ids(model, texts[:8], [2], batch_tokens=10**6)
+        embed_ids(model, texts[:8], [2])
 
 @pytest.mark.parametrize("lengths, room, want", [
     ([7, 3, 20, 7, 5, 7, 3, 5], 18, [[3, 3, 5], [5, 7], [7, 7], [20]]), ([4, 4, 4], 12, [[4, 4, 4]]),

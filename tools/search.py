@@ -24,7 +24,7 @@ def load_passages(source):
                 for row in data.read_rows(str(data.docs_folder() / file))]
         return [(row["name"], f"{row['query']} {row.get('positive') or row['text']}") for row in rows]
     passages = []
-    for file in sorted(Path(source).rglob("*")) if Path(source).is_dir() else [Path(source)]:
+    for file in sorted(Path(source).rglob("*.*")) if Path(source).is_dir() else [Path(source)]:
         if re.search(r"\.jsonl(\.gz)?$", file.name):
             passages += [(f"{file}:{number}", text) for number, row in enumerate(data.read_rows(str(file)), start=1)
                          for text in data.as_texts(row)]
@@ -41,7 +41,8 @@ def embed_passages(model, tokenizer, texts, layers, args):
     """ -> {layer: (P, C)}; found again by the texts and by whatever decides their embedding """
     from datasets import Dataset
     weights = [zlib.crc32(parameter.detach().numpy()) for parameter in model.parameters()]
-    about = [texts, weights, model.config.to_json_string(), tokenizer.backend_tokenizer.to_str(), layers]
+    about = [texts, weights, model.config.to_json_string(), tokenizer.backend_tokenizer.to_str(),
+             tokenizer.model_max_length, layers]
     def embed(batch):
         found = embed_texts(model, tokenizer, batch["text"], layers, prompt="passage")
         return {str(layer): rows.numpy() for layer, rows in found.items()}

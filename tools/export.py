@@ -169,7 +169,8 @@ def write_card(folder, source):
     results = [r for r in results.get("results", []) if (r["layer"], r["dim"]) in sizes and r["task"] != "cost"]
     names = [name.split(":")[0] for name in (run.get("init_from", ""), *run.get("train_pairs", []))]
     # the hub rejects a card with names that are not its own
-    hub = [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    hub = [name for name in names if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
+           and name not in ("scratch", "docs") and not data.FILE.search(name)]
     about = ModelCardData(
         library_name="sentence-transformers", pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka", "starbucks"],

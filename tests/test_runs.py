@@ -262,7 +262,7 @@ def test_a_moved_run_goes_on(script, flags, whole, tmp_path, monkeypatch):
     assert same(tmp_path / "b", whole[script])
 
 def test_numbers_that_are_not_finite_end_the_run(flags, tmp_path):
-    """ A learning rate that ruins the model stops with the step and the terms that are not finite; nothing is saved. """
+    """ A learning rate that ruins the model stops with the step and the terms that are not finite. """
     with pytest.raises(FloatingPointError, match="step [2-8]: not finite: .*nce"):
         run(finetune_srl, flags[finetune_srl], tmp_path / "out", "--learning_rate", "1e30", "--warmup", "0")
     assert not (tmp_path / "out" / STATE).exists() or torch.load(tmp_path / "out" / STATE)["step"] < 8

@@ -192,7 +192,8 @@ def hf_name(name):
 def new_config(**fields):
     """ transformers' BertConfig, and how the embeddings are meant to be used """
     from transformers import BertConfig   # imported where it is used, because that takes a second or two
-    ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "prompts": {"query": "", "passage": ""}}
+    ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "prompts": {"query": "", "passage": ""},
+            "lower_case": False}
     return BertConfig(**ways | fields)
 
 def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
@@ -207,6 +208,7 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
         kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
         if (kind, positions) != ("bert", "absolute"):
             raise ValueError(f"model_type {kind} with {positions} positions; this code is BERT with absolute ones")
+        config["lower_case"] = ways["lower_case"]
         config = new_config(**ways | config | overrides | {"dtype": "float32"})   # half precision becomes float32
         config.sizes = tuple(map(tuple, config.sizes))                                  # JSON has lists
         if config.pooling not in POOLINGS or config.similarity not in SIMILARITIES:
@@ -219,6 +221,10 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
         if not 5 < len(tokenizer) <= config.vocab_size:
             raise ValueError(f"{len(tokenizer)} words in the tokenizer, {config.vocab_size} in the model: copy its own "
                              "files there or, if words were added, call resize_token_embeddings of transformers")
+        if config.lower_case:   # before the tokenizer's own steps, as sentence-transformers does
+            from tokenizers.normalizers import Lowercase, Sequence
+            backend = tokenizer.backend_tokenizer
+            backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
     except Exception as error:   # transformers, safetensors, json and the hub have a dozen errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{name}: no BERT that can be read ({reason:.300})") from error
@@ -236,8 +242,8 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 def read_modules(folder):
-    """ -> the folder of the BERT, {"pooling", "similarity", "prompts"}, longest text or None: what the files
-    of sentence-transformers say of them, if there are such files """
+    """ -> the folder of the BERT, {"pooling", "similarity", "prompts", "lower_case"}, longest text or None: what
+    the files of sentence-transformers say of them, if there are such files """
     parts = {part["type"].rsplit(".", 1)[-1]: folder / part["path"] for part in read_json(folder / "modules.json")}
     if unknown := parts.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(f"modules.json asks for {', '.join(unknown)}, which is not supported")
@@ -252,7 +258,8 @@ def read_modules(folder):
     ways = {"pooling": pooling.get("pooling_mode") or "+".join(modes) or "mean",
             "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
             "prompts": {"query": prompts["query"], "passage": prompts.get("passage") or prompts["document"]}}
-    return bert, ways, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
+    reading = read_json(bert / "sentence_bert_config.json")
+    return bert, ways | {"lower_case": reading.get("do_lower_case", False)}, reading.get("max_seq_length")
 
 def read_weights(folder):
     """ -> {Hugging Face's name: tensor}, of one file or of several shards, without what programs put before names """
@@ -299,7 +306,8 @@ def save_pretrained(model, tokenizer, folder, head=None):
              "config_sentence_transformers.json": {
                  "similarity_fn_name": config.similarity, "truncate_dim": dim,
                  "prompts": {"query": config.prompts["query"], "document": config.prompts["passage"]}},
-             "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length, "do_lower_case": False}}
+             "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length,
+                                           "do_lower_case": config.lower_case}}
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 

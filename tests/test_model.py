@@ -328,3 +328,20 @@ def test_run_script(capsys):
         assert capsys.readouterr().err == "error: two lines\n"
     for bug in (KeyError, AssertionError, RuntimeError, TypeError):
         pytest.raises(bug, run_script, main, lambda: bug)
+
+@pytest.mark.parametrize("normalizer", [True, False])
+def test_a_folder_that_asks_for_lower_case(model, tmp_path, normalizer):
+    """ do_lower_case of sentence-transformers counts before a cased tokenizer, one without a normalizer too, and stays
+    when the model is saved again. """
+    from transformers import BertTokenizer
+    cased = BertTokenizer(vocab={word: i for i, word in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] apple pie".split())},
+                          do_lower_case=False)
+    if not normalizer:
+        cased.backend_tokenizer.normalizer = None
+    save_pretrained(model, cased, tmp_path / "a")
+    assert cased("APPLE")["input_ids"] == [2, 1, 3]
+    (tmp_path / "a" / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
+    loaded, tokenizer = load_model(tmp_path / "a")
+    save_pretrained(loaded, tokenizer, tmp_path / "b")
+    for found in (tokenizer, load_model(tmp_path / "b")[1]):
+        assert found("APPLE pie")["input_ids"] == [2, 5, 6, 3] and found.model_max_length == 20

@@ -7,7 +7,7 @@ A batch is a pure function of (data, seed, step), so resuming a run needs no sta
 Below: sources of rows, the tables that the library `datasets` makes of them, keeps in memory-mapped files and finds
 again, and tokenising. Letters for shapes: see model.py.
 """
-import csv, functools, gzip, importlib.metadata, json, math, os, re, string, subprocess, sys, zlib
+import csv, functools, gzip, importlib.metadata, itertools, json, math, os, re, string, subprocess, sys, zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 class Pairs(NamedTuple):
     """ what tokenize_pairs makes of a source """
     table: "datasets.Dataset"   # query: ids; positive, negative: lists of ids; score, if the pairs have one
-    repeats: dict               # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
+    repeats: dict   # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
 
 class Batch(NamedTuple):
     """ Q queries and P >= Q passages. Passage i < Q is the positive of query i; the hard negatives follow. """
@@ -53,9 +53,9 @@ def duplicates(queries, passages, answers=()):
         known.setdefault(query.tobytes(), set()).add(passage.tobytes())
     # Queries A B A with positives x y z: A has the answers x and z, so same is True at (0, 2) and (2, 0).
     texts = [passage.tobytes() for passage in passages]
-    same = np.array([[text in answered for text in texts]     # (Q, P)
+    same = np.array([[text in answered for text in texts]   # (Q, P)
                      for answered in (known[query.tobytes()] for query in queries)])
-    np.fill_diagonal(same, False)                             # the positive itself
+    np.fill_diagonal(same, False)                           # the positive itself
     return same if same.any() else None
 
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
@@ -69,11 +69,11 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     turns = np.repeat(np.arange(len(sources)), batches_per_source)
     turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)
     pairs = sources[turns[batch]]
-    i = (turns[:batch] == turns[batch]).sum()       # batches that this source has had in this epoch
+    i = (turns[:batch] == turns[batch]).sum()   # batches that this source has had in this epoch
     rows = epoch_order(len(pairs.table), seed, epoch)[i * batch_size:(i + 1) * batch_size]
 
     rng = np.random.default_rng([seed, step, TEXT_SEED])
-    table = pairs.table[rows]                       # {column: a list with a cell for each row}
+    table = pairs.table[rows]                   # {column: a list with a cell for each row}
     positives = [texts[rng.integers(len(texts))] for texts in table["positive"]]
     hard = [texts[k] for texts in table["negative"] for k in rng.permutation(len(texts))[:max_negatives]]
     queries, passages = map(as_arrays, (table["query"], positives + hard))
@@ -117,13 +117,13 @@ def whole_word_mask(begins, rates, rng):
       tokens           [CLS] the dra ##gon sleeps [SEP]
       words, shuffled  dragon  sleeps  the  [CLS]  [SEP]
       their middles    1       2.5     3.5  4.5    5.5        masked: dra ##gon, the only word with 2 or less """
-    word = np.cumsum(begins) - 1                                    # (T,) number of each token's word
-    length = np.bincount(word)                                      # (words,) tokens of each word
-    key = rng.random(len(length))                                   # (words,) words are sorted by it
-    key[[0, -1]] = 2                                                # [CLS] and [SEP]
+    word = np.cumsum(begins) - 1                                   # (T,) number of each token's word
+    length = np.bincount(word)                                     # (words,) tokens of each word
+    key = rng.random(len(length))                                  # (words,) words are sorted by it
+    key[[0, -1]] = 2                                               # [CLS] and [SEP]
     order = key.argsort()
     middle = np.empty(len(length))
-    middle[order] = np.cumsum(length[order]) - length[order] / 2    # (words,) in the shuffled row of words
+    middle[order] = np.cumsum(length[order]) - length[order] / 2   # (words,) in the shuffled row of words
     return [(middle <= np.round(rate * (len(begins) - 2)))[word] for rate in rates]
 
 def corrupt(ids, masked, mask_token_id, vocab_size, rng):
@@ -142,17 +142,17 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     tokens, [CLS] and [SEP] included. rates: shares that are hidden from (encoder, decoder). seed: a list of integers
     that decides windows and masks. """
     rng = np.random.default_rng(seed)
-    room = max_length - 2                                               # [CLS] and [SEP] take two
+    room = max_length - 2                           # [CLS] and [SEP] take two
     starts = [rng.integers(max(1, len(document) - room + 1)) for document in documents]
     windows = [document[start:start + room] for document, start in zip(documents, starts)]
     texts = [np.concatenate([[tokenizer.cls_token_id], ids, [tokenizer.sep_token_id]])   # (T,)
-             for ids in sorted(windows, key=len)]                       # the order of model.pack
-    masks = []                                                          # (encoder's, decoder's), (T,) each, of a text
+             for ids in sorted(windows, key=len)]   # the order of model.pack
+    masks = []                                      # (encoder's, decoder's), (T,) each, of a text
     for text in texts:
-        begins = word_begins(tokenizer)[text]                           # (T,), a copy
-        begins[1] = True                                                # a window may begin inside a word
+        begins = word_begins(tokenizer)[text]       # (T,), a copy
+        begins[1] = True                            # a window may begin inside a word
         masks.append(whole_word_mask(begins, rates, rng))
-    row, for_encoder, for_decoder = map(np.concatenate, (texts, *zip(*masks)))           # (N,) each
+    row, for_encoder, for_decoder = map(np.concatenate, (texts, *zip(*masks)))   # (N,) each
     encoder_ids = corrupt(row, for_encoder, tokenizer.mask_token_id, len(tokenizer), rng)
     decoder_ids = corrupt(row, for_decoder, tokenizer.mask_token_id, len(tokenizer), rng)   # draws of its own
     return Masked(texts, encoder_ids, np.flatnonzero(for_encoder), decoder_ids, np.flatnonzero(for_decoder))
@@ -172,7 +172,7 @@ def docs_folder():
 
 def read_rows(source, convert=dict, split="train", streaming=False):
     """ docs, a file (see FILE), or NAME[:CONFIG][:SPLIT] of the hub or of a folder with the same layout -> yields
-    convert(row) of each row {column: cell}, but not what is empty. Raises ValueError that names source and row. """
+    convert(row) of each row {column: cell}, but not what is empty. ValueError names source and row. """
     done = 0
     try:
         for done, row in enumerate(open_source(source, split, streaming), start=1):
@@ -213,7 +213,7 @@ def read_file(path, kind):
         elif kind in ("csv", "tsv"):
             csv.field_size_limit(2**31 - 1)
             separator = "\t" if kind == "tsv" else max(",;", key=start.count)   # spreadsheets may write semicolons
-            quoting = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL    # in .tsv a quote is a character
+            quoting = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL   # in .tsv a quote is a character
             rows = csv.DictReader(file, delimiter=separator, quoting=quoting, strict=True)
             names = rows.fieldnames or []
             if len(set(names)) < len(names):
@@ -226,7 +226,7 @@ def read_file(path, kind):
             yield from json.load(file) if start.startswith("[") else map(json.loads, filter(str.strip, file))
 
 def as_texts(cell):
-    """ None, a text, a number, a passage {"title", "text"}, or a list of these -> list of strings, none blank """
+    """ None, a text, a number, a passage {"title", "text"}, or a list of them -> list of strings, none blank """
     if isinstance(cell, list):
         return [text for item in cell for text in as_texts(item)]
     if isinstance(cell, dict) and "text" in cell:
@@ -315,16 +315,17 @@ def load_pairs(source, columns=(), alone=True, split="train"):
     features = {"query": Value("string"), "positive": List(Value("string")), "negative": List(Value("string"))}
     features |= {"score": Value("float64") for _ in found["score"]}
     pairs = make_table(source, functools.partial(read_rows, source, as_pair, split), features, (found, split), split)
+    if found["score"] and len(set(pairs["score"])) < 2:
+        raise ValueError(f"{source}: every score is the same, so there is no order to learn or to test")
     parts = [f"{kind}: {', '.join(cells)}" for kind, cells in {**found, "not used": unused}.items() if cells]
     print(f"{source}: {len(pairs):,} pairs of {count:,} rows | {' | '.join(parts)}")
     return pairs
 
 def text_rows(source, streaming=False, columns=()):
     """ --train_text, see read_rows -> yields {"text": a document}, none blank """
-    names = ["query", "positive"]   # of docs
-    if source != "docs":
-        first = next(read_rows(source, streaming=True), {})
-        names = find_columns(source, list(first), ["text"], columns)["text"]
+    columns = ["text=query", "text=positive"] if source == "docs" else columns
+    first = next(read_rows(source, streaming=True), {})
+    names = find_columns(source, list(first), ["text"], columns)["text"]
     def as_document(row):
         text = " ".join(as_texts([row.get(name) for name in names]))
         return text and {"text": text}
@@ -358,13 +359,12 @@ def as_arrays(texts):
 
 def tokenize(texts, tokenizer, max_length):
     """ list of B texts -> list of B (T,) ids, [CLS] ... [SEP], T <= max_length """
-    chunks = [texts[start:start + 4096] for start in range(0, len(texts), 4096)]
-    return [ids for chunk in chunks
-            for ids in as_arrays(to_ids(chunk, tokenizer, truncation=True, max_length=max_length))]
+    return as_arrays(to_ids(texts, tokenizer, truncation=True, max_length=max_length))
 
-def check_tokens(source, texts, tokenizer):
+def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
     """ Does the tokenizer know the language of these texts? A warning if more than one token in twenty is [UNK] or
-    different texts become the same ids; ValueError if nearly all are [UNK], because nothing can be learned then. """
+    different texts become the same ids; ValueError if nearly all are [UNK]. Do they fit in max_length tokens, with the
+    prompt before them? A line that counts the others; ValueError if the prompt alone does not. """
     ids = to_ids(texts, tokenizer, add_special_tokens=False, verbose=False)
     tokens = [token for text in ids for token in text]
     unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
@@ -375,19 +375,27 @@ def check_tokens(source, texts, tokenizer):
         raise ValueError(found)
     if unknown > 0.05 or left < 0.95 * different:
         print(f"warning: {found}", file=sys.stderr)
+    if max_length:
+        room = max_length - len(to_ids([prompt], tokenizer)[0])   # less [CLS] and [SEP]
+        longer = sum(len(text) > room for text in ids)
+        if room < 1:
+            raise ValueError(f"{source}: the prompt {prompt!r:.60} leaves no room in the {max_length} tokens of a text")
+        if longer:
+            print(f"{source}: {longer:,} of {len(ids):,} texts are longer than {max_length} tokens and are cut")
 
-def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_length, prompts):
-    """ table of load_pairs, prompts {"query", "passage"}: what goes before each text -> Pairs, where every string is
-    its ids, [CLS] ... [SEP] """
+def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_length, config):
+    """ table of load_pairs, config with the prompts that go before each text -> Pairs, where every string is its ids,
+    [CLS] ... [SEP] """
     from datasets import Features, List, Value
     first = pairs[:1000]
-    check_tokens(source, first["query"], tokenizer)
-    check_tokens(source, [texts[0] for texts in first["positive"]], tokenizer)
+    check_texts(f"{source}, first queries", first["query"], tokenizer, query_max_length, config.query_prompt)
+    check_texts(f"{source}, first passages", [texts[0] for texts in first["positive"]], tokenizer, passage_max_length,
+                config.passage_prompt)
     def encode(batch):
-        texts = [prompts["query"] + text for text in batch["query"]]
+        texts = [config.query_prompt + text for text in batch["query"]]
         ids = {"query": to_ids(texts, tokenizer, truncation=True, max_length=query_max_length)}
         for kind in ("positive", "negative"):
-            texts = [prompts["passage"] + text for texts in batch[kind] for text in texts]
+            texts = [config.passage_prompt + text for texts in batch[kind] for text in texts]
             passages = iter(to_ids(texts, tokenizer, truncation=True, max_length=passage_max_length))
             ids[kind] = [[next(passages) for _ in texts] for texts in batch[kind]]
         return ids
@@ -405,11 +413,11 @@ def tokenize_text(source, tokenizer, streaming=False, rank=0, world_size=1, colu
     from datasets import Features, IterableDataset, List, Value
     from datasets.distributed import split_dataset_by_node
     rows = functools.partial(text_rows, source, streaming, columns)
+    check_texts(source, [row["text"] for row in itertools.islice(rows(), 1000)], tokenizer)
     if streaming:
         table = split_dataset_by_node(IterableDataset.from_generator(rows), rank, world_size)
     else:
         table = make_table(source, rows, {"text": Value("string")}, columns)
-        check_tokens(source, table[:1000]["text"], tokenizer)
     def encode(batch):
         ids = to_ids(batch["text"], tokenizer, add_special_tokens=False, verbose=False)
         return {"ids": list(filter(len, ids))}

@@ -1,68 +1,57 @@
 """
 How good is each size of a model, and what does it cost? One pass over the texts gives the embeddings of all sizes.
 
-    python evaluate.py out/srl                                 # retrieval in this machine's documentation, beside BM25
-    python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev --speed
+    python evaluate.py out/srl                                      # retrieval in the documentation of this machine
+    python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
 
 Prints a table and writes its values to --out, or to MODEL/eval.json if that is a folder with sizes of its own. STS:
 Spearman's rank correlation of the cosine. Retrieval: exact search in shards, so of the corpus only the ids stay in
-memory. Letters for shapes: see model.py; here P passages of a shard, K documents that are kept for a query.
+memory. Letters for shapes: see model.py; here P passages of a shard, K documents kept for a query.
 """
-import argparse, functools, json, re, statistics, subprocess, sys, time
+import argparse, functools, json, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import scipy   # its parts load when they are first used: scipy.stats alone takes most of a second
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from data import FILE, as_score, docs_folder, load_pairs, make_table, read_rows, tokenize
+from data import FILE, as_score, check_texts, docs_folder, load_pairs, make_table, read_rows, tokenize
 from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, load_model, named_sizes, pack,
                    parse_sizes, run_script, score, shorten, size_name)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
+BATCH_TOKENS = 8192
+
 @torch.no_grad()
 def embed_ids(model, token_ids, layers, dtype="float32"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU}. Ranks share the batches, so all of
-    them must call this with the same texts. """
+    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU} """
     B, device, training = len(token_ids), next(model.parameters()).device, model.training
     model.eval()   # no dropout, also in the middle of a training
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = sum(map(len, token_ids)) // world_size if world_size > 1 else np.inf   # a batch for every rank
-    batches = batches_by_length(token_ids, min(model.batch_tokens, share))
-    embeddings = {layer: torch.zeros(B, model.config.hidden_size) for layer in layers}
-    bar = tqdm(batches[rank::world_size], "encoding", leave=False, disable=True if B < 1000 or rank else None)
+    embeddings = {layer: torch.empty(B, model.config.hidden_size) for layer in layers}
     # around all batches, because it casts every weight once and keeps the copy
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        for rows in bar:   # rows: numbers of texts
-            batch = pack([token_ids[i] for i in rows], device)
+        for rows in tqdm(batches_by_length(token_ids), "encoding", leave=False, disable=True if B < 1000 else None):
+            batch = pack([token_ids[i] for i in rows], device)   # rows: numbers of texts
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
                 if not pooled.isfinite().all():
                     raise FloatingPointError(f"layer {layer} gave embeddings that are not finite; try --dtype float32")
                 embeddings[layer][rows] = pooled.float().cpu()
     model.train(training)
-    for layer in layers if world_size > 1 else []:   # the rows of other ranks are 0, so a sum gathers all rows
-        rows = embeddings[layer].to(device)
-        dist.all_reduce(rows)
-        embeddings[layer] = rows.cpu()
     return embeddings
 
-def batches_by_length(token_ids, batch_tokens):
-    """ list of (T,) ids -> lists of their numbers: equal lengths side by side (see model.Pack), and texts x the longest
-    of them is batch_tokens or less, but for a single longer text """
-    batches = []
-    for i in sorted(range(len(token_ids)), key=lambda i: len(token_ids[i])):
-        if not batches or (len(batches[-1]) + 1) * len(token_ids[i]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+def batches_by_length(token_ids):
+    """ list of (T,) ids -> arrays of their numbers, short texts first, each with about BATCH_TOKENS tokens """
+    lengths = np.array([len(ids) for ids in token_ids])
+    order = lengths.argsort(kind="stable")
+    batch = lengths[order].cumsum() // BATCH_TOKENS   # number of each text's batch
+    return np.split(order, np.flatnonzero(np.diff(batch)) + 1)
 
-def embed_texts(model, tokenizer, texts, layers, dtype="float32", prompt=None):
-    """ list of B strings, "query", "passage" or no prompt -> {layer: (B, C) float32 on the CPU} """
-    texts = [model.config.prompts[prompt] + text for text in texts] if prompt else texts
+def embed_texts(model, tokenizer, texts, layers, dtype="float32", prompt=""):
+    """ list of B strings, what goes before each -> {layer: (B, C) float32 on the CPU} """
+    texts = [prompt + text for text in texts]
     return embed_ids(model, tokenize(texts, tokenizer, tokenizer.model_max_length), layers, dtype)
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -105,9 +94,14 @@ def load_sts(name, columns=()):
     """ a name in STS or of the hub (its test split), or a file with sentence1, sentence2, score -> task, first
     sentences, second sentences, (pairs,) gold scores """
     pairs = load_pairs(STS.get(name, name), columns, split="test")
-    if "score" not in pairs.column_names or len(set(pairs["score"])) < 2:
-        raise ValueError(f"{name}: needs sentence1, sentence2 and a column score with two different numbers in it")
+    if "score" not in pairs.column_names:
+        raise ValueError(f"{name}: needs the columns sentence1, sentence2 and score")
     return task_name(name), pairs["query"][:], [texts[0] for texts in pairs["positive"]], np.array(pairs["score"])
+
+def check_spread(name, scores):
+    """ warn if all scores are nearly equal, because the model tells no two texts apart then """
+    if scores.numel() > 9 and scores.max() - scores.min() < 1e-3:
+        print(f"warning: {name}: all scores are within 0.001 of each other; has a training failed?", file=sys.stderr)
 
 def sts(model, tokenizer, pairs, sizes, dtype):
     """ every size on the pairs of load_sts -> records, per-item values (cosines of the pairs) """
@@ -117,9 +111,10 @@ def sts(model, tokenizer, pairs, sizes, dtype):
     embeddings = embed_texts(model, tokenizer, list(row), {layer for layer, _ in sizes}, dtype)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
-        x = shorten(embeddings[layer], dim, "cosine")         # (texts, D)
-        cosine = (x[left] * x[right]).sum(-1).numpy()         # (n,)
-        records.append(record(task, "Spearman", (layer, dim), spearman(cosine, gold), len(gold)))
+        x = shorten(embeddings[layer], dim, "cosine")   # (texts, D)
+        cosine = (x[left] * x[right]).sum(-1)           # (n,)
+        check_spread(f"{task} at {size_name((layer, dim))}", cosine)
+        records.append(record(task, "Spearman", (layer, dim), spearman(cosine.numpy(), gold), len(gold)))
         per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
     return records, per_item
 
@@ -177,99 +172,61 @@ def read_qrels(source, queries, documents):
                     "of unknown documents (not found)": document not in documents})
         grades[document] = grade
     if odd.total():
-        print(f"{source}: judgements {', '.join(f'{kind}: {count:,}' for kind, count in odd.items())}")
+        counts = [f"{kind}: {count:,}" for kind, count in odd.items() if count]
+        print(f"{source}: judgements {', '.join(counts)}")
     qrels = {query: grades for query, grades in qrels.items() if query in queries}
     if not qrels:
         raise ValueError(f"{source}: no judgement of a query that is there")
     return qrels
 
-# "docs" are numbers of documents in the order of the corpus, doc_ids[number] is the id. Empty places score -inf.
-BM25 = (None, None)   # stands where a size stands: BM25 has no layers and no dims
-K = 200               # documents kept for a query: the metrics look at 100, the others are room for equal scores
+K = 200   # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
-def retrieval(model, tokenizer, collection, sizes, dtype, runs_dir=None):
-    """ a Collection -> records, per-item values, of every size and, if it is one shard, of BM25 """
-    found, doc_ids = search_corpus(model, tokenizer, collection, sizes, dtype)
-    if len(doc_ids) <= SHARD:
-        (_, texts, own), = collection.shards()
-        scores = torch.from_numpy(bm25(texts, list(collection.queries.values())))   # (Q, P)
-        scores[scores == 0] = -np.inf                                               # not a word in common: not found
-        scores[list(own), list(own.values())] = -np.inf
-        found[BM25] = scores.topk(min(K, len(texts)))
+def retrieval(model, tokenizer, collection, sizes, dtype):
+    """ a Collection -> records, per-item values, of every size """
     records, per_item = [], {"ids": list(collection.queries)}
-    for size, (scores, docs) in found.items():
-        label = "BM25" if size == BM25 else size_name(size)
-        rankings = best_documents(scores, docs, doc_ids)   # ([id], [score]) of each query, in the order of qrels
-        per_item[label] = {}
-        for metric, function in METRICS.items():
-            values = [function(ids, grades) for (ids, _), grades in zip(rankings, collection.qrels.values())]
-            per_item[label][metric] = values
-            records.append(record(collection.task, metric, size, float(np.mean(values)), len(values)))
-        if runs_dir:
-            write_run(runs_dir, f"{collection.task}-{label}".replace(":", "-"), collection.queries, rankings)
+    for size, rankings in search_corpus(model, tokenizer, collection, sizes, dtype).items():
+        found, per_item[size_name(size)] = measure(collection, size, rankings)
+        records += found
     return records, per_item
 
+def measure(collection, size, rankings):
+    """ rankings of search_corpus at a size -> records, {metric: [value of each query]} """
+    ranked = [[document for _, document in hits] for hits in rankings]
+    values = {name: [metric(documents, grades) for documents, grades in zip(ranked, collection.qrels.values())]
+              for name, metric in METRICS.items()}
+    return [record(collection.task, name, size, float(np.mean(v)), len(v)) for name, v in values.items()], values
+
 def search_corpus(model, tokenizer, collection, sizes, dtype):
-    """ exact search, one shard of the corpus after the other -> {size: (scores (Q, K), docs (Q, K))}, doc_ids """
+    """ exact search, one shard of the corpus after the other -> {size: [[(score, document id), the 100 best of them,
+    best first] of each query]} """
     Q, layers = len(collection.queries), sorted({layer for layer, _ in sizes})
-    queries = embed_texts(model, tokenizer, list(collection.queries.values()), layers, dtype, "query")
+    queries = embed_texts(model, tokenizer, list(collection.queries.values()), layers, dtype,
+                          model.config.query_prompt)
     best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}
     doc_ids, dropped = [], 0
     for ids, texts, own in collection.shards():
-        passages = embed_texts(model, tokenizer, texts, layers, dtype, "passage")   # {layer: (P, C)}
+        passages = embed_texts(model, tokenizer, texts, layers, dtype, model.config.passage_prompt)   # {layer: (P, C)}
         for (layer, dim), (best_scores, best_docs) in best.items():
-            for start in range(0, Q, 1024):   # 1,024 queries and a shard have 100 MB of scores
-                rows = slice(start, start + 1024)
-                scores = score(queries[layer][rows], passages[layer], dim, model.config.similarity)   # (rows, P)
-                for row in own.keys() & range(start, start + 1024):
-                    scores[row - start, own[row]] = -np.inf
-                scores, columns = scores.topk(min(K, len(ids)))                      # (rows, K), or (rows, P) if P < K
-                scores = torch.cat([best_scores[rows], scores], dim=1)               # (rows, K + K), or K + P
-                docs = torch.cat([best_docs[rows], len(doc_ids) + columns], dim=1)   # (rows, K + K), or K + P
-                best_scores[rows], kept = scores.topk(K)                             # (rows, K)
-                best_docs[rows] = docs.gather(1, kept)
+            scores = score(queries[layer], passages[layer], dim, model.config.similarity)   # (Q, P)
+            check_spread(f"{collection.task} at {layer}:{dim}", scores)
+            scores[list(own), list(own.values())] = -np.inf
+            scores, docs = scores.topk(min(K, len(ids)))       # (Q, K), or (Q, P) if P < K; docs: in the shard
+            scores = torch.cat([best_scores, scores], dim=1)   # (Q, K + K), or K + P
+            docs = torch.cat([best_docs, len(doc_ids) + docs], dim=1)   # (Q, K + K), or K + P; now in the corpus
+            best_scores[:], kept = scores.topk(K)              # (Q, K)
+            best_docs[:] = docs.gather(1, kept)
         doc_ids += ids
         dropped += len(own)
     if dropped:
         print(f"{collection.task}: of {dropped:,} queries, which are documents, too, the document itself is left out")
-    return best, doc_ids
+    return {size: best_documents(*hits, doc_ids) for size, hits in best.items()}
 
 def best_documents(scores, docs, doc_ids):
-    """ scores (Q, K), docs (Q, K) -> [([document id], [score]) of each query]: the 100 best, best first, equal scores
-    by descending id, as in trec_eval """
-    rankings = []
-    for values, numbers in zip(scores.tolist(), docs.tolist()):   # K each
-        hits = [(value, doc_ids[i]) for value, i in zip(values, numbers) if value > -np.inf]
-        hits = sorted(hits, reverse=True)[:100]                   # by score, then by id
-        rankings.append(([key for _, key in hits], [value for value, _ in hits]))
-    return rankings
-
-def write_run(folder, label, queries, rankings):
-    """ FOLDER/LABEL.run, one line a hit, in the format of trec_eval """
-    lines = [f"{query} Q0 {document} {i} {value:.9g} {label}\n" for query, (ids, scores) in zip(queries, rankings)
-             for i, (document, value) in enumerate(zip(ids, scores), start=1)]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, f"{label}.run").write_text("".join(lines))
-
-def bm25(texts, queries, k1=1.2, b=0.75):
-    """ list of P texts, list of Q texts -> (Q, P) BM25 scores (Lucene's defaults; words: letters or digits): the sum
-    over the words of the query of  idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * length / mean length)) """
-    def count_words(text):
-        return Counter(re.findall(r"[^\W_]+", text.lower()))   # at underscores too: names of functions become words
-    found = {}                                                              # {word: {text: how often it has the word}}
-    lengths = np.zeros(len(texts))                                          # (P,) in words
-    for i, words in enumerate(map(count_words, texts)):
-        lengths[i] = words.total()
-        for word, tf in words.items():
-            found.setdefault(word, {})[i] = tf
-    norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))           # (P,)
-    scores = np.zeros((len(queries), len(texts)))
-    for row, words in zip(scores, map(count_words, queries)):
-        for word in sorted(words.keys() & found.keys()):
-            docs, tf = (np.array(list(values)) for values in (found[word], found[word].values()))   # (texts with it,)
-            idf = np.log(1 + (len(texts) - len(docs) + 0.5) / (len(docs) + 0.5))
-            row[docs] += words[word] * idf * tf * (k1 + 1) / (tf + norm[docs])
-    return scores
+    """ scores (Q, K), docs (Q, K), which are numbers of doc_ids -> [[(score, document id), best first] of each query]:
+    the 100 best but for scores of -inf, which are no document; equal scores by descending id, as in trec_eval """
+    hits = ([(value, doc_ids[i]) for value, i in zip(values, numbers) if value > -np.inf]
+            for values, numbers in zip(scores.tolist(), docs.tolist()))
+    return [sorted(found, reverse=True)[:100] for found in hits]   # by score, then by id
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
 def cost(model, sizes):
@@ -282,37 +239,25 @@ def cost(model, sizes):
             ("parameters", embeddings + count(model.blocks[:layer])), ("bytes", 4 * dim),
             ("MFLOP/token", 2 * matrices * layer / 1e6))]
 
-def speed(model, tokenizer, sizes, dtype):
-    """ -> records: ms to tokenise and embed one query (median, 95th percentile of 50); texts a second in batches """
-    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of "
-             "ordinary words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
-    def ms(texts):
-        start = time.perf_counter()
-        embed_texts(model, tokenizer, texts, [size[0]], dtype)
-        return 1000 * (time.perf_counter() - start)
-    records = []
-    for size in sizes:
-        query = sorted([ms(["how do I invert a large matrix"]) for _ in range(53)][3:])   # three warm up
-        for metric, value, n in (("ms/query", statistics.median(query), 50), ("p95 ms", query[47], 50),
-                                 ("texts/s", 1000 * len(texts) / ms(texts), len(texts))):
-            records.append(record("cost", metric, size, value, n))
-    return records
-
 # ---- all tests at all sizes ------------------------------------------------------------------------------------------
 def main(args):
-    """ tests, model, sizes, values, table. The values go to a file, with layer and dim null for BM25:
+    """ tests, model, sizes, values, table. The values go to a file:
       "results": [{"task": "docs", "metric": "MRR@10", "layer": 1, "dim": 8, "value": 0.135, "n": 1000}, ...]
       "per_item": {"docs": {"ids": [of the queries], "1:8": {"MRR@10": [one value a query], ...}, ...},
                    "stsb": {"gold": [scores], "1:8": {"Spearman": [one cosine a pair]}, ...}} """
     # tests and model: all is read before the first is evaluated, so a mistake in the last shows at once
     sts_sets = [load_sts(name, args.columns) for name in args.sts]
     collections = [Collection(name) for name in args.retrieval or ([] if args.sts else ["docs"])]
-    ways = {key: getattr(args, key) for key in ("pooling", "similarity") if getattr(args, key)}
+    ways = {name: getattr(args, name) for name in ("pooling", "similarity", "query_prompt", "passage_prompt")
+            if getattr(args, name) is not None}
     model, tokenizer = load_model(args.model, args.device, args.max_length, **ways)
-    model.batch_tokens = args.batch_tokens
-    for kind, prompt in (("query", args.query_prompt), ("passage", args.passage_prompt)):
-        if prompt is not None:
-            model.config.prompts[kind] = prompt
+    longest = tokenizer.model_max_length
+    for task, first, second, _ in sts_sets:
+        check_texts(task, first + second, tokenizer, longest)
+    for collection in collections:
+        queries, documents = list(collection.queries.values())[:1000], next(collection.shards())[1][:1000]
+        check_texts(f"{collection.task}, first queries", queries, tokenizer, longest, model.config.query_prompt)
+        check_texts(f"{collection.task}, first documents", documents, tokenizer, longest, model.config.passage_prompt)
     start, names = time.time(), named_sizes(model.config)
     sizes = check_sizes(args.sizes or names, model.config)
     if args.grid:
@@ -328,21 +273,17 @@ def main(args):
         results += records
     for size in sizes if len(sts_sets) > 1 else []:
         values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]   # so far of STS alone
-        results.append(record("mean of STS", "Spearman", size, statistics.fmean(values), len(values)))
+        results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(values)))
     for collection in collections:
-        records, per_item[collection.task] = retrieval(model, tokenizer, collection, sizes, args.dtype, args.save_run)
+        records, per_item[collection.task] = retrieval(model, tokenizer, collection, sizes, args.dtype)
         results += records
     results += cost(model, sizes)
-    if args.speed:
-        results += speed(model, tokenizer, sizes, args.dtype)
 
     if out:
         git = subprocess.run("git describe --always --exclude='*' --dirty=+", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True)   # "" without git
-        run = {"model": str(args.model), "commit": git.stdout.strip(), "python": sys.version.split()[0],
-               "torch": torch.__version__, "numpy": np.__version__, "dtype": args.dtype, "device": args.device,
-               "max_length": tokenizer.model_max_length, "seconds": time.time() - start, "command": sys.argv,
-               "results": results, "per_item": per_item}
+        run = vars(args) | {"commit": git.stdout.strip(), "torch": torch.__version__, "seconds": time.time() - start,
+                            "command": sys.argv, "results": results, "per_item": per_item}
         Path(out).write_text(json.dumps(run, allow_nan=False) + "\n")
     print(f"\n{args.model}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else ""))
     print(table(results, names))
@@ -351,8 +292,7 @@ def table(results, names):
     """ records, {size: name} -> a line for each size, a column for each task and metric """
     import pandas
     frame = pandas.DataFrame(results, dtype=object)
-    frame["size"] = ["BM25" if layer is None else f"{names.get((layer, dim), ''):7} {layer}:{dim}".strip()
-                     for layer, dim in zip(frame["layer"], frame["dim"])]
+    frame["size"] = [f"{names.get(size, ''):7} {size_name(size)}".strip() for size in zip(frame["layer"], frame["dim"])]
     frame = frame.astype({"value": float}).pivot_table("value", "size", ["task", "metric"], sort=False)
     frame = frame.rename_axis(index=None, columns=[None, None])
     return frame.to_string(na_rep="", float_format=lambda v: f"{v:.4f}" if v < 2 else f"{v:,.1f}".removesuffix(".0"))
@@ -367,7 +307,6 @@ def parse_args(argv=None):
         help=f"{', '.join(STS)}, or a file with sentence1, sentence2, score")
     add("--retrieval", nargs="+", default=[], metavar="NAME[:SPLIT]", help="docs, a BEIR folder, or a hub BEIR set")
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="of --sts: sentence1=a sentence2=b score=label")
-    add("--speed", action="store_true", help="time every size")
     add = parser.add_argument_group("sizes").add_argument
     add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
@@ -375,14 +314,12 @@ def parse_args(argv=None):
     add("--query_prompt", help="goes before every query, as 'query: '; by default the model's own")
     add("--passage_prompt", help="goes before every document; by default the model's own")
     add("--max_length", type=int, help="tokens of a text; by default the model's own")
-    add("--batch_tokens", type=int, default=8192, help="tokens of a batch")
     add("--pooling", choices=POOLINGS, help="of the tokens; by default the model's own, else mean")
     add("--similarity", choices=SIMILARITIES, help="of query and document; by default the model's own, else cosine")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the matrix products")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, mps")
     add = parser.add_argument_group("results").add_argument
     add("--out", metavar="FILE.json", help="by default MODEL/eval.json if that is a folder of ours, else no file")
-    add("--save_run", metavar="DIR", help="write TREC runs there")
     args = parser.parse_args(argv)
     names = [task_name(task) for task in args.sts + args.retrieval]
     if len(set(names)) < len(names):

@@ -10,7 +10,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
 Writes to OUT_DIR a Hugging Face model, args.json, log.jsonl, eval.json if there is a test set, and until it ends
 training_state.pt, for --resume. Paper: arXiv 2410.13230; srl_loss is its fine-tuning loss.
 """
-import argparse, math, sys, time
+import argparse, math, time
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import evaluate
-from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, check_sizes, clip_gradient,
+from model import (POOLINGS, SIMILARITIES, STATE, HelpFormatter, average, check_sizes, clip_gradient,
                    configure_optimizer, due, fast_dtype, keep_freed_memory, load_model, load_run, log, named_sizes,
-                   new_config, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
+                   new_bert, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
                    size_name, start_ranks)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -48,8 +48,8 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     positive = torch.arange(len(teacher), device=teacher.device)   # (Q,) 0 1 2 ...: passage i is query i's positive
     loss, terms = 0, {}
     for layer, dim in sizes:
-        scores = score(queries[layer], passages[layer], dim, similarity) / temperature            # (Q, P)
-        log_probs = scores.masked_fill(same, -1e9).log_softmax(-1)                                # (Q, P)
+        scores = score(queries[layer], passages[layer], dim, similarity) / temperature   # (Q, P)
+        log_probs = scores.masked_fill(same, -1e9).log_softmax(-1)                       # (Q, P)
         nce = F.nll_loss(log_probs, positive) if gold is None else cosent(scores.diagonal(), gold)
         kl = F.kl_div(log_probs, teacher, reduction="batchmean")   # KL(teacher || size): torch has the student first
         loss = loss + (nce + kl_weight * kl) / len(sizes)
@@ -59,8 +59,8 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
 def cosent(scores, gold):
     """ (Q,) scores of pairs of texts, (Q,) their gold scores -> log(1 + sum of exp(s_j - s_i) over all i, j with
     gold_i > gold_j): every pair should score above those that are less similar. (CoSENT, kexue.fm/archives/8847) """
-    difference = scores[None, :] - scores[:, None]                                      # (Q, Q), s_j - s_i
-    wrong = difference[gold[:, None] > gold[None, :]]                                   # (pairs of pairs,)
+    difference = scores[None, :] - scores[:, None]      # (Q, Q), s_j - s_i
+    wrong = difference[gold[:, None] > gold[None, :]]   # (pairs of pairs,)
     return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
 
 def step_sizes(method, sizes, seed, step):
@@ -72,34 +72,45 @@ def step_sizes(method, sizes, seed, step):
         return sizes
     full_layer, full_dim = sizes[-1]
     rng = np.random.default_rng([seed, step, data.SIZE_SEED])
-    layer = int(rng.integers(1, full_layer))                                 # 1 ... full_layer - 1
+    layer = int(rng.integers(1, full_layer))   # 1 ... full_layer - 1
     dim = int(rng.choice(sorted({dim for _, dim in sizes} - {full_dim})))
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
 def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
     """ Batch -> {"loss", and the terms of srl_loss}. Adds to the gradients of the parameters. """
-    token_ids, Q = batch.queries + batch.passages, len(batch.queries)        # of Q + P texts, (T,) each
-    def embed(texts):                                                        # B of the token_ids -> {layer: (B, C)}
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return model.encode(pack(texts, args.device), sorted({layer for layer, _ in sizes}))
-    rows = embed_in_pieces(embed, token_ids, pieces, (args.seed, step), rank, world_size)   # {layer: (Q + P, C)}
-    queries, passages = {layer: r[:Q] for layer, r in rows.items()}, {layer: r[Q:] for layer, r in rows.items()}
+    token_ids, Q = batch.queries + batch.passages, len(batch.queries)   # of Q + P texts, (T,) each
+    def embed(encoder, layers):                              # -> {layer: (Q, C)}, {layer: (P, C)}
+        rows = embed_in_pieces(encoder, layers, token_ids, args, step, pieces, rank, world_size)   # {layer: (Q + P, C)}
+        return {layer: r[:Q] for layer, r in rows.items()}, {layer: r[Q:] for layer, r in rows.items()}
+    queries, passages = embed(model, sorted({layer for layer, _ in sizes}))
     gold, same = (array if array is None else torch.from_numpy(array).to(args.device)
                   for array in (batch.gold, batch.same))
-    teacher_scores = frozen_scores(teacher, token_ids, Q, args) if teacher else None
+    if step == 0:
+        layer, dim = sizes[-1]
+        scores = score(queries[layer], passages[layer], dim, model.config.similarity)   # (Q, P)
+        evaluate.check_spread("the first batch", scores)
+    teacher_scores = None
+    if teacher:
+        layer, dim = list(named_sizes(teacher.config))[-1]   # its full size
+        with torch.no_grad():
+            q, p = embed(teacher, [layer])
+        teacher_scores = score(q[layer], p[layer], dim, teacher.config.similarity) / args.temperature   # (Q, P)
     loss, terms = srl_loss(queries, passages, sizes, model.config.similarity, args.temperature, args.kl_weight,
                            teacher_scores, gold, same)
     loss.backward()
     return {"loss": loss.detach()} | terms
 
-def embed_in_pieces(embed, token_ids, pieces, seed, rank, world_size):
-    """ list of B (T,) ids -> {layer: (B, C)}: embed(token_ids), but in pieces, for a batch that is too large for the
-    memory, or for several ranks, whose gradients clip_gradient sums. The loss is still that of the whole batch, because
-    texts depend on each other only through their embeddings (gradient caching, arXiv 2101.06983). With several pieces
-    a rank, backward embeds each again, so that the activations of one are in memory at a time. """
+def embed_in_pieces(encoder, layers, token_ids, args, step, pieces=1, rank=0, world_size=1):
+    """ list of B (T,) ids -> {layer: (B, C)}, what encoder.encode gives, but in pieces, for a batch that is too large
+    for the memory, or for several ranks, whose gradients clip_gradient sums. The loss is still that of the whole batch,
+    because texts depend on each other only through their embeddings (gradient caching, arXiv 2101.06983). With several
+    pieces a rank, backward embeds each again, so that the activations of one are in memory at a time. """
+    def embed(texts):                                       # B of the token_ids -> {layer: (B, C)}
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            return encoder.encode(pack(texts, args.device), layers)
     mine, rows = range(rank, pieces, world_size), {}
-    for k in mine:                                                # piece k is token_ids[k::pieces]
-        torch.manual_seed(hash((*seed, k)))                       # dropout by seed, step and piece, so runs can resume
+    for k in mine:                                          # piece k is token_ids[k::pieces]
+        torch.manual_seed(hash((args.seed, step, k)))       # dropout by seed, step and piece, so runs can resume
         piece = token_ids[k::pieces]
         embedded = checkpoint(embed, piece, use_reentrant=False) if len(mine) > 1 else embed(piece)
         for layer, vectors in embedded.items():
@@ -107,35 +118,27 @@ def embed_in_pieces(embed, token_ids, pieces, seed, rank, world_size):
     if world_size > 1:
         for layer, own in rows.items():
             everyone = own.detach().clone()
-            dist.all_reduce(everyone)                             # a sum that gathers: rows of other ranks are 0 here
-            rows[layer] = own + (everyone - own.detach())         # own rows keep their graph
+            dist.all_reduce(everyone)                       # a sum that gathers: rows of other ranks are 0 here
+            rows[layer] = own + (everyone - own.detach())   # own rows keep their graph
     return rows
-
-def frozen_scores(teacher, token_ids, Q, args):
-    """ Q queries, then P passages -> (Q, P): the scores of --teacher at its full size, divided by the temperature """
-    layer, dim = list(named_sizes(teacher.config))[-1]                                  # its full size
-    rows = evaluate.embed_ids(teacher, token_ids, [layer], args.dtype)[layer].to(args.device)        # (Q + P, C)
-    return score(rows[:Q], rows[Q:], dim, teacher.config.similarity) / args.temperature
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 def build_model(args, tables):
-    """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer. tables: for a new vocabulary """
-    dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer; --teacher, a frozen Bert, or None.
+    tables: for a new vocabulary """
+    fields = {name: getattr(args, name) for name in ("pooling", "similarity", "query_prompt", "passage_prompt")
+              if getattr(args, name) is not None}
+    fields |= {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
+    needed = max(args.query_max_length, args.passage_max_length)   # tokens of the longest text in a step
     if args.init_from == "scratch":
         texts = (text for table in tables for row in table
                  for text in [row["query"], *row["positive"], *row["negative"]])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
-        model = Bert(new_config(vocab_size=len(tokenizer), hidden_size=args.hidden_size, **dropout,
-                                num_hidden_layers=args.num_layers, num_attention_heads=max(1, args.hidden_size // 64),
-                                intermediate_size=4 * args.hidden_size, max_position_embeddings=args.max_length,
-                                initializer_range=0.01))   # half of BERT's, so that AdamW's steps weigh more
+        # initializer_range: half of BERT's, so that AdamW's steps weigh more
+        model = new_bert(args, len(tokenizer), args.max_length, initializer_range=0.01, **fields)
     else:
-        needed = max(args.query_max_length, args.passage_max_length)   # tokens of the longest text in a step
-        model, tokenizer = load_model(args.init_from, needed=needed, **dropout)
+        model, tokenizer = load_model(args.init_from, needed=needed, **fields)
     config = model.config
-    config.pooling, config.similarity = args.pooling or config.pooling, args.similarity or config.similarity
-    given = {"query": args.query_prompt, "passage": args.passage_prompt}
-    config.prompts = {kind: config.prompts[kind] if given[kind] is None else given[kind] for kind in given}
     sizes = list(args.sizes or named_sizes(config))
     if args.init_from == "scratch" and not args.sizes and config.pooling == "mean":
         sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # better than all of them: results/README.md
@@ -143,34 +146,20 @@ def build_model(args, tables):
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
         raise ValueError(f"--sizes: none is deepest and widest, to teach the others; add {size_name(full)}")
-    if args.method == "2dmse" and (full[0] == 1 or len({dim for _, dim in config.sizes}) == 1):
-        raise ValueError(f"--method 2dmse draws a layer and a dim below {size_name(full)}; give --sizes that have some")
     config.num_hidden_layers = full[0]
-    del model.blocks[full[0]:]                            # layers that no size uses are not saved
+    del model.blocks[full[0]:]   # layers that no size uses are not saved
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
-    return model.to(args.device).train(), tokenizer
-
-def load_teacher(args, tokenizer):
-    """ --teacher -> frozen Bert. Raises ValueError if it does not read the same token ids. """
-    needed = max(args.query_max_length, args.passage_max_length)
-    teacher, its_tokenizer = load_model(args.teacher, args.device, needed=needed)
+    teacher, its_tokenizer = load_model(args.teacher, args.device, needed=needed) if args.teacher else (None, tokenizer)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {args.teacher} has another vocabulary than the model to train")
-    return teacher
+    return model.to(args.device).train(), tokenizer, teacher
 
 def plan(args, sources, world_size):
-    """ list of Pairs -> queries of a batch, pieces of a batch, steps of the training. Raises ValueError where nothing
-    can be learned, and warns if the first batch has nothing to learn from. """
+    """ list of Pairs -> queries of a batch, pieces of a batch, steps of the training """
     counts = [len(source.table) for source in sources]
     batch_size = min(args.batch_size, *counts)   # a batch is of one source, maybe of the smallest
     if batch_size < 2 * world_size:
         raise ValueError(f"a batch of {batch_size} pairs: the others of a batch are the negatives, so take more")
-    first = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, 0)
-    if first.gold is not None and len(set(first.gold)) == 1:
-        raise ValueError("--train_pairs: every score of the first batch is the same, so there is no order to learn")
-    if first.same is not None and first.same.sum() == batch_size * (len(first.passages) - 1):
-        print("warning: all queries or all positives of the first batch are the same text, so it has no negatives to "
-              "learn from", file=sys.stderr)
     pieces = max(world_size, math.ceil(batch_size / (args.micro_batch or batch_size)))
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
@@ -187,12 +176,11 @@ def main(args):
         evaluate.Collection(args.retrieval)
     dev = evaluate.Collection(f"{args.retrieval.split(':')[0]}:dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
-    model, tokenizer = build_model(args, tables)
+    model, tokenizer, teacher = build_model(args, tables)
     sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts windows out of longer passages
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
-                                   model.config.prompts) for source, table in zip(args.train_pairs, tables)]
+                                   model.config) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources, world_size)
-    teacher = load_teacher(args, tokenizer) if args.teacher else None
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)
@@ -201,7 +189,7 @@ def main(args):
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
-    log_file = open_run(args, first_step) if rank == 0 else None
+    log_file = open_run(args) if rank == 0 else None
     names = [size_name(size) for size in sizes]
     print(f"{max_steps} steps of {batch_size} queries; sizes {', '.join(names)}; {args.dtype} on {args.device}")
 
@@ -228,19 +216,18 @@ def main(args):
             clock, tokens, records = time.time(), 0, []
         if rank == 0 and due(done, args.save_interval, max_steps):
             save_run(args, done, model, tokenizer, model, optimizer, about)
-        if dev and due(done, args.eval_interval, max_steps) and done < max_steps:
-            found, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
-            values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in found
-                      if r["metric"] == "MRR@10" and r["layer"]}
+        if dev and due(done, args.eval_interval, max_steps):
+            records_of_dev, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
+            values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in records_of_dev if r["metric"] == "MRR@10"}
             log(log_file, {"step": done} | values, ["step", *values])
             clock = time.time()
     if dist.is_initialized():
-        dist.destroy_process_group()             # rank 0 evaluates alone
+        dist.destroy_process_group()         # rank 0 evaluates alone
     if rank == 0:
         if args.retrieval:
             evaluate.main(evaluate.parse_args([args.out_dir, "--retrieval", args.retrieval, "--device", args.device,
                                                "--dtype", args.dtype]))
-        Path(args.out_dir, STATE).unlink()       # three times the model, and the run is finished
+        Path(args.out_dir, STATE).unlink()   # three times the model, and the run is finished
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
@@ -252,8 +239,8 @@ def parse_args(argv=None):
         help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with the columns query, positive, "
              "maybe negative, or sentence1, sentence2, score; each batch is of one source")
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names: query=question positive=answer")
-    add("--retrieval", help="docs, a BEIR folder or a BEIR set of the hub: dev in training, test at the end")
-    add("--eval_interval", type=int, default=300, help="steps between two evaluations on dev; 0: none")
+    add("--retrieval", help="docs, a BEIR folder or set of the hub, to evaluate the finished model on")
+    add("--eval_interval", type=int, default=0, help="steps between two evaluations on its dev split; 0: none")
     add("--batch_size", type=int, default=128, help="queries a step, over all ranks; all their passages are candidates")
     add("--micro_batch", type=int, default=0, help="queries embedded at a time: less memory; 0: all")
     add("--negatives", type=int, default=1, help="hard negatives a query, at most, where the pairs have any")
@@ -281,12 +268,11 @@ def parse_args(argv=None):
     add("--embedding_lr_scale", type=float, help="times that for the embeddings; by default 8 from scratch, else 1")
     add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises; then it falls to 0")
     add("--weight_decay", type=float, default=0.1, help="of the matrices; biases and LayerNorms have none")
-    add("--epochs", type=float, default=1, help="passes over the data, if --max_steps is 0")
-    add("--max_steps", type=int, help="by default 200 for docs, 0 for other pairs: goes by --epochs")
+    add("--epochs", type=float, default=1, help="passes over the data, without --max_steps")
+    add("--max_steps", type=int, help="by default 200 for docs, else what --epochs says")
     add("--seed", type=int, default=1, help="of weights, order, windows and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", default="out/srl", help="where the model and the log go")
-    add("--overwrite", action=flag, default=False, help="replace the run in --out_dir")
     add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
     add("--log_interval", type=int, default=10, help="steps between two lines of the log")
     add("--save_interval", type=int, default=200, help="steps between two checkpoints; 0: at the end only")
@@ -294,11 +280,9 @@ def parse_args(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
     args = parser.parse_args(argv)
-    docs = args.train_pairs == ["docs"]
-    if args.retrieval is None:
-        args.retrieval = "docs" if docs else ""
-    if args.max_steps is None:
-        args.max_steps = 200 if docs else 0
+    if args.train_pairs == ["docs"]:
+        args.retrieval = "docs" if args.retrieval is None else args.retrieval
+        args.max_steps = 200 if args.max_steps is None else args.max_steps
     if args.embedding_lr_scale is None:   # a word is seen less often than a block
         args.embedding_lr_scale = 8.0 if args.init_from == "scratch" else 1.0
     args.max_length = max(args.max_length, args.query_max_length, args.passage_max_length)

@@ -10,7 +10,7 @@ Letters for shapes, the same in all files: B texts, T tokens of one text, N toke
 equal length, C channels (768), H heads, D dims that a size keeps (the first D of the C), Q queries, P passages,
 M positions that the encoder must guess, M' those of SMAE's decoder, V words of the vocabulary.
 """
-import argparse, ctypes, functools, json, math, os, pickle, shutil, sys
+import argparse, ctypes, json, math, os, shutil, sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,15 +64,14 @@ class Pack(NamedTuple):
 def pack(token_ids, device="cpu"):
     """ list of B (T,) integer arrays of token ids, none empty -> Pack """
     lengths = np.array([len(text) for text in token_ids])
-    assert lengths.min() > 0, "a text without a single token"
-    order = np.argsort(lengths, kind="stable")                              # (B,) short texts first
-    ends = lengths[order].cumsum()                                          # (B,)
-    starts = np.empty_like(lengths)                                         # (B,)
+    order = np.argsort(lengths, kind="stable")                    # (B,) short texts first
+    ends = lengths[order].cumsum()                                # (B,)
+    starts = np.empty_like(lengths)                               # (B,)
     starts[order] = ends - lengths[order]
-    text_ids = np.repeat(order, lengths[order])                             # (N,)
-    input_ids = np.concatenate([token_ids[i] for i in order])               # (N,)
-    position_ids = np.arange(len(text_ids)) - starts[text_ids]              # (N,)
-    T_values, G_values = np.unique(lengths, return_counts=True)             # ascending
+    text_ids = np.repeat(order, lengths[order])                   # (N,)
+    input_ids = np.concatenate([token_ids[i] for i in order])     # (N,)
+    position_ids = np.arange(len(text_ids)) - starts[text_ids]    # (N,)
+    T_values, G_values = np.unique(lengths, return_counts=True)   # ascending
     tensors = [torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
                for array in (input_ids, position_ids, text_ids, starts)]
     return Pack(*tensors, list(zip(G_values.tolist(), T_values.tolist())))
@@ -84,9 +83,9 @@ def pool(hidden, batch, pooling):
     """ tap (N, C) -> (B, C) embeddings, at least float32: scores of bfloat16 vectors lose digits """
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if pooling == "cls":
-        return hidden[batch.starts]                                        # the first token of each text
+        return hidden[batch.starts]                          # the first token of each text
     total = hidden.new_zeros(len(batch.starts), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
-    return total / torch.bincount(batch.text_ids)[:, None]                 # all tokens, also [CLS] and [SEP]
+    return total / torch.bincount(batch.text_ids)[:, None]   # all tokens, also [CLS] and [SEP]
 
 def shorten(embeddings, dim, similarity):
     """ (B, C) -> (B, D) vectors of a size. Slice, then normalise: an index of D numbers can normalise only those. """
@@ -99,8 +98,6 @@ def score(queries, passages, dim, similarity):
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 # Dropout is where BERT has it: after the embeddings' LayerNorm, on the attention's weights, before both sums of a block
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": functools.partial(F.gelu, approximate="tanh")}
-
 class Block(nn.Module):
     """ Post-LayerNorm, as in BERT: the output of a block is normalised, so every tap can be used as it is. """
     def __init__(self, config):
@@ -111,7 +108,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(C, eps=eps)
         self.up, self.down = nn.Linear(C, wide), nn.Linear(wide, C)
         self.norm2 = nn.LayerNorm(C, eps=eps)
-        self.act, self.dropout = ACTIVATIONS[config.hidden_act], nn.Dropout(config.hidden_dropout_prob)
+        self.act, self.dropout = getattr(F, config.hidden_act), nn.Dropout(config.hidden_dropout_prob)
         self.heads, self.p = config.num_attention_heads, config.attention_probs_dropout_prob
 
     def forward(self, x, groups):
@@ -121,10 +118,10 @@ class Block(nn.Module):
     def attend(self, q, k, v, groups):
         """ softmax(q k^T / sqrt(C / H)) v within each text, H heads: (N, C) each -> (N, C) """
         mixed, rows = [], [G * T for G, T in groups]
-        for (G, T), *qkv in zip(groups, q.split(rows), k.split(rows), v.split(rows)):      # (G * T, C) each
-            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)          # (G, H, T, C / H) each
+        for (G, T), *qkv in zip(groups, q.split(rows), k.split(rows), v.split(rows)):   # (G * T, C) each
+            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)       # (G, H, T, C / H) each
             heads = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p * self.training)   # nothing is padded
-            mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                         # (G * T, C)
+            mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                      # (G * T, C)
         return torch.cat(mixed)
 
     def after_attention(self, x, mixed):
@@ -137,19 +134,18 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.hidden_size
-        self.gradient_checkpointing = False   # in training
-        self.batch_tokens = 8192              # of a batch in evaluate.py
+        self.gradient_checkpointing = False
         self.word = nn.Embedding(config.vocab_size, C)
         self.position = nn.Embedding(config.max_position_embeddings, C)
         self.token_type = nn.Embedding(config.type_vocab_size, C)
         self.embedding_norm = nn.LayerNorm(C, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+            elif "norm" not in name:
+                nn.init.zeros_(parameter)
 
     def embed(self, batch):
         """ Pack -> (N, C), layer 0. One text is one segment, so the segment id is 0 everywhere. """
@@ -192,58 +188,59 @@ def hf_name(name):
 def new_config(**fields):
     """ transformers' BertConfig, and how the embeddings are meant to be used """
     from transformers import BertConfig   # imported where it is used, because that takes a second or two
-    ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "prompts": {"query": "", "passage": ""},
-            "lower_case": False}
+    ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "query_prompt": "", "passage_prompt": ""}
     return BertConfig(**ways | fields)
+
+def new_bert(args, vocab_size, positions, **fields):
+    """ flags of a training from scratch, and fields of the config -> Bert with random weights """
+    return Bert(new_config(vocab_size=vocab_size, max_position_embeddings=positions, hidden_size=args.hidden_size,
+                           intermediate_size=4 * args.hidden_size, num_hidden_layers=args.num_layers,
+                           num_attention_heads=max(1, args.hidden_size // 64), **fields))
 
 def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
     tokens that it must be able to read. overrides: fields of its config. Raises ValueError if that cannot be. """
     from transformers import AutoTokenizer
     try:
-        folder, ways, length = read_modules(find_folder(name))
-        if (folder / "adapter_config.json").exists():
-            raise ValueError("it is an adapter; merge it into its model first")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        folder, ways, length, lower_case = read_modules(name)
+        config = read_json(folder / "config.json")
         kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
         if (kind, positions) != ("bert", "absolute"):
-            raise ValueError(f"model_type {kind} with {positions} positions; this code is BERT with absolute ones")
-        config["lower_case"] = ways["lower_case"]
-        config = new_config(**ways | config | overrides | {"dtype": "float32"})   # half precision becomes float32
-        config.sizes = tuple(map(tuple, config.sizes))                                  # JSON has lists
+            raise ValueError(f"config.json says model_type {kind} and {positions} positions, not bert and absolute; an "
+                             "adapter has to be merged into its model first")
+        fields = ways | config | overrides | {"dtype": "float32"}   # half precision becomes float32
+        if not fields["pooling"]:
+            print(f"{name} does not say how to pool, so the mean over the tokens is assumed")
+        config = new_config(**fields | {"pooling": fields["pooling"] or "mean"})
+        config.sizes = tuple(map(tuple, config.sizes))   # JSON has lists
         if config.pooling not in POOLINGS or config.similarity not in SIMILARITIES:
             raise ValueError(f"pooling {config.pooling} or similarity {config.similarity} is unknown here")
         if config.max_position_embeddings < needed:
-            raise ValueError(f"{config.max_position_embeddings} positions are too few for {needed} tokens")
+            raise ValueError(f"it has {config.max_position_embeddings} positions, too few for {needed} tokens")
         model, tokenizer = Bert(config), AutoTokenizer.from_pretrained(folder)
         load_weights(model, read_weights(folder))
         # a folder without tokenizer files gives a tokenizer of five words, and every text becomes [UNK]
         if not 5 < len(tokenizer) <= config.vocab_size:
             raise ValueError(f"{len(tokenizer)} words in the tokenizer, {config.vocab_size} in the model: copy its own "
                              "files there or, if words were added, call resize_token_embeddings of transformers")
-        if config.lower_case:   # before the tokenizer's own steps, as sentence-transformers does
-            from tokenizers.normalizers import Lowercase, Sequence
-            backend = tokenizer.backend_tokenizer
-            backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
+        if lower_case and tokenizer("A") != tokenizer("a"):
+            raise ValueError("it asks for lower-case texts (do_lower_case), but its tokenizer does not make them so")
     except Exception as error:   # transformers, safetensors, json and the hub have a dozen errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{name}: no BERT that can be read ({reason:.300})") from error
     tokenizer.model_max_length = min(max_length or length or tokenizer.model_max_length, config.max_position_embeddings)
     return model.eval().to(device), tokenizer
 
-def find_folder(name):
-    """ a local folder, or a name on the Hugging Face hub (downloaded once, then found offline too) -> Path """
-    from huggingface_hub import snapshot_download
-    files = ["*.json", "*.txt", "*model*.safetensors", "*pytorch_model*.bin"]
-    return Path(name) if Path(name).exists() else Path(snapshot_download(name, allow_patterns=files))
-
 def read_json(path):
     """ a JSON file -> its content; {} if there is no such file """
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-def read_modules(folder):
-    """ -> the folder of the BERT, {"pooling", "similarity", "prompts", "lower_case"}, longest text or None: what
-    the files of sentence-transformers say of them, if there are such files """
+def read_modules(name):
+    """ a local folder, or a name on the Hugging Face hub -> what its files of sentence-transformers say: the folder of
+    the BERT; pooling, similarity and prompts; longest text or None; should texts become lower-case? """
+    from huggingface_hub import snapshot_download
+    files = ["*.json", "*.txt", "*model*.safetensors", "*pytorch_model*.bin"]
+    folder = Path(name) if Path(name).exists() else Path(snapshot_download(name, allow_patterns=files))
     parts = {part["type"].rsplit(".", 1)[-1]: folder / part["path"] for part in read_json(folder / "modules.json")}
     if unknown := parts.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(f"modules.json asks for {', '.join(unknown)}, which is not supported")
@@ -251,15 +248,14 @@ def read_modules(folder):
     pooling = read_json(parts.get("Pooling", folder / "1_Pooling") / "config.json")
     # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
     modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
-    if not pooling:
-        print(f"{folder} does not say how to pool, so the mean over the tokens is assumed")
     about = read_json(folder / "config_sentence_transformers.json")
-    prompts = {"document": "", "query": ""} | about.get("prompts", {})
-    ways = {"pooling": pooling.get("pooling_mode") or "+".join(modes) or "mean",
+    prompts = about.get("prompts", {})
+    ways = {"pooling": pooling.get("pooling_mode") or "+".join(modes),
             "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
-            "prompts": {"query": prompts["query"], "passage": prompts.get("passage") or prompts["document"]}}
+            "query_prompt": prompts.get("query") or "",
+            "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}
     reading = read_json(bert / "sentence_bert_config.json")
-    return bert, ways | {"lower_case": reading.get("do_lower_case", False)}, reading.get("max_seq_length")
+    return bert, ways, reading.get("max_seq_length"), reading.get("do_lower_case", False)
 
 def read_weights(folder):
     """ -> {Hugging Face's name: tensor}, of one file or of several shards, without what programs put before names """
@@ -270,9 +266,10 @@ def read_weights(folder):
     starts = [name.removesuffix(key) for name in state if name.endswith(key)]   # "", "bert.", "module.bert.", ...
     if len(starts) != 1:
         raise ValueError(f"its weights hold {len(starts)} BERTs")
-    outer = starts[0].removesuffix("bert.")
-    return {name.removeprefix(starts[0]).removeprefix(outer).replace("gamma", "weight").replace("beta", "bias"): tensor
-            for name, tensor in state.items()}   # gamma and beta: names of 2018
+    def plain(name):   # gamma and beta are names of 2018; the MLM head stands beside "bert."
+        name = name.removeprefix(starts[0]).removeprefix(starts[0].removesuffix("bert."))
+        return name.replace("gamma", "weight").replace("beta", "bias")
+    return {plain(name): tensor for name, tensor in state.items()}
 
 def load_weights(module, state):
     """ what read_weights gives -> the weights of Bert or MLMHead. Raises KeyError for a name that is not there. """
@@ -282,8 +279,7 @@ def load_weights(module, state):
     module.load_state_dict(weights)
 
 def save_pretrained(model, tokenizer, folder, head=None):
-    """ Write a folder for AutoModel, or with an MLMHead for BertForMaskedLM, and for sentence-transformers, which gives
-    the embeddings of the largest size. """
+    """ Write a folder for AutoModel, or with an MLMHead for BertForMaskedLM, and for sentence-transformers """
     from safetensors.torch import save_file
     config, folder, C = model.config, Path(folder), model.config.hidden_size
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
@@ -305,24 +301,21 @@ def save_pretrained(model, tokenizer, folder, head=None):
              "1_Pooling/config.json": {"word_embedding_dimension": C, "pooling_mode": config.pooling},
              "config_sentence_transformers.json": {
                  "similarity_fn_name": config.similarity, "truncate_dim": dim,
-                 "prompts": {"query": config.prompts["query"], "document": config.prompts["passage"]}},
-             "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length,
-                                           "do_lower_case": config.lower_case}}
+                 "prompts": {"query": config.query_prompt, "document": config.passage_prompt}},
+             "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length, "do_lower_case": False}}
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
 # ---- what both training scripts share --------------------------------------------------------------------------------
 def fast_dtype():
-    """ "bfloat16" where the machine is made for it, else "float32" """
-    cpu = torch.cpu.get_capabilities()   # an Intel CPU with avx512_bf16 alone takes 1.5 times as long as in float32
-    fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"]
-    return "bfloat16" if torch.cuda.is_available() or fast else "float32"
+    """ "bfloat16" where that is faster than "float32": on a GPU, and on a CPU with AMX """
+    return "bfloat16" if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16") else "float32"
 
 def keep_freed_memory():
     """ On Linux: otherwise the system clears its pages before each step, which costs 10 to 15 % of it on a CPU. """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: map no block alone
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: keep the free end of the heap
+        libc.mallopt(-4, 0)           # M_MMAP_MAX: map no block alone
+        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep the free end of the heap
 
 def configure_optimizer(named_parameters, args):
     """ AdamW. Matrices decay; biases and LayerNorms do not. scale: see set_learning_rate """
@@ -368,6 +361,9 @@ def clip_gradient(parameters, step, terms):
         broken = [name for name, value in terms.items() if not value.isfinite()]
         raise FloatingPointError(f"step {step + 1}: not finite: {', '.join(broken) or 'the gradient'}; lower "
                                  "--learning_rate, or use --dtype float32")
+    if step == 0 and min(norm, terms["loss"]) < 1e-6:
+        print(f"warning: step 1 has nothing to learn from (loss {terms['loss']:.2g}, gradient {norm:.2g}): are all "
+              "queries, all passages or all scores of a batch the same, or the texts too short?", file=sys.stderr)
     return norm
 
 def average(records):
@@ -390,19 +386,16 @@ def due(done, interval, max_steps):
     return done == max_steps or interval > 0 and done % interval == 0
 
 STATE = "training_state.pt"   # in --out_dir, beside the model in Hugging Face's files, args.json and log.jsonl
-FREE = {"out_dir", "overwrite", "resume", "log_interval", "save_interval", "eval_interval", "device",
-        "compile"}   # what --resume may change
+FREE = {"out_dir", "resume", "log_interval", "save_interval", "eval_interval", "retrieval", "device", "compile",
+        "train_pairs", "train_text", "columns"}   # what may change with --resume; of the data the content counts
 
 def load_run(args):
     """ -> with --resume what save_run left in --out_dir, else None. Raises ValueError if a run would be lost. """
     if not args.resume:
-        if any(Path(args.out_dir, name).exists() for name in (STATE, "model.safetensors")) and not args.overwrite:
-            raise ValueError(f"--out_dir {args.out_dir} holds a run; choose another folder, --overwrite or --resume")
+        if any(Path(args.out_dir, name).exists() for name in (STATE, "model.safetensors")):
+            raise ValueError(f"--out_dir {args.out_dir} holds a run; delete it, choose another folder, or --resume")
         return None
-    try:
-        saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--resume: {args.out_dir}/{STATE} cannot be read: {error}") from error
+    saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
     changed = [name for name, value in vars(args).items() if name not in FREE and saved["args"].get(name) != value]
     if changed:
         raise ValueError(f"--resume: the run in {args.out_dir} had other values of --{', --'.join(changed)}; to train "
@@ -417,18 +410,11 @@ def restore(saved, about, model, optimizer):
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
 
-def open_run(args, first_step):
-    """ make --out_dir -> log.jsonl, open: that of a resumed run keeps its lines up to first_step """
-    out_dir, path = Path(args.out_dir), Path(args.out_dir, "log.jsonl")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "args.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=2) + "\n")
-    if not args.resume:
-        for name in (STATE, "eval.json", "log.jsonl"):   # of the run that --overwrite replaces
-            (out_dir / name).unlink(missing_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
-    path.write_text("".join(lines), encoding="utf-8")
-    return open(path, "a", encoding="utf-8")
+def open_run(args):
+    """ make --out_dir -> log.jsonl, open; a resumed run adds to it, so a step that is done again is there twice """
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    Path(args.out_dir, "args.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=2) + "\n")
+    return open(Path(args.out_dir, "log.jsonl"), "a" if args.resume else "w", encoding="utf-8")
 
 def save_run(args, step, bert, tokenizer, model, optimizer, about, head=None):
     """ the model in Hugging Face's files, and all that --resume needs in STATE; every file is whole at any moment """
@@ -446,10 +432,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def run_script(main, parse_args):
     """ main(parse_args()); one line and exit status 2 for what the user can mend """
+    sys.stdout.reconfigure(errors="replace")   # a terminal may lack the letters of a text
     try:
         main(parse_args())
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from the last checkpoint, if there is one")
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

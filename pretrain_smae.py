@@ -10,7 +10,6 @@ Writes to OUT_DIR a Hugging Face BertForMaskedLM for finetune_srl.py --init_from
 training_state.pt, which has the decoder. Paper: arXiv 2410.13230; smae_loss is its loss.
 """
 import argparse, contextlib, copy, itertools, time, zlib
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import (ACTIVATIONS, STATE, Bert, HelpFormatter, average, check_sizes, clip_gradient,
-                   configure_optimizer, due, fast_dtype, find_folder, keep_freed_memory, load_model, load_run,
-                   load_weights, log, named_sizes, new_config, open_run, pack, parse_sizes, read_modules, read_weights,
-                   restore, run_script, save_run, set_learning_rate, size_name, start_ranks)
+from model import (HelpFormatter, average, check_sizes, clip_gradient, configure_optimizer, due, fast_dtype,
+                   keep_freed_memory, load_model, load_run, load_weights, log, named_sizes, new_bert, open_run, pack,
+                   parse_sizes, read_modules, read_weights, restore, run_script, save_run, set_learning_rate, size_name,
+                   start_ranks)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 class MLMHead(nn.Module):
@@ -31,7 +30,7 @@ class MLMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.word_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = getattr(F, config.hidden_act)
         nn.init.normal_(self.dense.weight, std=config.initializer_range)
         nn.init.zeros_(self.dense.bias)
 
@@ -59,20 +58,20 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     much of its own input is hidden (--decoder_mask). So it can only do well if dim numbers say what the text is about.
     batch, masked: Pack with the true ids and Masked of the same texts. All sizes share the head and the decoder.
     -> loss, {"mlm 1:8": CE, "mae 1:8": CE, ...} for the log """
-    encoder_ids, encoder_at, decoder_ids, decoder_at = (                                   # (N,), (M,), (N,), (M',)
+    encoder_ids, encoder_at, decoder_ids, decoder_at = (                               # (N,), (M,), (N,), (M',)
         torch.from_numpy(array).to(batch.input_ids.device) for array in masked[1:])
     taps = model.bert(batch._replace(input_ids=encoder_ids), [layer for layer, _ in sizes])   # {layer: (N, C)}
     if objective == "smae":
-        tokens = model.bert.embed(batch._replace(input_ids=decoder_ids))                   # (N, C), the decoder's
+        tokens = model.bert.embed(batch._replace(input_ids=decoder_ids))               # (N, C), the decoder's
         qkv = [linear(tokens) for linear in (model.decoder.query, model.decoder.key, model.decoder.value)]
     loss, terms = 0, {}
     for layer, dim in sizes:
-        h = taps[layer][:, :dim]                                                           # (N, D)
+        h = taps[layer][:, :dim]                                                       # (N, D)
         ce = {"mlm": vocabulary_loss(model, h[encoder_at], batch.input_ids[encoder_at])}
         if objective == "smae":
-            bottleneck = model.head(h[batch.starts])                                       # (B, C)
+            bottleneck = model.head(h[batch.starts])                                   # (B, C)
             decoded = model.bert.maybe_checkpoint(decode, model.decoder, tokens, qkv, bottleneck, batch, decoder_at)
-            ce["mae"] = vocabulary_loss(model, decoded, batch.input_ids[decoder_at])       # decoded (M', C)
+            ce["mae"] = vocabulary_loss(model, decoded, batch.input_ids[decoder_at])   # decoded (M', C)
         loss = loss + sum(ce.values()) / (len(ce) * len(sizes))
         terms |= {f"{name} {layer}:{dim}": value.detach() for name, value in ce.items()}
     return loss, terms
@@ -84,8 +83,8 @@ def decode(decoder, tokens, qkv, bottleneck, batch, positions):
     q, k, v = qkv
     k = k.index_copy(0, batch.starts, decoder.key(bottleneck).to(k.dtype))
     v = v.index_copy(0, batch.starts, decoder.value(bottleneck).to(v.dtype))
-    mixed = decoder.attend(q, k, v, batch.groups)                                          # (N, C)
-    return decoder.after_attention(tokens[positions], mixed[positions])                    # no position is [CLS]
+    mixed = decoder.attend(q, k, v, batch.groups)                         # (N, C)
+    return decoder.after_attention(tokens[positions], mixed[positions])   # no position is [CLS]
 
 def vocabulary_loss(model, hidden, labels):
     """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. In training
@@ -116,22 +115,13 @@ def build_model(args):
     if args.init_from == "scratch":
         texts = itertools.islice(data.text_rows(args.train_text, args.streaming, args.columns), 200_000)
         tokenizer = data.train_wordpiece((row["text"] for row in texts), args.vocab_size)
-        bert = Bert(new_config(vocab_size=len(tokenizer), hidden_size=args.hidden_size, **dropout,
-                               num_hidden_layers=args.num_layers, num_attention_heads=max(1, args.hidden_size // 64),
-                               intermediate_size=4 * args.hidden_size,
-                               max_position_embeddings=max(512, args.max_length)))   # room for longer texts later
+        bert = new_bert(args, len(tokenizer), max(512, args.max_length), **dropout)   # room for longer texts later
     else:
         bert, tokenizer = load_model(args.init_from, needed=args.max_length, **dropout)
-        if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id):
-            raise ValueError(f"{args.init_from}: its tokenizer has no [CLS], [SEP] or [MASK]")
     model, config = SMAE(bert, MLMHead(bert.config)), bert.config
     if args.init_from != "scratch":
         with contextlib.suppress(KeyError):   # a checkpoint without a trained head: a new one
-            load_weights(model.head, read_weights(read_modules(find_folder(args.init_from))[0]))
-    if Path(args.init_from, STATE).exists():   # of an earlier SMAE: only there is a trained decoder
-        earlier = torch.load(Path(args.init_from, STATE), map_location="cpu", weights_only=True)
-        if earlier["args"].get("objective") == "smae":
-            model.load_state_dict(earlier["model"])
+            load_weights(model.head, read_weights(read_modules(args.init_from)[0]))
     if args.objective == "smae":
         config.pooling = "cls"   # the vector that SMAE trains
         config.sizes = sizes = check_sizes(args.sizes or named_sizes(config), config)
@@ -141,32 +131,27 @@ def build_model(args):
     tokenizer.model_max_length = args.max_length
     return model.to(args.device).train(), tokenizer, sizes
 
-def read_text(args, text, first_step, mine, micro_batch):
-    """ a table or stream of documents -> those held out, max_steps, and an iterator over the documents that this rank
-    trains on from first_step on; of each step those of its pieces `mine`, micro_batch each """
+def read_text(args, text, micro_batch, read_before):
+    """ a table or stream of documents -> those held out, max_steps, and a function of (step, piece of its batch) -> the
+    micro_batch documents to train on. A stream gives the next ones, after the read_before of a run that stopped. """
     if args.streaming:
         stream = (np.array(row["ids"], np.int32) for row in text)
         held_out = list(itertools.islice(stream, HELD_OUT))
-        read_before = first_step * len(mine) * micro_batch   # before the run was stopped: read it again and drop it
-        return held_out, args.max_steps, itertools.islice(stream, read_before, None)
+        stream = itertools.islice(stream, read_before, None)
+        return held_out, args.max_steps, lambda step, piece: list(itertools.islice(stream, micro_batch))
     def documents(rows):
         return data.as_arrays(text[rows]["ids"])
-    n_held_out = min(HELD_OUT, (len(text) + 9) // 10)        # of few documents a tenth
+    n_held_out = min(HELD_OUT, (len(text) + 9) // 10)   # of few documents a tenth
     held_out, train = np.split(np.random.default_rng(0).permutation(len(text)), [n_held_out])
     steps_an_epoch = len(train) // args.batch_size
     if steps_an_epoch == 0:
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(train)} documents to train on")
-    longest = min(max(map(len, documents(train[:1000]))), args.max_length - 2)
-    if round(args.encoder_mask * longest) == 0:
-        raise ValueError(f"--encoder_mask {args.encoder_mask} hides none of the {longest} tokens of a document")
     max_steps = args.max_steps or max(1, round(args.epochs * steps_an_epoch))
-    def shuffled():
-        for step in range(first_step, max_steps):
-            epoch, i = divmod(step, steps_an_epoch)
-            rows = train[data.epoch_order(len(train), args.seed, epoch)[i * args.batch_size:(i + 1) * args.batch_size]]
-            for piece in mine:
-                yield from documents(rows[piece * micro_batch:(piece + 1) * micro_batch])
-    return documents(held_out), max_steps, shuffled()
+    def piece_of_batch(step, piece):
+        epoch, i = divmod(step, steps_an_epoch)
+        first = i * args.batch_size + piece * micro_batch
+        return documents(train[data.epoch_order(len(train), args.seed, epoch)[first:first + micro_batch]])
+    return documents(held_out), max_steps, piece_of_batch
 
 def validate(model, held_out, tokenizer, sizes, args):
     """ -> {"val loss", "val mlm 1:8", ...} on the held-out documents, with the same windows and masks every time """
@@ -194,7 +179,7 @@ def main(args):
     mine = range(rank, pieces, world_size)
     model, tokenizer, sizes = build_model(args)
     text = data.tokenize_text(args.train_text, tokenizer, args.streaming, rank, world_size, args.columns)
-    held_out, max_steps, documents = read_text(args, text, first_step, mine, micro_batch)
+    held_out, max_steps, documents = read_text(args, text, micro_batch, first_step * len(mine) * micro_batch)
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)   # MLM gives the decoder no gradient, so it stays
@@ -205,7 +190,7 @@ def main(args):
     if args.compile:
         for block in [*model.bert.blocks, model.decoder]:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
-    log_file = open_run(args, first_step) if rank == 0 else None
+    log_file = open_run(args) if rank == 0 else None
     names = ", ".join(map(size_name, sizes))
     print(f"{max_steps} steps of {args.batch_size} documents; sizes {names}; {args.dtype} on {args.device}")
 
@@ -215,7 +200,7 @@ def main(args):
         lr = set_learning_rate(optimizer, step, max_steps, args, "cosine")   # as in the paper's run
         optimizer.zero_grad()
         for piece in mine:
-            batch = list(itertools.islice(documents, micro_batch))
+            batch = documents(step, piece)
             if len(batch) < micro_batch:
                 raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
@@ -275,7 +260,6 @@ def parse_args(argv=None):
     add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", default="out/smae", help="where the model and the log go")
-    add("--overwrite", action=flag, default=False, help="replace the run in --out_dir")
     add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
     add("--log_interval", type=int, default=10, help="steps between two lines of the log")
     add("--save_interval", type=int, default=200, help="steps between two checkpoints; 0: at the end only")

@@ -1,5 +1,5 @@
 """ Shared by the tests: no network, small models, small texts. """
-import importlib.util, json, os, subprocess, sys, zlib
+import gzip, importlib.util, json, os, subprocess, sys, zlib
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"   # before anything imports huggingface_hub
@@ -16,7 +16,6 @@ from model import Bert, hf_name, new_config, save_pretrained
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "optional: needs a package that requirements.txt leaves out; see .ci/run")
-    config.addinivalue_line("markers", "slow: takes 10 seconds or more; pytest -m \"not slow\" leaves it out")
 
 def needs(package):
     """ a decorator for tests that need an optional package; .ci/run installs each and runs pytest -m optional """
@@ -52,6 +51,9 @@ def texts():
 NOUNS = ("apple bridge candle dragon engine forest garden hammer "
          "island jacket kitchen lantern mirror needle orange pencil").split()
 
+LINES = ["the apple stands beside the bridge in the morning light", "a dragon sleeps in the deep forest of the garden",
+         "every engine of the island needs a hammer and a needle", "the kitchen has a lantern and an orange mirror"]
+
 def write_jsonl(path, rows):
     """ -> the path, as a string """
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -66,13 +68,8 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def beir(tmp_path):
-    """ see make_beir """
-    return make_beir(tmp_path / "beir")
-
-def make_beir(folder):
     """ a BEIR folder of 4 documents: titles, grades, a document nobody judged, gz """
-    import gzip
-    (folder / "qrels").mkdir(parents=True)
+    ((folder := tmp_path / "beir") / "qrels").mkdir(parents=True)
     corpus = [("d1", "apple", "an apple is a fruit"), ("d2", "", "a bridge crosses the river"),
               ("d3", "garden", "apple trees in the garden"), ("d4", "", "nothing of the kind")]
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
@@ -120,6 +117,10 @@ def set_weights(module):
         parameter.data = torch.from_numpy(values)
     return module
 
+def learned(model):
+    """ -> the parameters that have a gradient: all but the biases of the keys """
+    return [p for p in model.parameters() if p.requires_grad]
+
 def assert_frozen(case, loss, module):
     """ The loss and the gradients are those of tests/frozen.json, to 1e-12: [loss, sum of the gradients' norms, sum of
     the gradients times cos(0), cos(1), ...], over all parameters but the biases of the keys, which softmax ignores """
@@ -130,6 +131,27 @@ def assert_frozen(case, loss, module):
     want = json.loads((ROOT / "tests" / "frozen.json").read_text())[case]
     for found, figure, scale in zip((loss, norms, sums), want, (want[0], want[1], want[1]), strict=True):
         assert abs(found.item() - figure) < 1e-12 * scale, (case, found.item(), figure)
+
+def plain_training(module, loss_of, rates, scale, decay):
+    """ What the scripts do, as a plain PyTorch loop: AdamW, all matrices decay, embeddings learn `scale` times as fast,
+    gradients of norm 1 at most. loss_of(step) -> loss; rates of the steps -> losses, norms before clipping """
+    named = [(name, p) for name, p in module.named_parameters() if not name.endswith("key.bias")]
+    embeddings, losses, norms = ("word.weight", "position.weight", "token_type.weight"), [], []
+    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": decay if p.dim() > 1 else 0.0,
+                                    "scale": scale if name.endswith(embeddings) else 1} for name, p in named])
+    for step, lr in enumerate(rates):
+        optimizer.zero_grad()
+        loss = loss_of(step)
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for _, p in named]).norm()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+            for p in group["params"]:
+                p.grad *= min(1, 1 / (norm + 1e-6))
+        optimizer.step()
+        losses.append(loss.item()), norms.append(norm.item())
+    assert max(norms) > 1   # clipping bites
+    return losses, norms
 
 @pytest.fixture
 def frozen_texts():

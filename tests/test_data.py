@@ -10,7 +10,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import data
-from conftest import write_jsonl
+from conftest import LINES, write_jsonl
+from model import new_config
 from tools import docs
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -26,13 +27,6 @@ def write(path, rows):
         with opened(path, "wt", encoding="utf-8") as file:
             file.write(json.dumps(rows, indent=1) if "array" in name else "\n\n".join(map(json.dumps, rows)))
     return str(path)
-
-@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.json", "array.json", "array.json.gz", "p.csv", "P.CSV.GZ",
-                                  "p.tsv", "p.tsv.gz", "P.TSV", "p.parquet", "P.PARQUET"])
-def test_every_kind_of_file(tmp_path, name):
-    """ Every format, gzipped or not, with quotes, separators and accents in cells, gives the same rows. """
-    rows = [{"anchor": "q one", "positive": 'p, "one"'}, {"anchor": "café", "positive": "p; two"}]
-    assert list(data.read_rows(write(tmp_path / name, rows))) == rows
 
 LONG = "long " * 40_000   # characters; the csv module takes 131,072 by default
 @pytest.mark.parametrize("name, text, rows", [
@@ -67,16 +61,18 @@ def pairs_of(source, *args, **flags):
     """ load_pairs -> [(query, positives, negatives)], of scored pairs with the score """
     return [tuple(row.values()) for row in data.load_pairs(str(source), *args, **flags)]
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "array.json", "parquet"])
-def test_the_same_pairs_of_every_file(tmp_path, kind, capsys):
-    """ Null, NaN, empty cells and numbers are the same in every format; rows without a query or a positive are out. """
-    table = {"query": ["a", "b", None, "d"], "positive": [1, 2, 3, None], "negative_1": [None, "n", " ", "o"],
-             "negative_2": [2.5, float("nan"), None, 0.5]}
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "p.json", "array.json", "array.json.gz", "p.csv", "P.CSV.GZ",
+                                  "p.tsv", "p.tsv.gz", "P.TSV", "p.parquet", "P.PARQUET"])
+def test_the_same_pairs_of_every_file(tmp_path, name, capsys):
+    """ Null, NaN, empty cells, numbers, quotes, separators and accents are the same in every format, gzipped or not;
+    rows without a query or a positive are out. """
+    table = {"query": ["café", 'b; "two", c', None, "d"], "positive": [1, 2, 3, None],
+             "negative_1": [None, "n", " ", "o"], "negative_2": [2.5, float("nan"), None, 0.5]}
     rows = [dict(zip(table, cells)) for cells in zip(*table.values())]
-    if "sv" in kind:
+    if "sv" in name.lower():
         rows = [{name: "" if cell is None or cell != cell else str(cell) for name, cell in row.items()} for row in rows]
-    source = write(tmp_path / f"p.{kind}", rows)
-    assert pairs_of(source) == [("a", ["1"], ["2.5"]), ("b", ["2"], ["n"])]
+    source = write(tmp_path / name, rows)
+    assert pairs_of(source) == [("café", ["1"], ["2.5"]), ('b; "two", c', ["2"], ["n"])]
     assert capsys.readouterr().out == (f"{source}: 2 pairs of 4 rows | query: query | positive: positive | "
                                        "negative: negative_1, negative_2\n")
 
@@ -102,8 +98,12 @@ QP, SCORED = {"query": "q", "positive": "p"}, {"sentence1": "q", "sentence2": "p
     ({"a": "q", "b": "p", "score": -2.5}, "sentence1=a sentence2=b", ("q", ["p"], [], -2.5)),
     (QP | {"label": "1"}, "score=label", ("q", ["p"], [], 1.0))])
 def test_columns(tmp_path, row, columns, found):
-    """ Columns go by usual names, also numbered, or by --columns; a score counts beside sentences or by name. """
-    assert pairs_of(write_jsonl(tmp_path / "p.jsonl", [row, row]), columns.split()) == [found, found]
+    """ Columns go by usual names, also numbered, or by --columns, which may name columns of another source, too; a
+    score counts beside sentences or by name. """
+    other = {name: 9 if name in ("score", "label") else cell for name, cell in row.items()}   # not the same score
+    source = write_jsonl(tmp_path / "p.jsonl", [row, row, other])
+    assert pairs_of(source, columns.split())[:2] == [found, found]
+    assert pairs_of(source, [*columns.split(), "query=elsewhere"], alone=False)[:2] == [found, found]
 
 @pytest.mark.parametrize("rows, columns, message", [
     ([{"query": "q", "body": "p"}], "", "has the columns query, body; --columns positive=COLUMN says"),
@@ -113,7 +113,8 @@ def test_columns(tmp_path, row, columns, found):
       "label Labels gold_label is_duplicate relevance relevant entailment class".split()),
     *(([QP | {"score": score} for score in scores], "", "score may say which rows")
       for scores in ([1, 0], ["1", "0.0"], [True, False], [1, 0, None])),
-    ([SCORED, SCORED | {"score": "high"}], "", "row 2 .*could not convert"), ([SCORED | {"score": None}], "", "row 1 "),
+    ([SCORED] * 2, "", "every score is the same"), ([SCORED, SCORED | {"score": "high"}], "", "row 2 .*not convert"),
+    ([SCORED | {"score": None}], "", "row 1 "),
     *(([SCORED | {"score": score}], "", "is no finite number") for score in ("nan", "-inf", True)),
     ([QP | {"query": ["a", "b"]}], "", "row 1 .*several queries; give each a row of its own"),
     ([QP, QP | {"positive": [True]}], "", "row 2 .*True is no text"), ([QP | {"positive": {"a": 1}}], "", "is no text"),
@@ -126,12 +127,6 @@ def test_columns_that_are_refused(tmp_path, rows, columns, message):
     with pytest.raises(ValueError, match=message) as error:
         data.load_pairs(source, columns.split())
     assert source in str(error.value) and "\n" not in str(error.value)
-
-def test_columns_of_several_sources(tmp_path, capsys):
-    """ With several sources --columns may name columns of another one; what is not used is printed. """
-    source = write_jsonl(tmp_path / "p.jsonl", [QP | {"id": 1}])
-    assert pairs_of(source, ["query=title", "positive=positive"], alone=False) == [("q", ["p"], [])]
-    assert capsys.readouterr().out.endswith("query: query | positive: positive | not used: id\n")
 
 def test_names_of_the_hub(tmp_path, monkeypatch):
     """ NAME[:CONFIG][:SPLIT] is a part of a data set, here of a local copy of the hub's layout. """
@@ -226,22 +221,14 @@ def test_windows_of_long_passages():
     assert {len(q) for q in queries} == {20} and [len(p) for p in passages] == [8] * 8
     assert same.sum() == 4 * 8 - 4 and len({p.tobytes() for p in passages}) > 1   # copies, cut to different windows
 
-def test_duplicates_by_hand():
-    """ Queries a, b, a with positives x, y, z: x and z are no negatives of either a, nor is a copy, nor an answer. """
-    a, b, x, y, z, w = (np.array([i]) for i in range(6))
-    same = data.duplicates([a, b, a], [x, y, z, x, w])
-    assert same.tolist() == [[False, False, True, True, False], [False] * 5, [True, False, False, True, False]]
-    assert data.duplicates([a, b], [x, y, w], [(b, x), (b, w), (a, z)]).tolist() == [[False] * 3, [True, False, True]]
-    assert data.duplicates([a, b], [x, y, z]) is None
-
-NONE = {"query": "", "passage": ""}
 def test_known_answers_are_no_negatives(tmp_path, tokenizer):
     """ Whatever the file gives to a query, in any of its rows, is no negative of it in any batch, and nothing else. """
     words, rng = np.array("apple bridge candle dragon engine forest garden hammer".split()), np.random.default_rng(0)
     rows = [{"query": q, "positive": [p, r], "negative": n} for q, p, r, n in
             zip(*(rng.choice(words[:count], 24).tolist() for count in (4, 8, 8, 8)))]
     answers = {(row["query"], text) for row in rows for text in row["positive"]}
-    pairs = data.tokenize_pairs("", data.load_pairs(write_jsonl(tmp_path / "p.jsonl", rows)), tokenizer, 9, 9, NONE)
+    table = data.load_pairs(write_jsonl(tmp_path / "p.jsonl", rows))
+    pairs = data.tokenize_pairs("", table, tokenizer, 9, 9, new_config())
     for step in range(24):
         queries, passages, same, _ = data.srl_batch([pairs], 3, 1, 9, 1, step)
         q, p = (tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in (queries, passages))
@@ -249,9 +236,6 @@ def test_known_answers_are_no_negatives(tmp_path, tokenizer):
         assert np.array_equal(want, want & False if same is None else same)
 
 # ---- text and tokens -------------------------------------------------------------------------------------------------
-LINES = ["the apple stands beside the bridge in the morning light", "a dragon sleeps in the deep forest of the garden",
-         "every engine of the island needs a hammer and a needle", "the kitchen has a lantern and an orange mirror"]
-
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "parquet", "folder"])
 def test_text_of_every_source(tmp_path, tokenizer, kind):
     """ Every source gives the same ids, none cut or blank, streamed or not; ranks share a stream without a gap. """
@@ -272,40 +256,42 @@ def test_text_of_every_source(tmp_path, tokenizer, kind):
         assert tokenizer.batch_decode(ids(False, 0, 1, ["text=id"])) == ["apple"] * 21
 
 def test_tokenised_tables(pairs_file, tokenizer):
-    """ Pairs are cut, begin with the prompts and stay aligned; a table is found again, but not for other flags. """
+    """ Pairs are cut, begin with the prompts and stay aligned; a table is found again, but not for other flags. The
+    hash of its content changes with flags and the order of the rows. """
     pairs, other = data.load_pairs(pairs_file), data.train_wordpiece(["where is the"], 90)
-    def table(tokenizer, length, prompts=NONE):
-        found = data.tokenize_pairs("p", pairs, tokenizer, length, 64, prompts).table
+    def table(tokenizer, length, **prompts):
+        found = data.tokenize_pairs("p", pairs, tokenizer, length, 64, new_config(**prompts)).table
         tokenizer("x" * 99, truncation=True, max_length=7)   # datasets hashes the state of a tokenizer
         return found
-    first, prompted = table(tokenizer, 5), table(tokenizer, 64, {"query": "garden ", "passage": "orange "})
+    first = table(tokenizer, 5)
+    prompted = table(tokenizer, 64, query_prompt="garden ", passage_prompt="orange ")
     assert len(first) == 64 and all(len(ids) == 5 for ids in first["query"]) and not any(first["negative"])
     assert table(tokenizer, 5).cache_files == first.cache_files != []
     text = "the bridge stands beside the jacket in the morning"
     for ids, want in ((first[9]["positive"][0], text), (prompted[9]["positive"][0], f"orange {text}"),
                       (prompted[9]["query"], "garden where is the bridge jacket")):
         assert tokenizer.decode(ids, skip_special_tokens=True) == want
-    assert len(set(map(data.content_hash, [first, prompted, table(tokenizer, 6), table(other, 5)]))) == 4
+    tables = first, prompted, table(tokenizer, 6), table(other, 5), first.select(range(63, -1, -1))
+    assert len(set(map(data.content_hash, tables))) == 5
 
-def test_content_hash(tmp_path):
-    """ It changes with a token, a score and the order of the rows, and neither with the path nor with the date. """
-    def hash_of(name, *rows):
-        source = write(tmp_path / f"{name}.parquet", [{"ids": ids, "score": score} for ids, score in rows])
-        return data.content_hash(datasets.load_dataset("parquet", data_files=source, split="train"))
-    a, b, c, d = ([1], 1.0), ([2, 3], 2.0), ([2, 4], 2.0), ([2, 3], 2.5)
-    others = hash_of(1, a, c), hash_of(2, a, d), hash_of(3, b, a), hash_of(4, ([1, 2], 1.0), ([3], 2.0))
-    assert hash_of(5, a, b) == hash_of(6, a, b) and len({hash_of(5, a, b), *others}) == 5
-
-def test_check_tokens(tokenizer, capsys):
-    """ Text of another language is refused; a few unknown words, or texts that become the same ids, are a warning. """
-    known, greek = "the apple stands beside the bridge in the morning", "μήλο γέφυρα"
-    with pytest.raises(ValueError, match=r"^here: 100% of the tokens are \[UNK\]"):
-        data.check_tokens("here", [greek], tokenizer)
-    data.check_tokens("here", [known, "where is the apple"], tokenizer)
-    assert capsys.readouterr().err == ""
+def test_check_texts(tmp_path, tokenizer, capsys):
+    """ Text of another language is refused, streamed or not, and so is a prompt that fills the window; some unknown
+    words, or texts that become the same ids, are a warning; a line counts texts that are longer than the window. """
+    known, greek = "the apple stands beside the bridge in the morning", "μήλο γέφυρα"   # known: 9 tokens
+    (tmp_path / "greek.txt").write_text(greek, encoding="utf-8")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"greek.txt: 100% of the tokens are \[UNK\]"):
+            data.tokenize_text(str(tmp_path / "greek.txt"), tokenizer, streaming)
     for texts in ([known, f"apple {greek}"], [f"{known} {known} {known} {sign}" for sign in "αβγδ"]):
-        data.check_tokens("here", texts, tokenizer)
+        data.check_texts("here", texts, tokenizer)
         assert "warning: here: " in capsys.readouterr().err
+    for window, prompt, longer in ((11, "", 0), (10, "", 1), (12, "apple ", 0), (11, "apple ", 1), (5, "apple ", 2)):
+        data.check_texts("here", [known, "where is the apple"], tokenizer, window, prompt)
+        said = f"here: {longer} of 2 texts are longer than {window} tokens and are cut\n" if longer else ""
+        assert capsys.readouterr() == (said, "")
+    for window, prompt in ((9, known), (11, known)):
+        with pytest.raises(ValueError, match="here: the prompt 'the apple .* leaves no room in the"):
+            data.check_texts("here", ["apple"], tokenizer, window, prompt)
 
 def test_train_wordpiece():
     """ The same texts give the same vocabulary every time; words that differ in an accent stay different. """

@@ -12,8 +12,8 @@ FILES = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}   # {"tools.search": path, ...}
 
 def test_quick_start_then_search_then_the_python_code(tmp_path, monkeypatch, capsys):
-    """ The first command trains and tests six sizes and BM25, all of which find most docstrings; tools.search finds
-    one; README's lines of Python give vectors of the shapes that they name. """
+    """ The first command trains and tests six sizes, all of which find most docstrings; tools.search finds one; the
+    README's lines of Python give vectors of the shapes that they name. """
     pairs = [{"query": f"where is the {a} {b}", "positive": f"the {a} is by the {b} in the morning", "name": f"{a}.{b}"}
              for a, b in itertools.combinations(NOUNS, 2)]
     corpus = [pair | {"_id": str(i), "text": pair["positive"]} for i, pair in enumerate(pairs[::8])]
@@ -24,10 +24,11 @@ def test_quick_start_then_search_then_the_python_code(tmp_path, monkeypatch, cap
         monkeypatch.setattr(module, "docs_folder", lambda: tmp_path)
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     flags, out = re.search(r"&& python finetune_srl.py(.*)$", README, re.M)[1].split(), str(tmp_path / "srl")
-    finetune_srl.main(finetune_srl.parse_args([*flags, "--max_steps", "15", "--out_dir", out]))
+    finetune_srl.main(finetune_srl.parse_args([*flags, "--max_steps", "15", "--eval_interval", "8", "--out_dir", out]))
     shown = " ".join(capsys.readouterr().out.split())
-    for row in ("Demi 1:8", "Short 2:16", "Tall 3:32", "Grande 4:64", "Venti 5:128", "Trenta 6:160", "BM25"):
+    for row in ("Demi 1:8", "Short 2:16", "Tall 3:32", "Grande 4:64", "Venti 5:128", "Trenta 6:160"):
         assert f" {row} " in shown, row
+    assert re.findall(r'"step": (\d+), "dev 1:8"', (tmp_path / "srl/log.jsonl").read_text()) == ["8", "15"]
     results = json.loads((tmp_path / "srl/eval.json").read_text())["results"]
     assert min(r["value"] for r in results if r["metric"] == "MRR@10") > 0.5   # 0.2 for an order by chance
     search.main(search.parse_args([out, pairs[8]["query"]]))

@@ -1,21 +1,23 @@
 """
-How long does a training step take here and elsewhere, and how much memory? On the CPU.
+How long does each size of a model take to embed a text? And a training step, here and elsewhere? On the CPU.
 
+    python -m tools.bench out/srl
     python -m tools.bench bert-base-uncased my_triplets.jsonl --batch_size 32 --smae my_text.txt
 
-Contestants are processes that take their steps in turn, on the same token ids: packing or padding, forward, loss,
-backward, clipping, fused AdamW. Matryoshka2dLoss trains the last layer and one other a step, and one dim of each. SMAE
-has the shape of BERT-base. A contestant of your own: a function like these, and a line in CONTESTANTS.
+Contestants of the training step are processes that take their steps in turn, on the same token ids: packing or padding,
+forward, loss, backward, clipping, fused AdamW. Matryoshka2dLoss trains the last layer and one other a step, and one dim
+of each. SMAE has the shape of BERT-base. A contestant of your own: a function like these, and a line in CONTESTANTS.
 """
-import argparse, copy, functools, multiprocessing, resource, time
+import argparse, functools, multiprocessing, resource, time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 
 import numpy as np
 import torch
-from transformers import BertForMaskedLM, BertModel
+from transformers import BertModel
 
 import data
+from evaluate import embed_texts
 from finetune_srl import train_step
 from model import (Bert, HelpFormatter, fast_dtype, keep_freed_memory, load_model, named_sizes, new_config, pack,
                    run_script)
@@ -58,27 +60,10 @@ def smae_here(args, checkpointing=False):
     autocast = args.autocast(cache_enabled=not checkpointing)
     return model, autocast(lambda masked: smae_loss(model, pack(masked.texts), masked, sizes)[0])
 
-def smae_transformers(args):
-    """ the same loss with transformers' BertForMaskedLM and BertLayer, the vocabulary head at all positions """
-    model = BertForMaskedLM(args.base)
-    head, model.decoder = model.cls.predictions, copy.deepcopy(model.bert.encoder.layer[0])
-    def loss_of(masked):
-        true, B, terms = torch.from_numpy(np.concatenate(masked.texts)), len(masked.texts), []        # equally long
-        hidden = model.bert(torch.from_numpy(masked.encoder_ids).view(B, -1), output_hidden_states=True).hidden_states
-        tokens = model.bert.embeddings(torch.from_numpy(masked.decoder_ids).view(B, -1))              # (B, T, C)
-        for layer, dim in named_sizes(args.base):
-            h = hidden[layer] * (torch.arange(hidden[layer].shape[-1]) < dim)                         # (B, T, C)
-            decoded = model.decoder(torch.cat([head.transform(h[:, :1]).to(tokens.dtype), tokens[:, 1:]], 1))
-            terms += [torch.nn.functional.cross_entropy(head(x).flatten(0, 1)[at], true[at])
-                      for x, at in ((h, masked.encoder_positions), (decoded, masked.decoder_positions))]
-        return torch.stack(terms).mean()
-    return model, args.autocast()(loss_of)
-
 CONTESTANTS = {"SRL here, all sizes": here, "SRL here, full size alone": functools.partial(here, last=-1),
                "SRL Matryoshka2dLoss": functools.partial(sentence_transformers, two_d=True),
                "SRL MultipleNegativesRankingLoss": sentence_transformers, "SRL transformers, padded": transformers,
-               "SMAE here": smae_here, "SMAE here, checkpointing": functools.partial(smae_here, checkpointing=True),
-               "SMAE transformers, head at all positions": smae_transformers}
+               "SMAE here": smae_here, "SMAE here, checkpointing": functools.partial(smae_here, checkpointing=True)}
 READY = []   # in the process of a contestant: its model, function and optimizer
 
 def step(contestant, args, batch):
@@ -94,14 +79,29 @@ def step(contestant, args, batch):
     optimizer.zero_grad()
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, loss.item()
 
+def embedding_speed(model, tokenizer, dtype):
+    """ print of each size the ms to tokenise and embed one query, the median of 50, and the texts a second """
+    texts = [f"{i}: a passage of about thirty words, as long as the ones that are searched most often, made of "
+             "ordinary words so that the tokenizer and the model have as much to do as in real use" for i in range(512)]
+    def seconds(texts):
+        start = time.perf_counter()
+        embed_texts(model, tokenizer, texts, [layer], dtype)
+        return time.perf_counter() - start
+    print(f"{dtype:12}{'ms/query':>10}{'texts/s':>10}")
+    for layer, dim in named_sizes(model.config):
+        query = np.median([seconds(["how do I invert a large matrix"]) for _ in range(53)][3:])   # three warm up
+        print(f"{layer}:{dim:<10}{1000 * query:10.2f}{len(texts) / seconds(texts):10.0f}")
+
 def main(args):
     """ batches, everybody's steps, a table for each kind of step """
     model, tokenizer = load_model(args.model, needed=args.max_length)
+    if not args.pairs:
+        return embedding_speed(model, tokenizer, args.dtype)
     args.dropouts = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     args.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
     args.sizes, args.base = list(named_sizes(model.config)), new_config(vocab_size=len(tokenizer), **args.dropouts)
     table, length, rounds = data.load_pairs(args.pairs), args.max_length, range(args.rounds + 2)   # two to warm up
-    pairs = [data.tokenize_pairs(args.pairs, table, tokenizer, length, length, model.config.prompts)]
+    pairs = [data.tokenize_pairs(args.pairs, table, tokenizer, length, length, model.config)]
     batches = {"SRL": [data.srl_batch(pairs, min(args.batch_size, len(table)), 1, length, 0, i) for i in rounds]}
     if args.smae:
         text = np.concatenate(data.tokenize_text(args.smae, tokenizer)[:1000]["ids"])
@@ -122,7 +122,7 @@ def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", help="a BERT: a folder, or a name of the hub")
-    parser.add_argument("pairs", help="what finetune_srl.py --train_pairs takes, best with one negative a row")
+    parser.add_argument("pairs", nargs="?", help="of the step: as finetune_srl.py --train_pairs, with negatives")
     parser.add_argument("--smae", metavar="TEXT", help="what pretrain_smae.py --train_text takes: time that step, too")
     parser.add_argument("--batch_size", type=int, default=64, help="pairs a step; of SMAE 16 windows of 128 tokens")
     parser.add_argument("--max_length", type=int, default=64, help="tokens of a query and of a passage")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from model import (check_sizes, find_folder, load_model, named_sizes, parse_sizes, read_json, run_script,
+from model import (check_sizes, load_model, named_sizes, parse_sizes, read_json, run_script,
                    save_pretrained, size_name)
 from tools.search import load_passages
 
@@ -128,7 +128,8 @@ def export(model, tokenizer, args):
         save_pretrained(small, its_tokenizer, folder)
         print(f"{layer}:{dim} is in {folder}: {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB of float32")
         if args.vocab_size:
-            before, after = (evaluate.embed_texts(*pair, some, [layer], prompt="passage")[layer][:, :dim]
+            prompt = model.config.passage_prompt
+            before, after = (evaluate.embed_texts(*pair, some, [layer], prompt=prompt)[layer][:, :dim]
                              for pair in ((model, tokenizer), (small, its_tokenizer)))
             print(f"  {args.vocab_size:,} of {len(tokenizer):,} vocabulary entries: the mean cosine of a text's vector "
                   f"to that before is {F.cosine_similarity(before, after).mean():.3f}")
@@ -210,7 +211,7 @@ def main(args):
     model, tokenizer = load_model(args.model)
     for folder in export(model, tokenizer, args) if args.size else [Path(args.model)]:
         if model.config.sizes:   # the card says: trained with Starbucks
-            write_card(folder, find_folder(args.model))
+            write_card(folder, Path(args.model))
 
 if __name__ == "__main__":
     run_script(main, parse_args)

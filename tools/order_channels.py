@@ -16,7 +16,8 @@ from model import check_sizes, load_model, named_sizes, parse_sizes, run_script,
 def order_channels(model, tokenizer, texts, sizes):
     """ Sort the hidden channels, so that each size keeps those that matter at its layer: first the channels that vary
     most over the texts at the smallest size's layer, as many as it has dims, then the next size's """
-    embeddings = embed_texts(model, tokenizer, texts, sorted({layer for layer, _ in sizes}), prompt="query")
+    layers = sorted({layer for layer, _ in sizes})
+    embeddings = embed_texts(model, tokenizer, texts, layers, prompt=model.config.query_prompt)
     order = []
     for layer, dim in sizes:
         variance = embeddings[layer].var(dim=0)                                         # (C,)

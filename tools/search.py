@@ -44,7 +44,7 @@ def embed_passages(model, tokenizer, texts, layers, args):
     about = [texts, weights, model.config.to_json_string(), tokenizer.backend_tokenizer.to_str(),
              tokenizer.model_max_length, layers]
     def embed(batch):
-        found = embed_texts(model, tokenizer, batch["text"], layers, prompt="passage")
+        found = embed_texts(model, tokenizer, batch["text"], layers, prompt=model.config.passage_prompt)
         return {str(layer): rows.numpy() for layer, rows in found.items()}
     data.quiet()
     table = Dataset.from_dict({"text": texts})
@@ -75,6 +75,8 @@ def main(args):
     model, tokenizer = load_model(args.model)
     sizes = check_sizes(args.sizes or list(named_sizes(model.config))[-1:], model.config)
     passages, layers = load_passages(args.texts), sorted({layer for layer, _ in sizes})
+    data.check_texts(args.texts, [text for _, text in passages[:1000]], tokenizer, tokenizer.model_max_length,
+                     model.config.passage_prompt)
     embeddings = embed_passages(model, tokenizer, [text for _, text in passages], layers, args)
     similarity = model.config.similarity
     vectors = {(layer, dim): shorten(embeddings[layer], dim, similarity) for layer, dim in sizes}   # (P, D) each
@@ -84,7 +86,8 @@ def main(args):
     for question in [args.question] if args.question else ask():
         for way in ways:
             start = time.perf_counter()
-            query = embed_texts(model, tokenizer, [question], [layer for layer, _ in way], prompt="query")
+            layers = [layer for layer, _ in way]
+            query = embed_texts(model, tokenizer, [question], layers, prompt=model.config.query_prompt)
             encoded = time.perf_counter()
             queries = [shorten(query[layer], dim, similarity) for layer, dim in way]          # (1, D) each
             scores, docs = funnel(queries, [vectors[size] for size in way], 5)                # (1, 5) each

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The dev set of results/README.md: the held-out docs queries that are not in the test set (3,988 with the pinned packages),
-# as a BEIR folder, out/docs-heldout.
+# as a BEIR folder, out/docs-heldout. Takes seconds.
 #   runs/docs_heldout.sh && python evaluate.py out/srl --retrieval out/docs-heldout
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# The README's figure and table: all-MiniLM-L6-v2, which has one size, gets six. SRL, 2D Matryoshka, a model per size, and
-# the untouched model, cut; with the same pairs in the same order, twice: 100 steps; and the recipe to use, two epochs with
-# ordered channels and a frozen teacher. Three seeds, but of the longer runs one of the models per size and of SRL without
-# the two. Also the untouched model with all layers and fewer dims, and of the short runs SRL without KL. On one core with
-# bfloat16 a short run takes 3 minutes (8 without), a size alone 1 to 3, a longer run half an hour, its sizes alone 12 to 30.
-#   runs/minilm_study.sh MODEL DATA
+# The README's table and figure of similarity: all-MiniLM-L6-v2, which has one size, gets six. SRL, 2D Matryoshka, a model
+# per size, and the untouched model, cut to fewer layers or to fewer dims alone; each on the same pairs in the same order.
+#   runs/minilm_study.sh MODEL DATA [PART]
 # MODEL: sentence-transformers/all-MiniLM-L6-v2 or its folder. DATA: a folder with pairs/nli-*.jsonl[.gz], whose rows have
 # anchor, positive and negative, and sts/{stsb-dev,sickr-dev,stsb-test,sts12,sts14,sts16}.jsonl (sentence1, sentence2, score).
-# What is done is skipped. Results: results/minilm.json, one record a run, and results/minilm.svg (needs matplotlib).
+# PART, with the minutes that it took on one core with bfloat16 (less on two); without a part all, one after the other:
+#   short    100 steps, three seeds, a learning rate chosen on dev for each way, also SRL without KL: 57
+#   1, 2, 3  920 steps with ordered channels and a frozen teacher, SRL and 2D Matryoshka, of this seed; with 1 also SRL
+#            without ordered channels and teacher: 84, 72, 65
+#   alone    920 steps of a model per size, seed 1: 186, other work included
+#   table    the untouched model; then results/minilm.json, one record a run, and minilm.svg (needs matplotlib)
+# What is done is skipped.
 set -euo pipefail
-model=$1 data=$(realpath "$2")
+model=$1 data=$(realpath "$2") part=${3:-all}
 cd "$(dirname "$0")/.."
 sizes=1:32,2:64,3:128,4:192,5:256,6:384
 dev="$data/sts/stsb-dev.jsonl $data/sts/sickr-dev.jsonl"
@@ -17,51 +20,53 @@ tests=$(for name in stsb-test sts12 sts14 sts16; do echo "$data/sts/$name.jsonl"
 mkdir -p out/minilm
 zcat -f "$data"/pairs/nli-*.jsonl* | grep '"negative"' > out/minilm/nli.jsonl   # 29,464 triplets
 
+wants() { case $part in short|[123]|alone|table) [ $part = $1 ] ;; esac; }
 evaluate() {   # FOLDER SIZES OUT SETS...: one evaluation, unless it is there
     [ -e "$3" ] || python evaluate.py "$1" --sizes "$2" --max_length 128 --out "$3" --sts "${@:4}"
 }
 train() {      # NAME SEED RATE SIZES FLAGS...
     local out=out/minilm/$1-$3-$2
-    [ -e $out/model.safetensors ] && [ ! -e $out/training_state.pt ] ||
-        python finetune_srl.py --init_from "$model" --train_pairs out/minilm/nli.jsonl --retrieval= --sizes $4 \
-            --learning_rate $3 --temperature 0.05 --weight_decay 0.01 --query_max_length 64 --passage_max_length 64 \
-            --max_length 128 --batch_size 64 --max_steps 100 --seed $2 --out_dir $out --overwrite "${@:5}"
+    [ -e $out/model.safetensors ] && [ ! -e $out/training_state.pt ] || { rm -rf $out
+        python finetune_srl.py --init_from "$model" --train_pairs out/minilm/nli.jsonl --sizes $4 --learning_rate $3 \
+            --temperature 0.05 --weight_decay 0.01 --query_max_length 64 --passage_max_length 64 --max_length 128 \
+            --batch_size 64 --max_steps 100 --seed $2 --out_dir $out "${@:5}"; }
     evaluate $out $4 $out/dev.json $dev
-    [ $3 = 3e-4 ] || [ $3 = 0.0006 ] || evaluate $out $4 $out/test.json $tests
+    [ $3 = 3e-4 ] || evaluate $out $4 $out/test.json $tests
 }
-ordered() {    # SIZES -> MiniLM with its channels sorted for them
-    local out=out/minilm/ordered-${1//[:,]/-}
-    [ -e $out ] || python -m tools.order_channels "$model" $out --sizes $1 --texts out/minilm/nli.jsonl >&2
-    echo $out
+longer() {     # NAME SEED SIZES FLAGS...: from MiniLM with its channels ordered for these sizes
+    local ordered=out/minilm/ordered-${3//[:,]/-}
+    [ -e $ordered ] || python -m tools.order_channels "$model" $ordered --sizes $3 --texts out/minilm/nli.jsonl
+    train $1 $2 5e-4 $3 --max_steps 920 --teacher "$model" --init_from $ordered --kl_weight 3 "${@:4}"
 }
-longer() {     # NAME SEED SIZES FLAGS...
-    train $1 $2 5e-4 $3 --max_steps 920 --teacher "$model" --init_from $(ordered $3) --kl_weight 3 "${@:4}"
-}
-# The learning rate, 3e-4 or 6e-4, was chosen with seed 1 by the mean of the two dev sets: 6e-4 for every way.
-for seed in 1 2 3; do
-    for rate in 6e-4 $([ $seed != 1 ] || echo 3e-4); do
-        train srl $seed $rate $sizes
-        train 2dmse $seed $rate $sizes --method 2dmse
-        train alone1 $seed $rate 1:32
-        train alone3 $seed $rate 3:128
+if wants short; then   # the rate, 3e-4 or 6e-4, was chosen with seed 1 by the mean of the two dev sets: 6e-4 for every way
+    for seed in 1 2 3; do
+        for rate in 6e-4 $([ $seed != 1 ] || echo 3e-4); do
+            train srl $seed $rate $sizes
+            train 2dmse $seed $rate $sizes --method 2dmse
+            train alone1 $seed $rate 1:32
+            train alone3 $seed $rate 3:128
+        done
+        for size in 2:64 4:192 5:256 6:384; do
+            train alone${size%:*} $seed 6e-4 $size
+        done
+        train nokl $seed 6e-4 $sizes --kl_weight 0
     done
-    train alone2 $seed 6e-4 2:64
-    train alone4 $seed 6e-4 4:192
-    train alone5 $seed 6e-4 5:256
-    train alone6 $seed 6e-4 6:384
-    train nokl $seed 6e-4 $sizes --kl_weight 0
-    longer best $seed $sizes
-    longer best2dmse $seed $sizes --method 2dmse
+fi
+for seed in 1 2 3; do
+    if wants $seed; then
+        longer best $seed $sizes
+        longer best2dmse $seed $sizes --method 2dmse
+    fi
 done
-for size in 1:32 2:64 3:128 4:192 5:256 6:384; do
-    longer bestalone${size%:*} 1 $size
-done
-# SRL as README explains it: its own full size is the teacher, the channels are as loaded, KL weight 1.
-train bestplain 1 5e-4 $sizes --max_steps 920
-# What else was tried: one seed, dev sets alone (the rate 6e-4 written another way keeps the test sets out of it).
-train teacher 1 0.0006 $sizes --teacher "$model"
-train order 1 0.0006 $sizes --init_from $(ordered $sizes)
-train both 1 0.0006 $sizes --init_from $(ordered $sizes) --teacher "$model"
+if wants 1; then
+    train bestplain 1 5e-4 $sizes --max_steps 920
+fi
+if wants alone; then
+    for size in ${sizes//,/ }; do
+        longer bestalone${size%:*} 1 $size
+    done
+fi
+wants table || exit 0
 evaluate "$model" $sizes out/minilm/cut.json $tests
 evaluate "$model" 6:32,6:64,6:128,6:192,6:256,6:384 out/minilm/dims.json $tests
 # Does the full size still find documents? Seed 1 and the untouched model, on a BEIR set that neither was trained on.
@@ -70,12 +75,6 @@ for name in srl-6e-4-1 best-5e-4-1 untouched; do
     [ -e out/minilm/scifact-$name.json ] || python evaluate.py "$folder" --sizes $sizes --max_length 256 \
         --retrieval "$data/retrieval/scifact" --out out/minilm/scifact-$name.json
 done
-# Few scored pairs in place of NLI: STS-B train with CoSENT, one epoch.
-[ -e out/minilm/cosent/model.safetensors ] ||
-    python finetune_srl.py --init_from "$model" --train_pairs "$data/sts/stsb-train.jsonl" --retrieval= --sizes $sizes \
-        --learning_rate 6e-4 --temperature 0.05 --weight_decay 0.01 --query_max_length 64 --passage_max_length 64 \
-        --max_length 128 --batch_size 64 --max_steps 90 --out_dir out/minilm/cosent
-evaluate out/minilm/cosent $sizes out/minilm/cosent/test.json $tests
 python - <<'PYTHON'
 # The mean over seeds and sets, its standard deviation over seeds, and whether the difference from SRL, after as many
 # steps, is more than chance: a paired bootstrap over the sentence pairs of each set, the same pairs for every run.
@@ -130,5 +129,6 @@ Path("results/minilm.json").write_text(json.dumps({"table": table, "runs": runs}
 for method in values:
     print(f"{method:8}", *(f"{r['size']} {r['mean']:.4f}{'*' if r['p against SRL'] < 0.05 / 42 else ' '}"
                            for r in table if r["method"] == method))
-plot([load_results(f"{label}={out}/figure-{method}.json") for method, label in LABELS.items()], "results/minilm.svg", ["Spearman"])
+figures = [load_results(f"{label}={out}/figure-{method}.json") for method, label in LABELS.items()]
+plot(figures, "results/minilm.svg", ["Spearman"], [])
 PYTHON

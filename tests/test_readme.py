@@ -1,19 +1,18 @@
 """ What README.md, runs/*.sh and the docstrings tell people to type and to expect is true. """
-import ast, importlib.util, itertools, json, os, re, shutil, subprocess
+import ast, importlib.util, inspect, itertools, json, os, re, shutil, subprocess
 
-import pytest, torch, transformers
+import pytest, transformers
 
 import data, evaluate, finetune_srl
-from conftest import NOUNS, ROOT, write_jsonl
-from tools import docs, search
+from conftest import NOUNS, ROOT, needs, write_jsonl
+from tools import docs, export, search
 
 README = (ROOT / "README.md").read_text()
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
 FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}   # {"tools.search": path, ...}
 
-def test_quick_start_then_search_then_the_python_code(tmp_path, monkeypatch, capsys):
-    """ The first command trains and tests six sizes, all of which find most docstrings; tools.search finds one; the
-    README's lines of Python give vectors of the shapes that they name. """
+def test_quick_start_then_search(tmp_path, monkeypatch, capsys):
+    """ The first command trains and tests six sizes, all of which find most docstrings; tools.search finds one. """
     pairs = [{"query": f"where is the {a} {b}", "positive": f"the {a} is by the {b} in the morning", "name": f"{a}.{b}"}
              for a, b in itertools.combinations(NOUNS, 2)]
     corpus = [pair | {"_id": str(i), "text": pair["positive"]} for i, pair in enumerate(pairs[::8])]
@@ -34,8 +33,14 @@ def test_quick_start_then_search_then_the_python_code(tmp_path, monkeypatch, cap
     search.main(search.parse_args([out, pairs[8]["query"]]))
     name, text, *rest = capsys.readouterr().out.splitlines()[-10:]             # five hits of two lines
     assert name.split()[1:] == [pairs[8]["name"]] and text.strip().endswith(pairs[8]["positive"]) and len(rest) == 8
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1].replace("out/srl", out), names := {})
-    assert names["layer_2"].shape == (1, 192) and names["vectors"].shape == (1, 16)
+
+@needs("sentence_transformers")
+def test_a_size_that_is_handed_over(bert_folder, tmp_path):
+    """ README's lines of Python load what tools.export wrote, and give vectors of the shape that they name. """
+    export.main(export.parse_args([str(bert_folder), "2:16", str(tmp_path / "small")]))
+    code = re.search(r"```python\n(from sentence.*?)```", README, re.S)[1]
+    exec(code.replace("out/small", str(tmp_path / "small")), names := {})
+    assert f"# {names['vectors'].shape}" in code and names["vectors"].shape == (2, 16)
 
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory):
@@ -70,7 +75,7 @@ def test_every_command_parses(typed, monkeypatch):
         if name not in ("-", "-c", "tools.docs"):
             print(where, name, flags)   # is shown if argparse does not like it, which is a SystemExit
             checked.add((where, str(modules[name.removesuffix(".py")].parse_args(flags))))
-    assert len(checked) > 150 and {"README.md", "paper.sh", "handover.sh", "tools.export"} <= set(dict(checked))
+    assert len(checked) > 200 and {"README.md", "paper.sh", "handover.sh", "tools.export"} <= set(dict(checked))
 
 def test_the_python_code_in_runs_names_what_there_is(typed):
     """ Every name that the Python code in runs/*.sh takes from a file of ours exists there. """
@@ -82,22 +87,13 @@ def test_the_python_code_in_runs_names_what_there_is(typed):
                  for alias in node.names if node.module in FILES}
         used |= {(where, node.value.id, node.attr) for node in nodes if isinstance(node, ast.Attribute)
                  and isinstance(node.value, ast.Name) and node.value.id in modules}
-    assert len(used) > 30 and not [row for row in used if not hasattr(importlib.import_module(row[1]), row[2])]
+    assert len(used) > 20 and not [row for row in used if not hasattr(importlib.import_module(row[1]), row[2])]
 
-def test_worked_example_of_srl():
-    """ srl_loss gives the worked example's softmax, InfoNCE, KL and loss from its scores, to the digits shown. """
-    rows = re.findall(r"\| q\d, (?:small|full) \| ([-\d ]+) \| ([.\d ]+) \| ([.\d]+) \| ([.\d]+) \|", README)
-    small, full = torch.tensor([[float(score) for score in row[0].split()] for row in rows]).split(3)   # (3, 4) each
-    queries, passages = {1: small, 2: full}, {1: torch.eye(4), 2: torch.eye(4)}   # so that the queries are the scores
-    loss, terms = finetune_srl.srl_loss(queries, passages, ((1, 4), (2, 4)), "dot", 1.0, 1.0)
-    for (_, softmax, nce, kl), query, scores in zip(rows, [0, 1, 2] * 2, [*small, *full], strict=True):
-        probs, teacher = scores.softmax(-1), full[query].softmax(-1)
-        assert probs.tolist() == pytest.approx([float(x) for x in softmax.split()], abs=0.00501)
-        shown = -probs[query].log().item(), (teacher * (teacher / probs).log()).sum().item()
-        assert shown == pytest.approx((float(nce), float(kl)), abs=0.000501)
-    means, = re.findall(r"Mean InfoNCE: small (.+), full (.+)\. Mean KL: small (.+), full 0\. .* = ([.\d]+)\. ", README)
-    found = terms["nce 1:4"].item(), terms["nce 2:4"].item(), terms["kl 1:4"].item(), loss.item()
-    assert tuple(map(float, means)) == pytest.approx(found, abs=0.000501)
+def test_the_loss_in_readme_is_that_of_finetune_srl():
+    """ README shows srl_loss as it stands, but for its docstring. """
+    whole = inspect.getsource(finetune_srl.srl_loss)
+    before, _, after = whole.partition(f'    """{finetune_srl.srl_loss.__doc__}"""\n')
+    assert after and f"```python\n{before}{after}```" in README
 
 def test_worked_example_of_smae():
     """ smae_batch masks the README's sentence as the README shows, with seed 53. """

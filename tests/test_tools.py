@@ -316,3 +316,13 @@ def test_plot(results_file, tmp_path):
     assert {"a", "both", "BM25", "k=1", "1:8", "32 B", "2:16", "64 B"} <= texts
     with pytest.raises(ValueError, match="--plot: a lacks Spearman"):
         run(compare, a, "--metrics", "Spearman", "--plot", tmp_path / "g.svg")
+
+@needs("matplotlib")
+def test_plot_log(tmp_path):
+    """ A line for the smallest size and one for the largest, of InfoNCE alone. """
+    from tools import plot_log
+    rows = [{"step": step, "loss": 1, "nce 1:8": 4 / step, "kl 1:8": 7, "nce 2:16": 3, "nce 3:48": 2} for step in (1, 2)]
+    write_jsonl(tmp_path / "log.jsonl", [*rows, {"step": 2, "dev 1:8": 0.5}])
+    run(plot_log, tmp_path, tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert ">nce 1:8<" in drawn and ">nce 3:48<" in drawn and "kl" not in drawn and "2:16" not in drawn

@@ -17,7 +17,8 @@ import numpy as np
 class Pairs(NamedTuple):
     """ what tokenize_pairs makes of a source """
     table: "datasets.Dataset"   # query: ids; positive, negative: lists of ids; score, if the pairs have one
-    repeats: dict   # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
+    repeats: dict               # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
+    before: int = 1             # tokens before the text of a passage: [CLS] and those of a prompt
 
 class Batch(NamedTuple):
     """ Q queries and P >= Q passages. Passage i < Q is the positive of query i; the hard negatives follow. """
@@ -26,8 +27,8 @@ class Batch(NamedTuple):
     same: np.ndarray   # (Q, P) bool, see duplicates, or None
     gold: np.ndarray   # (Q,) gold scores, or None
 
-# The last number of a seed, so that windows, sources and sizes are drawn independently of each other. 0 is not among
-# them, because default_rng([seed, step, 0]) draws as default_rng([seed, step]) does.
+# The last number of a seed, so that windows, sources and sizes are drawn independently. It is never 0, because
+# default_rng([seed, step, 0]) draws as default_rng([seed, step]) does.
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
 @functools.lru_cache(maxsize=64)   # every step asks for it; sources take turns
@@ -35,19 +36,19 @@ def epoch_order(rows, seed, epoch):
     """ (rows,) the order of the rows in one epoch """
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
-def window(text, length, rng):
-    """ (T,) ids -> at most `length` ids, [CLS] and [SEP] kept. A longer text gives with probability 1/2 its beginning,
-    else a random window. """
+def window(text, length, rng, before=1):
+    """ (T,) ids -> at most `length` ids; [SEP] and the `before` tokens, [CLS] and a prompt, are kept. A longer text
+    gives with probability 1/2 its beginning, else a random window. """
     if len(text) <= length:
         return text
-    last = len(text) - length + 1   # a window that starts here ends right before [SEP]
-    start = 1 if rng.random() < 0.5 else rng.integers(1, last + 1)
-    return np.concatenate([text[:1], text[start:start + length - 2], text[-1:]])
+    last = len(text) - length + before   # a window that starts here ends right before [SEP]
+    start = before if rng.random() < 0.5 else rng.integers(before, last + 1)
+    return np.concatenate([text[:before], text[start:start + length - before - 1], text[-1:]])
 
 def duplicates(queries, passages, answers=()):
-    """ Q queries, P passages, (T,) ids -> (Q, P) bool, None if nothing is True. True: passage j also answers i, so
-    it must not count as a negative: it is the positive of a query with the same text in this batch, or answers, a list
-    of (query, passage), says so. The pair (i, i), the positive itself, is False. """
+    """ Q queries, P passages, (T,) ids -> (Q, P) bool, None if nothing is True. True: passage j answers query i, too,
+    and must not count as a negative: it is the positive of a query with the same text in this batch, or (query,
+    passage) is in answers. The pair (i, i), the positive itself, is False. """
     known = {}   # {query: its answers}
     for query, passage in [*zip(queries, passages), *answers]:
         known.setdefault(query.tobytes(), set()).add(passage.tobytes())
@@ -59,17 +60,17 @@ def duplicates(queries, passages, answers=()):
     return same if same.any() else None
 
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
-    """ list of Pairs -> Batch number `step`. A row has at most max_negatives hard negatives, which count as negatives
-    of all queries. Longer passages than passage_max_length are cut to a window. All rows of a batch are of one source:
-    passages of another source would be negatives that are too easy. An epoch visits every row of every source at most
-    once; an incomplete last batch is dropped. """
+    """ list of Pairs -> Batch number `step`. A row has at most max_negatives hard negatives, which count for all
+    queries. Longer passages than passage_max_length are cut to a window. All rows of a batch are of one source:
+    passages of another would be negatives that are too easy. An epoch visits every row of every source at most once; an
+    incomplete last batch is dropped. """
     batches_per_source = [len(pairs.table) // batch_size for pairs in sources]
-    epoch, batch = divmod(step, sum(batches_per_source))
-    # Sources of 3 and 2 batches may take turns 0 1 0 0 1. Then batch 2 is of source 0, which has had one batch: i = 1.
+    epoch, turn = divmod(step, sum(batches_per_source))
+    # Sources of 3 and 2 batches may take turns 0 1 0 0 1. Then turn 2 is of source 0, which has had one batch: i = 1.
     turns = np.repeat(np.arange(len(sources)), batches_per_source)
     turns = np.random.default_rng([seed, epoch, SOURCE_SEED]).permutation(turns)
-    pairs = sources[turns[batch]]
-    i = (turns[:batch] == turns[batch]).sum()   # batches that this source has had in this epoch
+    pairs = sources[turns[turn]]
+    i = (turns[:turn] == turns[turn]).sum()     # batches that this source has had in this epoch
     rows = epoch_order(len(pairs.table), seed, epoch)[i * batch_size:(i + 1) * batch_size]
 
     rng = np.random.default_rng([seed, step, TEXT_SEED])
@@ -77,7 +78,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     positives = [texts[rng.integers(len(texts))] for texts in table["positive"]]
     hard = [texts[k] for texts in table["negative"] for k in rng.permutation(len(texts))[:max_negatives]]
     queries, passages = map(as_arrays, (table["query"], positives + hard))
-    windows = [window(text, passage_max_length, rng) for text in passages]
+    windows = [window(text, passage_max_length, rng, pairs.before) for text in passages]
     if "score" in table:   # sentence2 may be no positive, and two pairs may share a sentence
         return Batch(queries, windows, None, np.array(table["score"], np.float32))
     # Every answer that the file gives to a query is no negative of it. Compares whole texts: windows of copies differ.
@@ -106,7 +107,8 @@ def word_begins(tokenizer):
     begins = np.array([piece.startswith(("\u2581", "\u0120")) for piece in pieces])
     if not begins.any():
         print("warning: this tokenizer does not mark where words begin, so pieces are masked one by one")
-    return begins | np.isin(pieces, tokenizer.all_special_tokens) | (not begins.any())
+        return np.ones(len(pieces), dtype=bool)
+    return begins | np.isin(pieces, tokenizer.all_special_tokens)
 
 def whole_word_mask(begins, rates, rng):
     """ begins (T,) bool: a word begins at this token of one text; [CLS] and [SEP] are a word each -> a (T,) bool mask
@@ -245,7 +247,7 @@ def as_score(cell):
 
 def make_table(source, rows, features, about=None, split="train"):
     """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, which is found
-    again until the source, `about` or this program changes """
+    again until the source, `about`, data.py or evaluate.py change """
     import datasets
     quiet()
     path = Path(docs_folder() / "train.jsonl" if source == "docs" else source)
@@ -253,7 +255,7 @@ def make_table(source, rows, features, about=None, split="train"):
         content = str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size
     else:
         content = open_source(source, split, streaming=False)._fingerprint
-    program = Path(__file__).read_text(encoding="utf-8")
+    program = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("data.py", "evaluate.py")]
     key = f"{zlib.crc32(repr((content, sorted(features), about, program)).encode()):08x}"
     try:
         return datasets.Dataset.from_generator(rows, features=datasets.Features(features), fingerprint=key)
@@ -267,13 +269,12 @@ def make_table(source, rows, features, about=None, split="train"):
 COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": "score",
            "positive": "pos|positives?|positive_passages|answers?|context|document|passage|response|sentence2",
            "negative": "neg|negatives?|negative_passages"}
-LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class"   # may say which rows are no pairs
-BINARY = {"0", "1", "0.0", "1.0", "true", "false", "none", "nan", ""}   # so may a score that is one of these
+LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scores?|similarity"   # is a row a pair?
 
 def find_columns(source, present, kinds, columns=(), alone=True):
     """ -> {kind: the columns, of those present, that hold it}; only a negative or a score may have none. columns: the
     flag, as ["query=question"]; kinds that it does not name go by COLUMNS. sentence1=X counts as query=X and
-    sentence2=X as positive=X: scored pairs are pairs, too. alone: a name can be meant for no other source. """
+    sentence2=X as positive=X: scored pairs are pairs, too. alone=False: a name may be of another source. """
     has, found = f"{source} has the columns {', '.join(present)}", {}
     named = [item.replace("sentence1=", "query=").replace("sentence2=", "positive=").partition("=") for item in columns]
     for kind, _, name in named:
@@ -291,17 +292,16 @@ def load_pairs(source, columns=(), alone=True, split="train"):
     """ a source of --train_pairs, see read_rows -> table with the columns query (a string), positive, negative (lists
     of strings) and, of scored pairs, score; without the rows that have no query or no positive. Prints its columns. """
     from datasets import List, Value
-    names, count, binary = {}, 0, True
+    names, count = {}, 0
     for count, row in enumerate(read_rows(source, split=split), start=1):   # all: in JSON a column may come late
         names |= dict.fromkeys(row)
-        binary &= str(row.get("score")).lower() in BINARY
     found = find_columns(source, list(names), ["query", "positive", "negative", "score"], columns, alone)
-    # A score beside query and positive may say anything. It counts if --columns names it, or beside two sentences.
-    meant = any(item.startswith(("sentence", "score")) for item in columns) or {"sentence1", "sentence2"} <= set(names)
-    found["score"] = found["score"][:meant]
+    # a score beside query and positive may say anything: it counts if --columns names it, or beside two sentences
+    if not {"sentence1", "sentence2"} <= set(names) | {item.split("=")[0] for item in columns}:
+        found["score"] = [name for name in found["score"] if f"score={name}" in columns]
     unused = [name for name in names if name not in sum(found.values(), [])]
     for name in unused:
-        if not found["score"] and (re.fullmatch(LABELS, name.lower()) or name == "score" and binary):
+        if not found["score"] and re.fullmatch(LABELS, name.lower()):
             raise ValueError(f"{source}: {name} may say which rows are no pairs. Copy those that are to a file without "
                              f"this column, or train on it as a similarity: --columns score={name}")
 
@@ -310,7 +310,8 @@ def load_pairs(source, columns=(), alone=True, split="train"):
         if len(pair["query"]) > 1:
             raise ValueError("several queries; give each a row of its own")
         score = {"score": as_score(row.get(name)) for name in found["score"]}
-        return pair["query"] and pair["positive"] and pair | {"query": pair["query"][0]} | score
+        if pair["query"] and pair["positive"]:
+            return pair | {"query": pair["query"][0]} | score
 
     features = {"query": Value("string"), "positive": List(Value("string")), "negative": List(Value("string"))}
     features |= {"score": Value("float64") for _ in found["score"]}
@@ -405,7 +406,8 @@ def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_lengt
     batches = table.select_columns("query").iter(1000)
     for number, query in enumerate(query for batch in batches for query in as_arrays(batch["query"])):
         rows.setdefault(query.tobytes(), []).append(number)
-    return Pairs(table, {query: numbers for query, numbers in rows.items() if len(numbers) > 1})
+    repeats = {query: numbers for query, numbers in rows.items() if len(numbers) > 1}
+    return Pairs(table, repeats, len(to_ids([config.passage_prompt], tokenizer)[0]) - 1)   # less [SEP]
 
 def tokenize_text(source, tokenizer, streaming=False, rank=0, world_size=1, columns=()):
     """ --train_text -> Dataset, or with streaming IterableDataset, with the column ids: a document a row, without [CLS]

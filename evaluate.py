@@ -90,10 +90,10 @@ def task_name(name):
     """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
     return FILE.sub("", Path(name).name or Path(name).resolve().name)   # of "." too
 
-def load_sts(name, columns=()):
+def load_sts(name, columns=(), alone=True):
     """ a name in STS or of the hub (its test split), or a file with sentence1, sentence2, score -> task, first
     sentences, second sentences, (pairs,) gold scores """
-    pairs = load_pairs(STS.get(name, name), columns, split="test")
+    pairs = load_pairs(STS.get(name, name), columns, alone, split="test")
     if "score" not in pairs.column_names:
         raise ValueError(f"{name}: needs the columns sentence1, sentence2 and score")
     return task_name(name), pairs["query"][:], [texts[0] for texts in pairs["positive"]], np.array(pairs["score"])
@@ -246,7 +246,7 @@ def main(args):
       "per_item": {"docs": {"ids": [of the queries], "1:8": {"MRR@10": [one value a query], ...}, ...},
                    "stsb": {"gold": [scores], "1:8": {"Spearman": [one cosine a pair]}, ...}} """
     # tests and model: all is read before the first is evaluated, so a mistake in the last shows at once
-    sts_sets = [load_sts(name, args.columns) for name in args.sts]
+    sts_sets = [load_sts(name, args.columns, len(args.sts) == 1) for name in args.sts]
     collections = [Collection(name) for name in args.retrieval or ([] if args.sts else ["docs"])]
     ways = {name: getattr(args, name) for name in ("pooling", "similarity", "query_prompt", "passage_prompt")
             if getattr(args, name) is not None}
@@ -311,8 +311,8 @@ def parse_args(argv=None):
     add("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, else the paper's in proportion")
     add("--grid", action="store_true", help="every layer at the dims of all sizes")
     add = parser.add_argument_group("encoding").add_argument
-    add("--query_prompt", help="goes before every query, as 'query: '; by default the model's own")
-    add("--passage_prompt", help="goes before every document; by default the model's own")
+    add("--query_prompt", help="goes before every query of --retrieval, as 'query: '; by default the model's own")
+    add("--passage_prompt", help="goes before every document; sentences of --sts have no prompt")
     add("--max_length", type=int, help="tokens of a text; by default the model's own")
     add("--pooling", choices=POOLINGS, help="of the tokens; by default the model's own, else mean")
     add("--similarity", choices=SIMILARITIES, help="of query and document; by default the model's own, else cosine")

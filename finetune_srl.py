@@ -2,7 +2,7 @@ r"""
 Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
 
     python finetune_srl.py                                       # six sizes from scratch; under 10 minutes on 2 cores
-    python finetune_srl.py --sizes 6:160 --out_dir out/full      # one size alone, here the ordinary full-size model
+    python finetune_srl.py --sizes 6:160 --out_dir out/full      # one size alone: the largest of the six
     python finetune_srl.py --train_pairs my_pairs.csv --out_dir out/mine      # columns query, positive, negative...
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
@@ -102,9 +102,9 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
 
 def embed_in_pieces(encoder, layers, token_ids, args, step, pieces=1, rank=0, world_size=1):
     """ list of B (T,) ids -> {layer: (B, C)}, what encoder.encode gives, but in pieces, for a batch that is too large
-    for the memory, or for several ranks, whose gradients clip_gradient sums. The loss is still that of the whole batch,
-    because texts depend on each other only through their embeddings (gradient caching, arXiv 2101.06983). With several
-    pieces a rank, backward embeds each again, so that the activations of one are in memory at a time. """
+    for the memory, or for several ranks, whose gradients clip_gradient sums. The loss is that of the whole batch, as
+    texts depend on each other only through their embeddings (gradient caching, arXiv 2101.06983). With several pieces
+    a rank, backward embeds each again, so that memory holds the activations of one at a time. """
     def embed(texts):                                       # B of the token_ids -> {layer: (B, C)}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             return encoder.encode(pack(texts, args.device), layers)
@@ -118,8 +118,8 @@ def embed_in_pieces(encoder, layers, token_ids, args, step, pieces=1, rank=0, wo
     if world_size > 1:
         for layer, own in rows.items():
             everyone = own.detach().clone()
-            dist.all_reduce(everyone)                       # a sum that gathers: rows of other ranks are 0 here
-            rows[layer] = own + (everyone - own.detach())   # own rows keep their graph
+            dist.all_reduce(everyone)                       # gathers, because a row is 0 on all ranks but one
+            rows[layer] = own + (everyone - own.detach())   # the value of everyone, the gradient of own
     return rows
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def build_model(args, tables):
     config = model.config
     sizes = list(args.sizes or named_sizes(config))
     if args.init_from == "scratch" and not args.sizes and config.pooling == "mean":
-        sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # better than all of them: results/README.md
+        sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # scoring 5/6 is better: results/README.md
     config.sizes = check_sizes(sizes, config)
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
@@ -171,13 +171,13 @@ def main(args):
     keep_freed_memory()
     torch.manual_seed(args.seed)
 
-    # data and model: all input is read before anything is written
+    # data and model: all input is read before anything is written, --retrieval only to see mistakes early
     if args.retrieval:
         evaluate.Collection(args.retrieval)
     dev = evaluate.Collection(f"{args.retrieval.split(':')[0]}:dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
     model, tokenizer, teacher = build_model(args, tables)
-    sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts windows out of longer passages
+    sizes, longest = model.config.sizes, tokenizer.model_max_length   # each step cuts windows of passages
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
                                    model.config) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources, world_size)
@@ -217,10 +217,11 @@ def main(args):
         if rank == 0 and due(done, args.save_interval, max_steps):
             save_run(args, done, model, tokenizer, model, optimizer, about)
         if dev and due(done, args.eval_interval, max_steps):
+            start = time.time()
             records_of_dev, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
             values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in records_of_dev if r["metric"] == "MRR@10"}
             log(log_file, {"step": done} | values, ["step", *values])
-            clock = time.time()
+            clock += time.time() - start
     if dist.is_initialized():
         dist.destroy_process_group()         # rank 0 evaluates alone
     if rank == 0:
@@ -236,8 +237,8 @@ def parse_args(argv=None):
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train_pairs", nargs="+", default=["docs"], metavar="SOURCE",
-        help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with the columns query, positive, "
-             "maybe negative, or sentence1, sentence2, score; each batch is of one source")
+        help="docs, a .jsonl/.csv/.tsv/.parquet file, or hub NAME[:CONFIG][:SPLIT], with query, positive, maybe "
+             "negative, or sentence1, sentence2, score; each batch is of one source")
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names: query=question positive=answer")
     add("--retrieval", help="docs, a BEIR folder or set of the hub, to evaluate the finished model on")
     add("--eval_interval", type=int, default=0, help="steps between two evaluations on its dev split; 0: none")

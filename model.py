@@ -236,8 +236,8 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 def read_modules(name):
-    """ a local folder, or a name on the Hugging Face hub -> what its files of sentence-transformers say: the folder of
-    the BERT; pooling, similarity and prompts; longest text or None; should texts become lower-case? """
+    """ a local folder, or a name on the hub -> what its files of sentence-transformers say: the folder of the BERT;
+    pooling, similarity and prompts; longest text or None; should texts become lower-case? """
     from huggingface_hub import snapshot_download
     files = ["*.json", "*.txt", "*model*.safetensors", "*pytorch_model*.bin"]
     folder = Path(name) if Path(name).exists() else Path(snapshot_download(name, allow_patterns=files))
@@ -379,7 +379,7 @@ def log(log_file, record, shown):
     """ a record to log.jsonl, its entries in shown to the screen; log_file is None on all ranks but the first """
     if log_file:
         print(json.dumps(record), file=log_file, flush=True)
-        print(" | ".join(f"{name} {record[name]:.4g}" for name in dict.fromkeys(shown) if name in record), flush=True)
+        print(" | ".join(f"{name} {record[name]:.6g}" for name in dict.fromkeys(shown) if name in record), flush=True)
 
 def due(done, interval, max_steps):
     """ Is it time, after so many steps? Every interval steps (never, if that is 0) and at the end. """
@@ -435,6 +435,6 @@ def run_script(main, parse_args):
     sys.stdout.reconfigure(errors="replace")   # a terminal may lack the letters of a text
     try:
         main(parse_args())
-    except (ValueError, OSError, FloatingPointError) as error:
+    except () if sys.flags.dev_mode else (ValueError, OSError, FloatingPointError) as error:   # -X dev: tracebacks
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -54,8 +54,8 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
       x   = layer 0 of the decoder's ids, with x[CLS] replaced by the bottleneck head(h[CLS])
       MAE = CE( E head(decoder(x)) + bias, words hidden from the decoder )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
-    The decoder shares the encoder's layer 0, but of what the blocks make of the text it sees the bottleneck alone, and
-    much of its own input is hidden (--decoder_mask). So it can only do well if dim numbers say what the text is about.
+    The decoder shares the encoder's layer 0, but of the blocks' output it sees the bottleneck alone, and much of its
+    input is hidden (--decoder_mask). So it can only do well if dim numbers say what the text is about.
     batch, masked: Pack with the true ids and Masked of the same texts. All sizes share the head and the decoder.
     -> loss, {"mlm 1:8": CE, "mae 1:8": CE, ...} for the log """
     encoder_ids, encoder_at, decoder_ids, decoder_at = (                               # (N,), (M,), (N,), (M',)
@@ -88,7 +88,7 @@ def decode(decoder, tokens, qkv, bottleneck, batch, positions):
 
 def vocabulary_loss(model, hidden, labels):
     """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. In training
-    the logits, (M, V), never exist as a whole, and under autocast the value has but the digits of its dtype. """
+    the logits, (M, V), never exist as a whole, and in bfloat16 the value has 2 to 3 digits. """
     hidden, E, bias = model.head(hidden), model.bert.word.weight, model.head.word_bias
     if torch.is_autocast_enabled(hidden.device.type):   # linear_cross_entropy does not look
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -183,8 +183,9 @@ def main(args):
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)   # MLM gives the decoder no gradient, so it stays
-    seen = zlib.crc32(np.concatenate(held_out).tobytes()) if args.streaming else data.content_hash(text)
-    about = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
+    if args.streaming:   # of a stream the first document has to do; ranks read different parts
+        seen = next(data.text_rows(args.train_text, True, args.columns))["text"]
+    about = {"--train_text": seen if args.streaming else data.content_hash(text), "pieces": pieces, "ranks": world_size}
     if saved:
         restore(saved, about, model, optimizer)
     if args.compile:
@@ -221,9 +222,10 @@ def main(args):
                 ["step", *list(terms)[:3], *list(terms)[-2:], "lr", "norm", "ms", "tokens/s", "minutes left"])
             clock, tokens, records = time.time(), 0, []
         if due(done, args.eval_interval, max_steps):
+            start = time.time()
             values = validate(model, held_out, tokenizer, sizes, args)
             log(log_file, {"step": done} | values, ["step", *values])
-            clock = time.time()
+            clock += time.time() - start
         if rank == 0 and due(done, args.save_interval, max_steps):
             save_run(args, done, model.bert, tokenizer, model, optimizer, about, model.head)
 

@@ -92,7 +92,8 @@ QP, SCORED = {"query": "q", "positive": "p"}, {"sentence1": "q", "sentence2": "p
     (QP | {"positive": None, "positive_1": "p", "positive_2": "r", "negative_1": "n"}, "", ("q", ["p", "r"], ["n"])),
     (QP | {"query": "x", "anchor": "q"}, "query=anchor", ("q", ["p"], [])),   # in place of query
     (QP | {"hard": "a", "harder": "b", "negative": "x"}, "negative=hard negative=harder", ("q", ["p"], ["a", "b"])),
-    (QP | {"score": "2"}, "", ("q", ["p"], [])), (QP | {"score": "2"}, "score=score", ("q", ["p"], [], 2.0)),
+    (QP | {"score": "2"}, "score=score", ("q", ["p"], [], 2.0)),
+    ({"sentence1": "q", "sentence2": "p", "Score": "2"}, "", ("q", ["p"], [], 2.0)),
     (SCORED, "", ("q", ["p"], [], 2.0)), (SCORED | {"score": "1", "label": "1"}, "", ("q", ["p"], [], 1.0)),
     ({"a": "q", "b": "p", "label": "2"}, "sentence1=a sentence2=b score=label", ("q", ["p"], [], 2.0)),
     ({"a": "q", "b": "p", "score": -2.5}, "sentence1=a sentence2=b", ("q", ["p"], [], -2.5)),
@@ -100,7 +101,7 @@ QP, SCORED = {"query": "q", "positive": "p"}, {"sentence1": "q", "sentence2": "p
 def test_columns(tmp_path, row, columns, found):
     """ Columns go by usual names, also numbered, or by --columns, which may name columns of another source, too; a
     score counts beside sentences or by name. """
-    other = {name: 9 if name in ("score", "label") else cell for name, cell in row.items()}   # not the same score
+    other = {name: 9 if name in ("score", "Score", "label") else cell for name, cell in row.items()}   # not the same score
     source = write_jsonl(tmp_path / "p.jsonl", [row, row, other])
     assert pairs_of(source, columns.split())[:2] == [found, found]
     assert pairs_of(source, [*columns.split(), "query=elsewhere"], alone=False)[:2] == [found, found]
@@ -110,9 +111,9 @@ def test_columns(tmp_path, row, columns, found):
     ([QP | {"anchor": "a"}], "", "has the columns query, positive, anchor; --columns query=COLUMN"),
     ([QP | {"answer": "a"}], "", "--columns positive=C"), ([QP | {"neg": "a", "negative": "b"}], "", "negative=C"),
     *(([QP | {name: 1}], "", f"{name} may say which rows are no pairs") for name in
-      "label Labels gold_label is_duplicate relevance relevant entailment class".split()),
-    *(([QP | {"score": score} for score in scores], "", "score may say which rows")
-      for scores in ([1, 0], ["1", "0.0"], [True, False], [1, 0, None])),
+      "label Labels gold_label is_duplicate relevance relevant entailment class score Score".split()),
+    *(([{"sentence1": "q", "sentence2": "p", name: 2}], "", f"--columns score={name}") for name in
+      ("similarity", "similarity_score", "relatedness_score")),
     ([SCORED] * 2, "", "every score is the same"), ([SCORED, SCORED | {"score": "high"}], "", "row 2 .*not convert"),
     ([SCORED | {"score": None}], "", "row 1 "),
     *(([SCORED | {"score": score}], "", "is no finite number") for score in ("nan", "-inf", True)),
@@ -209,7 +210,7 @@ def test_a_batch_is_of_one_source():
     assert turns[0] != turns[1] and turns[0] != turns[2]
 
 def test_windows_of_long_passages():
-    """ A window keeps [CLS] and [SEP] and one piece: the beginning or, as often, any; queries are not cut. """
+    """ A window keeps [CLS], the prompt, [SEP] and one piece: the beginning or, as often, any; queries are not cut. """
     text, rng = np.arange(20), np.random.default_rng(0)
     found = [data.window(text, 8, rng).tolist() for _ in range(2000)]
     assert all(w[0] == 0 and w[-1] == 19 and w[1:-1] == list(range(w[1], w[1] + 6)) for w in found)
@@ -217,8 +218,10 @@ def test_windows_of_long_passages():
     assert abs(share[1] - (0.5 + 0.5 / 13)) < 0.04 and all(abs(share[2:] - 0.5 / 13) < 0.02) and len(share) == 14
     assert data.window(text, 20, rng) is text
     rows = [{"query": [i] * 20, "positive": [text.tolist()], "negative": [text.tolist()]} for i in range(4)]
-    queries, passages, same, _ = data.srl_batch([data.Pairs(datasets.Dataset.from_list(rows), {})], 4, 1, 8, 1, 0)
+    queries, passages, same, _ = data.srl_batch([data.Pairs(datasets.Dataset.from_list(rows), {}, 3)], 4, 1, 8, 1, 0)
     assert {len(q) for q in queries} == {20} and [len(p) for p in passages] == [8] * 8
+    assert {tuple(p[[0, 1, 2, 7]]) for p in passages} == {(0, 1, 2, 19)}          # of a prompt of two tokens
+    assert all(np.diff(p[3:7]).tolist() == [1, 1, 1] for p in passages)
     assert same.sum() == 4 * 8 - 4 and len({p.tobytes() for p in passages}) > 1   # copies, cut to different windows
 
 def test_known_answers_are_no_negatives(tmp_path, tokenizer):

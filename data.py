@@ -160,7 +160,7 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     return Masked(texts, encoder_ids, np.flatnonzero(for_encoder), decoder_ids, np.flatnonzero(for_decoder))
 
 # ---- rows: docs, local files, the Hugging Face hub -------------------------------------------------------------------
-FILE = re.compile(r"\.(csv|tsv|jsonl?|txt|parquet)(\.gz)?$", re.IGNORECASE)
+FILE = re.compile(r"\.(csv|tsv|jsonl?|txt|md|parquet)(\.gz)?$", re.IGNORECASE)
 CACHE = Path(__file__).parent / "out"   # the docs corpus; git-ignored, made again when missing
 
 def docs_folder():
@@ -210,7 +210,7 @@ def read_file(path, kind):
     with (gzip.open if path.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         start = file.readline()
         file.seek(0)
-        if kind == "txt":
+        if kind in ("txt", "md"):
             yield from ({"text": line.strip()} for line in file)
         elif kind in ("csv", "tsv"):
             csv.field_size_limit(2**31 - 1)

@@ -11,6 +11,7 @@ memory. Letters for shapes: see model.py; here P passages of a shard, K document
 """
 import argparse, functools, json, subprocess, sys, time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import scipy   # its parts load when they are first used: scipy.stats alone take
 import torch
 from tqdm import tqdm
 
-from data import FILE, as_score, check_texts, docs_folder, load_pairs, make_table, read_rows, tokenize
+from data import FILE, as_score, as_texts, check_texts, docs_folder, load_pairs, make_table, read_rows, tokenize
 from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, load_model, named_sizes, pack,
                    parse_sizes, run_script, score, shorten, size_name)
 
@@ -137,7 +138,8 @@ class Collection:
             corpus, queries = f"BeIR/{name}:corpus:corpus", f"BeIR/{name}:queries:queries"
             judgements = f"BeIR/{name}-qrels::{'validation' if split == 'dev' else split or 'test'}"
         def as_document(row):
-            return {"_id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"] or ""}
+            title, text = (" ".join(as_texts(cell)) for cell in (row.get("title"), row["text"]))
+            return {"_id": str(row["_id"]), "title": title, "text": text}
         features = dict.fromkeys(["_id", "title", "text"], Value("string"))
         self.corpus = make_table(corpus, functools.partial(read_rows, corpus, as_document), features)
         rows = [(row["_id"], row["text"]) for row in read_rows(queries, as_document)]
@@ -261,8 +263,7 @@ def main(args):
     start, names = time.time(), named_sizes(model.config)
     sizes = check_sizes(args.sizes or names, model.config)
     if args.grid:
-        dims = sorted({dim for _, dim in sizes})
-        sizes = [(layer, dim) for layer in range(1, model.config.num_hidden_layers + 1) for dim in dims]
+        sizes = list(product(range(1, model.config.num_hidden_layers + 1), sorted({dim for _, dim in sizes})))
     out = args.out or (Path(args.model, "eval.json") if model.config.sizes and Path(args.model).exists() else None)
     if out and not Path(out).resolve().parent.is_dir():   # says it now, not after minutes
         raise ValueError(f"--out {out}: there is no such folder")
@@ -271,9 +272,6 @@ def main(args):
     for pairs in sts_sets:
         records, per_item[pairs[0]] = sts(model, tokenizer, pairs, sizes, args.dtype)
         results += records
-    for size in sizes if len(sts_sets) > 1 else []:
-        values = [r["value"] for r in results if (r["layer"], r["dim"]) == size]   # so far of STS alone
-        results.append(record("mean of STS", "Spearman", size, float(np.mean(values)), len(values)))
     for collection in collections:
         records, per_item[collection.task] = retrieval(model, tokenizer, collection, sizes, args.dtype)
         results += records

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import evaluate
 from model import (POOLINGS, SIMILARITIES, STATE, HelpFormatter, average, check_sizes, clip_gradient,
-                   configure_optimizer, due, fast_dtype, keep_freed_memory, load_model, load_run, log, named_sizes,
+                   configure_optimizer, fast_dtype, keep_freed_memory, load_model, load_run, log, named_sizes,
                    new_bert, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
                    size_name, start_ranks)
 
@@ -87,8 +87,7 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world
                   for array in (batch.gold, batch.same))
     if step == 0:
         layer, dim = sizes[-1]
-        scores = score(queries[layer], passages[layer], dim, model.config.similarity)   # (Q, P)
-        evaluate.check_spread("the first batch", scores)
+        evaluate.check_spread("the first batch", score(queries[layer], passages[layer], dim, model.config.similarity))
     teacher_scores = None
     if teacher:
         layer, dim = list(named_sizes(teacher.config))[-1]   # its full size
@@ -131,8 +130,9 @@ def build_model(args, tables):
     fields |= {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     needed = max(args.query_max_length, args.passage_max_length)   # tokens of the longest text in a step
     if args.init_from == "scratch":
+        prompts = [args.query_prompt or "", args.passage_prompt or ""]
         texts = (text for table in tables for row in table
-                 for text in [row["query"], *row["positive"], *row["negative"]])
+                 for text in [*prompts, row["query"], *row["positive"], *row["negative"]])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         # initializer_range: half of BERT's, so that AdamW's steps weigh more
         model = new_bert(args, len(tokenizer), args.max_length, initializer_range=0.01, **fields)
@@ -146,6 +146,7 @@ def build_model(args, tables):
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
         raise ValueError(f"--sizes: none is deepest and widest, to teach the others; add {size_name(full)}")
+    step_sizes(args.method, config.sizes, args.seed, 0)   # a ValueError if there is nothing to draw
     config.num_hidden_layers = full[0]
     del model.blocks[full[0]:]   # layers that no size uses are not saved
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
@@ -207,16 +208,16 @@ def main(args):
         done = step + 1
         tokens += sum(map(len, batch.queries + batch.passages))
         records.append(losses | {"norm": norm})
-        if due(done, args.log_interval, max_steps):
+        if done % (args.log_interval or max_steps) == 0 or done == max_steps:
             seconds = time.time() - clock
             log(log_file, {"step": done} | average(records) | {
                 "lr": lr, "ms": 1000 * seconds / len(records), "tokens/s": tokens / seconds,
                 "minutes left": (max_steps - done) * seconds / len(records) / 60},
                 ["step", "loss", f"nce {names[0]}", f"nce {names[-1]}", "lr", "norm", "ms", "tokens/s", "minutes left"])
             clock, tokens, records = time.time(), 0, []
-        if rank == 0 and due(done, args.save_interval, max_steps):
+        if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
             save_run(args, done, model, tokenizer, model, optimizer, about)
-        if dev and due(done, args.eval_interval, max_steps):
+        if dev and (done % (args.eval_interval or max_steps) == 0 or done == max_steps):
             start = time.time()
             records_of_dev, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
             values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in records_of_dev if r["metric"] == "MRR@10"}

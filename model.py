@@ -76,8 +76,7 @@ def pack(token_ids, device="cpu"):
                for array in (input_ids, position_ids, text_ids, starts)]
     return Pack(*tensors, list(zip(G_values.tolist(), T_values.tolist())))
 
-POOLINGS = ("mean", "cls")   # under the names that sentence-transformers gives them
-SIMILARITIES = ("cosine", "dot")
+POOLINGS, SIMILARITIES = ("mean", "cls"), ("cosine", "dot")   # under the names of sentence-transformers
 
 def pool(hidden, batch, pooling):
     """ tap (N, C) -> (B, C) embeddings, at least float32: scores of bfloat16 vectors lose digits """
@@ -195,14 +194,14 @@ def new_bert(args, vocab_size, positions, **fields):
     """ flags of a training from scratch, and fields of the config -> Bert with random weights """
     return Bert(new_config(vocab_size=vocab_size, max_position_embeddings=positions, hidden_size=args.hidden_size,
                            intermediate_size=4 * args.hidden_size, num_hidden_layers=args.num_layers,
-                           num_attention_heads=max(1, args.hidden_size // 64), **fields))
+                           num_attention_heads=args.hidden_size // math.gcd(args.hidden_size, 64), **fields))
 
 def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
     tokens that it must be able to read. overrides: fields of its config. Raises ValueError if that cannot be. """
     from transformers import AutoTokenizer
     try:
-        folder, ways, length, lower_case = read_modules(name)
+        folder, ways, length = read_modules(name)
         config = read_json(folder / "config.json")
         kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
         if (kind, positions) != ("bert", "absolute"):
@@ -219,12 +218,11 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
             raise ValueError(f"it has {config.max_position_embeddings} positions, too few for {needed} tokens")
         model, tokenizer = Bert(config), AutoTokenizer.from_pretrained(folder)
         load_weights(model, read_weights(folder))
+        model.eval().encode(pack([np.zeros(2)]), [config.num_hidden_layers])   # fails if the heads do not fit
         # a folder without tokenizer files gives a tokenizer of five words, and every text becomes [UNK]
-        if not 5 < len(tokenizer) <= config.vocab_size:
+        if not config.vocab_size / 4 < len(tokenizer) <= config.vocab_size:
             raise ValueError(f"{len(tokenizer)} words in the tokenizer, {config.vocab_size} in the model: copy its own "
                              "files there or, if words were added, call resize_token_embeddings of transformers")
-        if lower_case and tokenizer("A") != tokenizer("a"):
-            raise ValueError("it asks for lower-case texts (do_lower_case), but its tokenizer does not make them so")
     except Exception as error:   # transformers, safetensors, json and the hub have a dozen errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{name}: no BERT that can be read ({reason:.300})") from error
@@ -237,7 +235,7 @@ def read_json(path):
 
 def read_modules(name):
     """ a local folder, or a name on the hub -> what its files of sentence-transformers say: the folder of the BERT;
-    pooling, similarity and prompts; longest text or None; should texts become lower-case? """
+    pooling, similarity and prompts; longest text or None """
     from huggingface_hub import snapshot_download
     files = ["*.json", "*.txt", "*model*.safetensors", "*pytorch_model*.bin"]
     folder = Path(name) if Path(name).exists() else Path(snapshot_download(name, allow_patterns=files))
@@ -254,22 +252,20 @@ def read_modules(name):
             "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
             "query_prompt": prompts.get("query") or "",
             "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}
-    reading = read_json(bert / "sentence_bert_config.json")
-    return bert, ways, reading.get("max_seq_length"), reading.get("do_lower_case", False)
+    return bert, ways, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
 
 def read_weights(folder):
     """ -> {Hugging Face's name: tensor}, of one file or of several shards, without what programs put before names """
     from safetensors.torch import load_file
     state, key = {}, hf_name("word.weight")
-    for file in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+    for file in sorted(folder.glob("model[.-]*safetensors")) or sorted(folder.glob("pytorch_model[.-]*bin")):
         state |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     starts = [name.removesuffix(key) for name in state if name.endswith(key)]   # "", "bert.", "module.bert.", ...
     if len(starts) != 1:
         raise ValueError(f"its weights hold {len(starts)} BERTs")
-    def plain(name):   # gamma and beta are names of 2018; the MLM head stands beside "bert."
-        name = name.removeprefix(starts[0]).removeprefix(starts[0].removesuffix("bert."))
-        return name.replace("gamma", "weight").replace("beta", "bias")
-    return {plain(name): tensor for name, tensor in state.items()}
+    outer = starts[0].removesuffix("bert.")   # the MLM head stands beside "bert."; gamma, beta: names of 2018
+    return {name.removeprefix(outer).removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
+            for name, tensor in state.items()}
 
 def load_weights(module, state):
     """ what read_weights gives -> the weights of Bert or MLMHead. Raises KeyError for a name that is not there. """
@@ -360,7 +356,7 @@ def clip_gradient(parameters, step, terms):
     if not norm.isfinite():
         broken = [name for name, value in terms.items() if not value.isfinite()]
         raise FloatingPointError(f"step {step + 1}: not finite: {', '.join(broken) or 'the gradient'}; lower "
-                                 "--learning_rate, or use --dtype float32")
+                                 "--learning_rate, raise --temperature, or use --dtype float32")
     if step == 0 and min(norm, terms["loss"]) < 1e-6:
         print(f"warning: step 1 has nothing to learn from (loss {terms['loss']:.2g}, gradient {norm:.2g}): are all "
               "queries, all passages or all scores of a batch the same, or the texts too short?", file=sys.stderr)
@@ -381,10 +377,6 @@ def log(log_file, record, shown):
         print(json.dumps(record), file=log_file, flush=True)
         print(" | ".join(f"{name} {record[name]:.6g}" for name in dict.fromkeys(shown) if name in record), flush=True)
 
-def due(done, interval, max_steps):
-    """ Is it time, after so many steps? Every interval steps (never, if that is 0) and at the end. """
-    return done == max_steps or interval > 0 and done % interval == 0
-
 STATE = "training_state.pt"   # in --out_dir, beside the model in Hugging Face's files, args.json and log.jsonl
 FREE = {"out_dir", "resume", "log_interval", "save_interval", "eval_interval", "retrieval", "device", "compile",
         "train_pairs", "train_text", "columns"}   # what may change with --resume; of the data the content counts
@@ -392,10 +384,13 @@ FREE = {"out_dir", "resume", "log_interval", "save_interval", "eval_interval", "
 def load_run(args):
     """ -> with --resume what save_run left in --out_dir, else None. Raises ValueError if a run would be lost. """
     if not args.resume:
-        if any(Path(args.out_dir, name).exists() for name in (STATE, "model.safetensors")):
-            raise ValueError(f"--out_dir {args.out_dir} holds a run; delete it, choose another folder, or --resume")
+        if Path(args.out_dir, "config.json").exists():
+            raise ValueError(f"--out_dir {args.out_dir} holds a model; delete it, choose another folder, or --resume")
         return None
-    saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"--resume: {args.out_dir}/{STATE} cannot be read: {error}") from error
     changed = [name for name, value in vars(args).items() if name not in FREE and saved["args"].get(name) != value]
     if changed:
         raise ValueError(f"--resume: the run in {args.out_dir} had other values of --{', --'.join(changed)}; to train "
@@ -434,7 +429,11 @@ def run_script(main, parse_args):
     """ main(parse_args()); one line and exit status 2 for what the user can mend """
     sys.stdout.reconfigure(errors="replace")   # a terminal may lack the letters of a text
     try:
-        main(parse_args())
+        args = parse_args()
+        for name, value in vars(args).items():
+            if isinstance(value, int | float) and not value >= 0:   # NaN is not
+                raise ValueError(f"--{name} {value}: a number from 0 on is needed")
+        main(args)
     except () if sys.flags.dev_mode else (ValueError, OSError, FloatingPointError) as error:   # -X dev: tracebacks
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,7 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
 Writes to OUT_DIR a Hugging Face BertForMaskedLM for finetune_srl.py --init_from, args.json, log.jsonl, and for --resume
 training_state.pt, which has the decoder. Paper: arXiv 2410.13230; smae_loss is its loss.
 """
-import argparse, contextlib, copy, itertools, time, zlib
+import argparse, contextlib, copy, itertools, time
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import (HelpFormatter, average, check_sizes, clip_gradient, configure_optimizer, due, fast_dtype,
+from model import (HelpFormatter, average, check_sizes, clip_gradient, configure_optimizer, fast_dtype,
                    keep_freed_memory, load_model, load_run, load_weights, log, named_sizes, new_bert, open_run, pack,
                    parse_sizes, read_modules, read_weights, restore, run_script, save_run, set_learning_rate, size_name,
                    start_ranks)
@@ -183,9 +183,9 @@ def main(args):
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)   # MLM gives the decoder no gradient, so it stays
-    if args.streaming:   # of a stream the first document has to do; ranks read different parts
-        seen = next(data.text_rows(args.train_text, True, args.columns))["text"]
-    about = {"--train_text": seen if args.streaming else data.content_hash(text), "pieces": pieces, "ranks": world_size}
+    # of a stream the first document has to do: ranks read different parts
+    seen = next(data.text_rows(args.train_text, True, args.columns)) if args.streaming else data.content_hash(text)
+    about = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
     if saved:
         restore(saved, about, model, optimizer)
     if args.compile:
@@ -214,19 +214,19 @@ def main(args):
         optimizer.step()
 
         done = step + 1
-        if due(done, args.log_interval, max_steps):
+        if done % (args.log_interval or max_steps) == 0 or done == max_steps:
             seconds, steps = time.time() - clock, len(records) / len(mine)
             log(log_file, {"step": done} | average(records) | {
                 "lr": lr, "norm": norm.item(), "ms": 1000 * seconds / steps, "tokens/s": tokens / seconds,
                 "minutes left": (max_steps - done) * seconds / steps / 60},
                 ["step", *list(terms)[:3], *list(terms)[-2:], "lr", "norm", "ms", "tokens/s", "minutes left"])
             clock, tokens, records = time.time(), 0, []
-        if due(done, args.eval_interval, max_steps):
+        if done % (args.eval_interval or max_steps) == 0 or done == max_steps:
             start = time.time()
             values = validate(model, held_out, tokenizer, sizes, args)
             log(log_file, {"step": done} | values, ["step", *values])
             clock += time.time() - start
-        if rank == 0 and due(done, args.save_interval, max_steps):
+        if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
             save_run(args, done, model.bert, tokenizer, model, optimizer, about, model.head)
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -271,8 +271,8 @@ def parse_args(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
     args = parser.parse_args(argv)
-    if not 0 < args.encoder_mask <= args.decoder_mask < 1:
-        parser.error("--encoder_mask is above 0 and not above --decoder_mask, whose mask contains it")
+    if not 0 < args.encoder_mask <= args.decoder_mask < 1 or args.max_length < 3:
+        parser.error("0 < --encoder_mask <= --decoder_mask < 1 and --max_length >= 3 are needed")
     if args.streaming and not args.max_steps:
         parser.error("--streaming does not know how long the text is; give --max_steps")
     if args.embedding_lr_scale is None:   # a word is seen less often than a block

@@ -1,5 +1,5 @@
 """ The encoder is BERT, early exit is exact, checkpoints load in the forms they lie around in or are refused. """
-import json, math, re, shutil
+import argparse, json, math, re, shutil
 
 import numpy as np
 import pytest
@@ -236,9 +236,8 @@ def test_pooling_and_similarity_of_foreign_folders(plain, capsys, files, overrid
 
 @pytest.mark.parametrize("place", ["", "0_Transformer"])
 def test_length_prompts_and_path_of_sentence_transformers(plain, bert_folder, tmp_path, place):
-    """ Length and prompts come from the folder's own files, whether the BERT lies in it or below, as it once did; to
-    lower-case is no matter where the tokenizer does so anyway. """
-    folder, length = tmp_path / "theirs", {"max_seq_length": 6, "do_lower_case": True}
+    """ Length and prompts come from the folder's own files, whether the BERT lies in it or below, as it once did. """
+    folder, length = tmp_path / "theirs", {"max_seq_length": 6}
     shutil.copytree(plain, folder / place)
     write_files(folder, {f"{place or '.'}/{LENGTH}": length, MODES: {CLS: True},
                          "modules.json": modules("Transformer", "Pooling", path=place),
@@ -259,12 +258,12 @@ UP, WORD = hf_name("blocks.2.up.weight"), hf_name("word.weight")
     ({WEIGHTS: lambda state: {WEIGHTS: state | {UP: state[UP].to(torch.int8)}}}, "torch.int8; .* not quantised"),
     ({WEIGHTS: prefixed("query.", "passage.")}, "its weights hold 2 BERTs"),
     ({WEIGHTS: None}, "its weights hold 0 BERTs"), ({WEIGHTS: "no weights"}, "SafetensorError"),
-    ({TOKENIZER: {"do_lower_case": False}, LENGTH: {"do_lower_case": True}}, "asks for lower-case texts"),
+    ({CONFIG: {"num_attention_heads": 5}}, "RuntimeError"),
     ({"modules.json": modules("Pooling", "Dense")}, "asks for Dense"),
     ({"tokenizer.json": None, TOKENIZER: None}, "5 words in the tokenizer, .* copy its own"),
     ({CONFIG: {"vocab_size": 99}, WEIGHTS: lambda state: {WEIGHTS: state | {WORD: state[WORD][:99].clone()}}},
      "words in the tokenizer, 99 in the model: .*resize_token_embeddings"),
-    ({MODES: {LAST: True, MEAN: False}}, "pooling lasttoken .* unknown"), ({MODES: {"pooling_mode": "max"}}, "ing max"),
+    ({MODES: {LAST: True, MEAN: False}}, "pooling lasttoken .* unknown"), ({MODES: {"pooling_mode": "weightedmean"}}, "ing weightedmean"),
     ({MODES: {CLS: True, MEAN: True}}, r"cls\+mean"), ({SIMILARITY: {"similarity_fn_name": "l2"}}, "similarity l2")])
 def test_what_is_refused(plain, files, message):
     """ A folder that is no BERT of ours, or that is broken, is refused in one line that names it and says why. """
@@ -301,3 +300,10 @@ def test_run_script(capsys):
         assert capsys.readouterr().err == "error: two lines\n"
     for bug in (KeyError, AssertionError, RuntimeError, TypeError):
         pytest.raises(bug, run_script, main, lambda: bug)
+
+@pytest.mark.parametrize("number", [-1, -0.5, float("nan")])
+def test_a_number_below_zero_is_refused(capsys, number):
+    """ No program takes a negative number or NaN: one line that names the flag, and status 2. """
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda args: pytest.fail("it ran"), lambda: argparse.Namespace(negatives=number, dropout=0.0))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: --negatives {number}: ")

@@ -194,12 +194,15 @@ def test_what_cannot_be_started_or_resumed_is_refused(script, flags, tmp_path):
         with pytest.raises((ValueError, OSError), match=words):
             run(script, mine, out, *more)
         assert {file: file.read_bytes() for file in out.rglob("*.*")} == files
-    refused("holds a run")
+    refused("holds a model")
     refused("--learning_rate", "--resume", "--learning_rate", "1")
     refused("--micro_batch", "--resume", "--micro_batch", "2")
     source.write_text(source.read_text().replace("apple", "orange"))
     refused("data and ranks", "--resume")
+    (out / STATE).write_bytes(files[out / STATE][:-100])
+    files[out / STATE] = files[out / STATE][:-100]
+    refused("cannot be read", "--resume")
     files.pop(out / STATE)
     (out / STATE).unlink()
-    refused("holds a run")
+    refused("holds a model")
     refused(STATE, "--resume")

@@ -13,7 +13,7 @@ def main(args):
     matplotlib.rcParams |= {"backend": "agg", "svg.fonttype": "none"}   # no window; text stays text
     from matplotlib import pyplot
     lines = Path(args.run, "log.jsonl").read_text(encoding="utf-8").splitlines()
-    records = {record["step"]: record for record in map(json.loads, lines) if "loss" in record}   # the last of each step
+    records = {record["step"]: record for record in map(json.loads, lines) if "loss" in record}
     kind = "mlm" if any("mlm" in name for name in records[min(records)]) else "nce"
     names = [name for name in records[min(records)] if name.startswith(f"{kind} ")]
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")

@@ -29,7 +29,7 @@ def load_passages(source):
             passages += [(f"{file}:{number}", text) for number, row in enumerate(data.read_rows(str(file)), start=1)
                          for text in data.as_texts(row)]
         elif re.search(r"\.(txt|md)(\.gz)?$", file.name):
-            lines = [row["text"] for row in data.read_file(str(file), "txt")]
+            lines = [row["text"] for row in data.read_rows(str(file))]
             paragraphs = re.split(r"\n\n+", "\n".join(lines))
             passages += [(f"{file}:{number}", " ".join(text.split())) for number, text in enumerate(paragraphs, start=1)
                          if text.strip()]

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import evaluate
-from model import (POOLINGS, SIMILARITIES, STATE, HelpFormatter, average, check_sizes, clip_gradient,
-                   configure_optimizer, fast_dtype, keep_freed_memory, load_model, load_run, log, named_sizes,
-                   new_bert, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
+from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, check_sizes, clip_gradient,
+                   configure_optimizer, fast_dtype, load_model, load_run, log, named_sizes,
+                   new_config, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
                    size_name, start_ranks)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -134,8 +134,11 @@ def build_model(args, tables):
         texts = (text for table in tables for row in table
                  for text in [*prompts, row["query"], *row["positive"], *row["negative"]])
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
-        # initializer_range: half of BERT's, so that AdamW's steps weigh more
-        model = new_bert(args, len(tokenizer), args.max_length, initializer_range=0.01, **fields)
+        model = Bert(new_config(vocab_size=len(tokenizer), max_position_embeddings=args.max_length,
+                                num_hidden_layers=args.num_layers, hidden_size=args.hidden_size,
+                                intermediate_size=4 * args.hidden_size,
+                                num_attention_heads=args.hidden_size // math.gcd(args.hidden_size, 64),
+                                initializer_range=0.01, **fields))   # half of BERT's: AdamW's steps weigh more
     else:
         model, tokenizer = load_model(args.init_from, needed=needed, **fields)
     config = model.config
@@ -169,7 +172,6 @@ def main(args):
     """ data, model, optimizer, loop, evaluation """
     rank, world_size = start_ranks(args)
     saved = load_run(args)
-    keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # data and model: all input is read before anything is written, --retrieval only to see mistakes early
@@ -195,7 +197,7 @@ def main(args):
     print(f"{max_steps} steps of {batch_size} queries; sizes {', '.join(names)}; {args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, records = time.time(), 0, []
+    clock, records = time.time(), []
     for step in range(first_step, max_steps):
         lr = set_learning_rate(optimizer, step, max_steps, args, "linear")
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
@@ -206,15 +208,13 @@ def main(args):
         optimizer.step()
 
         done = step + 1
-        tokens += sum(map(len, batch.queries + batch.passages))
         records.append(losses | {"norm": norm})
         if done % (args.log_interval or max_steps) == 0 or done == max_steps:
-            seconds = time.time() - clock
+            ms = 1000 * (time.time() - clock) / len(records)
             log(log_file, {"step": done} | average(records) | {
-                "lr": lr, "ms": 1000 * seconds / len(records), "tokens/s": tokens / seconds,
-                "minutes left": (max_steps - done) * seconds / len(records) / 60},
-                ["step", "loss", f"nce {names[0]}", f"nce {names[-1]}", "lr", "norm", "ms", "tokens/s", "minutes left"])
-            clock, tokens, records = time.time(), 0, []
+                "lr": lr, "ms": ms, "minutes left": ms * (max_steps - done) / 60_000},
+                ["step", "loss", f"nce {names[0]}", f"nce {names[-1]}", "lr", "norm", "ms", "minutes left"])
+            clock, records = time.time(), []
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
             save_run(args, done, model, tokenizer, model, optimizer, about)
         if dev and (done % (args.eval_interval or max_steps) == 0 or done == max_steps):

@@ -10,7 +10,7 @@ Letters for shapes, the same in all files: B texts, T tokens of one text, N toke
 equal length, C channels (768), H heads, D dims that a size keeps (the first D of the C), Q queries, P passages,
 M positions that the encoder must guess, M' those of SMAE's decoder, V words of the vocabulary.
 """
-import argparse, ctypes, json, math, os, shutil, sys
+import argparse, json, math, os, shutil, sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,6 @@ def size_name(size):
 def parse_sizes(text):
     """ "2:32,12:768" -> ((2, 32), (12, 768)); an argparse type """
     return tuple((int(layer), int(dim)) for layer, dim in (size.split(":") for size in text.split(",")))
-parse_sizes.__name__ = "LAYER:DIM,LAYER:DIM,..."   # argparse: invalid LAYER:DIM,LAYER:DIM,... value: '1:8,2'
 
 def check_sizes(sizes, config):
     """ -> tuple of sizes from small to large. Raises ValueError if the model lacks one of the layers or channels. """
@@ -97,6 +96,15 @@ def score(queries, passages, dim, similarity):
 
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 # Dropout is where BERT has it: after the embeddings' LayerNorm, on the attention's weights, before both sums of a block
+class Dropout(nn.Dropout):
+    """ On a CPU a 64-bit random number serves 8 entries: one for each costs a sixth of a step. 0.1 becomes 26/256. """
+    def forward(self, x):
+        if not (x.is_cpu and self.training and self.p):
+            return super().forward(x)
+        keep = 256 - round(256 * self.p)
+        bits = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)
+        return x * (bits[:x.numel()].view(x.shape) < keep).to(x.dtype).mul_(256 / keep)
+
 class Block(nn.Module):
     """ Post-LayerNorm, as in BERT: the output of a block is normalised, so every tap can be used as it is. """
     def __init__(self, config):
@@ -107,19 +115,24 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(C, eps=eps)
         self.up, self.down = nn.Linear(C, wide), nn.Linear(wide, C)
         self.norm2 = nn.LayerNorm(C, eps=eps)
-        self.act, self.dropout = getattr(F, config.hidden_act), nn.Dropout(config.hidden_dropout_prob)
-        self.heads, self.p = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.act, self.dropout = getattr(F, config.hidden_act), Dropout(config.hidden_dropout_prob)
+        self.heads, self.attention_dropout = config.num_attention_heads, Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, groups):
         """ (N, C) -> (N, C) """
         return self.after_attention(x, self.attend(self.query(x), self.key(x), self.value(x), groups))
 
+    @torch.autocast("cpu", enabled=False)   # there the backward takes 8 times as long in bfloat16
     def attend(self, q, k, v, groups):
         """ softmax(q k^T / sqrt(C / H)) v within each text, H heads: (N, C) each -> (N, C) """
-        mixed, rows = [], [G * T for G, T in groups]
-        for (G, T), *qkv in zip(groups, q.split(rows), k.split(rows), v.split(rows)):   # (G * T, C) each
-            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)       # (G, H, T, C / H) each
-            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p * self.training)   # nothing is padded
+        mixed, rows, p = [], [G * T for G, T in groups], self.attention_dropout.p * self.training
+        dtype = torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype
+        for (G, T), *qkv in zip(groups, *(x.to(dtype).split(rows) for x in (q, k, v))):   # (G * T, C) each; no padding
+            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)         # (G, H, T, C / H) each
+            if p and q.is_cpu:   # the same, with the fast dropout
+                heads = self.attention_dropout((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)) @ v
+            else:
+                heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
             mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                      # (G * T, C)
         return torch.cat(mixed)
 
@@ -139,7 +152,7 @@ class Bert(nn.Module):
         self.token_type = nn.Embedding(config.type_vocab_size, C)
         self.embedding_norm = nn.LayerNorm(C, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
@@ -189,12 +202,6 @@ def new_config(**fields):
     from transformers import BertConfig   # imported where it is used, because that takes a second or two
     ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "query_prompt": "", "passage_prompt": ""}
     return BertConfig(**ways | fields)
-
-def new_bert(args, vocab_size, positions, **fields):
-    """ flags of a training from scratch, and fields of the config -> Bert with random weights """
-    return Bert(new_config(vocab_size=vocab_size, max_position_embeddings=positions, hidden_size=args.hidden_size,
-                           intermediate_size=4 * args.hidden_size, num_hidden_layers=args.num_layers,
-                           num_attention_heads=args.hidden_size // math.gcd(args.hidden_size, 64), **fields))
 
 def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
@@ -306,12 +313,6 @@ def save_pretrained(model, tokenizer, folder, head=None):
 def fast_dtype():
     """ "bfloat16" where that is faster than "float32": on a GPU, and on a CPU with AMX """
     return "bfloat16" if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16") else "float32"
-
-def keep_freed_memory():
-    """ On Linux: otherwise the system clears its pages before each step, which costs 10 to 15 % of it on a CPU. """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)           # M_MMAP_MAX: map no block alone
-        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep the free end of the heap
 
 def configure_optimizer(named_parameters, args):
     """ AdamW. Matrices decay; biases and LayerNorms do not. scale: see set_learning_rate """

@@ -9,7 +9,7 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
 Writes to OUT_DIR a Hugging Face BertForMaskedLM for finetune_srl.py --init_from, args.json, log.jsonl, and for --resume
 training_state.pt, which has the decoder. Paper: arXiv 2410.13230; smae_loss is its loss.
 """
-import argparse, contextlib, copy, itertools, time
+import argparse, contextlib, copy, itertools, math, time
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import (HelpFormatter, average, check_sizes, clip_gradient, configure_optimizer, fast_dtype,
-                   keep_freed_memory, load_model, load_run, load_weights, log, named_sizes, new_bert, open_run, pack,
+from model import (Bert, HelpFormatter, average, check_sizes, clip_gradient, configure_optimizer, fast_dtype,
+                   load_model, load_run, load_weights, log, named_sizes, new_config, open_run, pack,
                    parse_sizes, read_modules, read_weights, restore, run_script, save_run, set_learning_rate, size_name,
                    start_ranks)
 
@@ -115,7 +115,10 @@ def build_model(args):
     if args.init_from == "scratch":
         texts = itertools.islice(data.text_rows(args.train_text, args.streaming, args.columns), 200_000)
         tokenizer = data.train_wordpiece((row["text"] for row in texts), args.vocab_size)
-        bert = new_bert(args, len(tokenizer), max(512, args.max_length), **dropout)   # room for longer texts later
+        bert = Bert(new_config(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
+                               max_position_embeddings=max(512, args.max_length),   # room for longer texts later
+                               intermediate_size=4 * args.hidden_size, num_hidden_layers=args.num_layers,
+                               num_attention_heads=args.hidden_size // math.gcd(args.hidden_size, 64), **dropout))
     else:
         bert, tokenizer = load_model(args.init_from, needed=args.max_length, **dropout)
     model, config = SMAE(bert, MLMHead(bert.config)), bert.config
@@ -168,7 +171,6 @@ def main(args):
     rank, world_size = start_ranks(args)
     saved = load_run(args)
     first_step = saved["step"] if saved else 0
-    keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # model and text: a batch is pieces of micro_batch documents, which the ranks share
@@ -196,7 +198,7 @@ def main(args):
     print(f"{max_steps} steps of {args.batch_size} documents; sizes {names}; {args.dtype} on {args.device}")
 
     # the loop
-    clock, tokens, records = time.time(), 0, []
+    clock, records = time.time(), []
     for step in range(first_step, max_steps):
         lr = set_learning_rate(optimizer, step, max_steps, args, "cosine")   # as in the paper's run
         optimizer.zero_grad()
@@ -208,19 +210,17 @@ def main(args):
             loss, terms = batch_loss(model, batch, tokenizer, sizes, args, [args.seed, step, piece])
             (loss / pieces).backward()   # the mean of the pieces' losses; unlike in SRL, other pieces are other masks
             records.append(terms)
-            tokens += sum(min(len(document) + 2, args.max_length) for document in batch) * world_size
         sums = {name: sum(record[name] for record in records[-len(mine):]) for name in terms}   # of this step's pieces
         norm = clip_gradient(model.parameters(), step, sums)
         optimizer.step()
 
         done = step + 1
         if done % (args.log_interval or max_steps) == 0 or done == max_steps:
-            seconds, steps = time.time() - clock, len(records) / len(mine)
+            ms = 1000 * (time.time() - clock) / (len(records) / len(mine))
             log(log_file, {"step": done} | average(records) | {
-                "lr": lr, "norm": norm.item(), "ms": 1000 * seconds / steps, "tokens/s": tokens / seconds,
-                "minutes left": (max_steps - done) * seconds / steps / 60},
-                ["step", *list(terms)[:3], *list(terms)[-2:], "lr", "norm", "ms", "tokens/s", "minutes left"])
-            clock, tokens, records = time.time(), 0, []
+                "lr": lr, "norm": norm.item(), "ms": ms, "minutes left": ms * (max_steps - done) / 60_000},
+                ["step", *list(terms)[:3], *list(terms)[-2:], "lr", "norm", "ms", "minutes left"])
+            clock, records = time.time(), []
         if done % (args.eval_interval or max_steps) == 0 or done == max_steps:
             start = time.time()
             values = validate(model, held_out, tokenizer, sizes, args)

@@ -1,5 +1,5 @@
 """ Shared by the tests: no network, small models, small texts. """
-import gzip, importlib.util, json, os, subprocess, sys, zlib
+import gzip, importlib.util, json, os, sys, zlib
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"   # before anything imports huggingface_hub
@@ -68,13 +68,14 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def beir(tmp_path):
-    """ a BEIR folder of 4 documents: titles, grades, a document nobody judged, gz """
+    """ a BEIR folder of 4 documents: titles, grades, a document nobody judged, gz; two queries are documents, too """
     ((folder := tmp_path / "beir") / "qrels").mkdir(parents=True)
     corpus = [("d1", "apple", "an apple is a fruit"), ("d2", "", "a bridge crosses the river"),
               ("d3", "garden", "apple trees in the garden"), ("d4", "", "nothing of the kind")]
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
         file.writelines(f'{{"_id": "{i}", "title": "{title}", "text": "{text}"}}\n' for i, title, text in corpus)
-    queries = [("q1", "apple fruit"), ("q2", "river bridge"), ("q3", "not judged")]
+    queries = [("q1", "apple fruit"), ("q2", "river bridge"), ("q3", "not judged"),
+               ("d1", "an apple is a fruit"), ("d3", "garden apple trees in the garden")]
     (folder / "queries.jsonl").write_text("".join(f'{{"_id": "{i}", "text": "{text}"}}\n' for i, text in queries))
     for split, more in (("test", "q2\td2\t1\n"), ("dev", "")):
         judged = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td3\t1\n" + more
@@ -97,15 +98,6 @@ def bert_folder(tokenizer, tmp_path_factory):
         torch.nn.init.normal_(p, mean=float("norm" in name and p.dim() == 1), std=0.2)
     save_pretrained(model, tokenizer, folder := tmp_path_factory.mktemp("bert"))
     return str(folder)
-
-def refused(script, *flags):
-    """ What a process says that refuses: exit status 2, no traceback, the last line of stderr. script: "evaluate.py"
-    or a tool, "tools.export" """
-    start = ["-m", script] if script.startswith("tools.") else [str(ROOT / script)]
-    done = subprocess.run([sys.executable, *start, *map(str, flags)], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    return done.stderr.strip().splitlines()[-1]
 
 def set_weights(module):
     """ Bert or MLMHead -> the same, float64, with weights that depend on nothing but their names: those of frozen.json

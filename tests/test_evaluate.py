@@ -199,7 +199,7 @@ def test_a_query_is_no_answer_to_itself(made, capsys, shard):
 def test_collection(beir, monkeypatch, capsys):
     """ A collection joins titles and texts, reads .gz, keeps the judged queries alone, and has a split; docs is one,
     and . is called as its folder. Unknown documents count as not found, unknown queries are left out, the same
-    judgement twice counts once, and all are counted. """
+    judgement twice counts once, and all are counted. A query may be a document with its title or without. """
     (ids, texts, own), = (collection := Collection(str(beir))).shards()
     assert texts[:2] == ["apple an apple is a fruit", "a bridge crosses the river"] and ids[3] == "d4" and own == {}
     assert collection.queries == {"q1": "apple fruit", "q2": "river bridge"}
@@ -207,8 +207,10 @@ def test_collection(beir, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "docs_folder", lambda: beir)
     assert list(Collection("docs:dev").queries) == ["q1"] and Collection("docs:dev").task == "docs:dev"
     monkeypatch.chdir(beir)
-    (beir / "qrels" / "test.tsv").write_text(f"{JUDGED}q1\td1\t2\nq1\td9\t1\nq8\td1\t1\nq1\td1\t2\nq2\td2\t-1\n")
-    assert (odd := Collection(".")).task == "beir" and odd.qrels == {"q1": {"d1": 2, "d9": 1}, "q2": {"d2": -1}}
+    judged = "q1 d1 2, q1 d9 1, q8 d1 1, q1 d1 2, q2 d2 -1, d1 d3 1, d3 d1 1"
+    (beir / "qrels" / "test.tsv").write_text(JUDGED + judged.replace(" ", "\t").replace(",\t", "\n"))
+    assert (odd := Collection(".")).task == "beir" and [own for *_, own in odd.shards()] == [{2: 0, 3: 2}]
+    assert odd.qrels == {"q1": {"d1": 2, "d9": 1}, "q2": {"d2": -1}, "d1": {"d3": 1}, "d3": {"d1": 1}}
     said = capsys.readouterr().out
     assert all(re.search(f"{kind}[^,]*: 1\\b", said) for kind in ("unknown queries", "unknown documents", "twice"))
 
@@ -221,6 +223,7 @@ def test_sets_of_the_hub(monkeypatch):
                    ":corpus": [{"_id": "2", "title": "a", "text": "b"}]}, set()
     monkeypatch.setattr(data, "open_source", lambda source, split, streaming: asked.add((source, split))
                         or Dataset.from_list(next(rows[part] for part in rows if part in source)))
+    assert [*evaluate.STS] == "sts12 sts13 sts14 sts15 sts16 stsb sickr".split()
     assert evaluate.load_sts("sts12")[0] == "sts12" and evaluate.load_sts("stsb")[3].tolist() == [1, 2]
     assert asked == {("mteb/sts12-sts", "test"), ("sentence-transformers/stsb", "test")}
     for split, name in ((":dev", "validation"), ("", "test"), (":train", "train")):
@@ -285,7 +288,7 @@ MISTAKES = [   # a file, what is in it, what is said of it
     ("--retrieval good --max_length 9 --passage_prompt the-the-the-the", "good, first documents: the prompt 'the-"),
     ("--sts STS --out missing/o.json", "--out .*: there is no such folder"),
     ("--sts STS --sizes 5:8", "--sizes 5:8: this model has 4 layers and 48 dims"),
-    ("--sts STS --sizes big", "invalid LAYER:DIM,LAYER:DIM,... value: 'big'")])
+    ("--sts STS --sizes big", "argument --sizes: invalid .* value: 'big'")])
 def test_mistakes_show_before_the_first_embedding(saved, sts_file, tmp_path, monkeypatch, capsys, flags, message):
     """ A second task that is broken, or a flag that is wrong, is refused before a text is embedded, and named. """
     for file in ("good/", *(file for file, *_ in MISTAKES if "/" in file)):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import data, evaluate, finetune_srl
+import data, evaluate, finetune_srl, pretrain_smae
 from conftest import NOUNS, assert_frozen, learned, plain_training, set_weights, write_jsonl
-from finetune_srl import cosent, main, parse_args, srl_loss, step_sizes, train_step
+from finetune_srl import cosent, main, parse_args, plan, srl_loss, step_sizes, train_step
 from model import STATE, Bert, load_model, new_config, pack, save_pretrained
-from tools.order_channels import order_channels
+from tools import order_channels
 
 SIZES = (1, 4), (2, 8), (3, 16), (4, 48)
 
@@ -77,19 +77,18 @@ def test_cosent_by_hand():
     assert cosent(scores, torch.ones(3)).item() == 0   # equal gold asks for nothing
 
 # ---- one step --------------------------------------------------------------------------------------------------------
-ARGS = SimpleNamespace(device="cpu", dtype="float32", seed=1, temperature=0.1, kl_weight=1.0, sizes=SIZES, pieces=1)
+ARGS = SimpleNamespace(device="cpu", dtype="float32", seed=1, temperature=0.1, kl_weight=1.0, sizes=SIZES)
 
 @pytest.mark.parametrize("case, changed", [
     ("srl", {}), ("cls dot", {"temperature": 1.0}), ("teacher", {"kl_weight": 3.0}), ("duplicates", {}),
-    ("micro_batch", {"pieces": 3}), ("micro_batch cosent", {"pieces": 2}), ("cosent", {}),
-    ("2dmse", {"sizes": step_sizes("2dmse", SIZES, 1, 0)}),
+    ("cosent", {}), ("2dmse", {"sizes": step_sizes("2dmse", SIZES, 1, 0)}),
     ("2dmse step 5", {"sizes": step_sizes("2dmse", SIZES, 1, 5)})])
 def test_frozen_figures(config, frozen_texts, case, changed):
     """ Loss and gradients of a step are those of earlier versions of this program, to 1e-12 in float64. """
     config.pooling, config.similarity = ("cls", "dot") if case == "cls dot" else ("mean", "cosine")
     bert, gold, same = set_weights(Bert(config).train()), None, None
     queries, passages = frozen_texts[:5], frozen_texts[5:]
-    if "cosent" in case:
+    if case == "cosent":
         gold, passages = np.linspace(0, 1, 5), passages[:5]
     if case == "duplicates":
         same = np.zeros((5, 10), bool)
@@ -100,7 +99,7 @@ def test_frozen_figures(config, frozen_texts, case, changed):
         teacher = SimpleNamespace(config=SimpleNamespace(sizes=((1, 10),), similarity="dot", num_hidden_layers=1,
                                                          hidden_size=10),
                                   encode=lambda *_: {1: torch.cat([scores, torch.eye(10).double()])})
-    losses = train_step(bert, teacher, batch, args.sizes, args, 0, args.pieces)
+    losses = train_step(bert, teacher, batch, args.sizes, args, 0)
     assert_frozen(case, losses["loss"], bert)
 
 def test_pieces_give_the_gradients_of_the_whole_batch(config, texts):
@@ -120,14 +119,14 @@ def test_pieces_give_the_gradients_of_the_whole_batch(config, texts):
     torch.testing.assert_close(losses["loss"], want.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close([p.grad for p in learned(bert)], list(wanted), rtol=1e-9, atol=1e-12)
 
-def test_ordered_channels_are_those_that_vary_most(bert_folder):
-    """ order_channels puts the channels first that vary most at the smallest size's layer, then those of the next that
-    has more dims, and changes nothing else. """
-    bert, tokenizer = load_model(bert_folder)
+def test_ordered_channels_are_those_that_vary_most(bert_folder, tmp_path):
+    """ order_channels puts the channels first that vary most at the smallest of --sizes over the queries of --texts,
+    then those of the next that has more dims, and changes nothing else. """
     texts = [f"{a} {b}" for a in NOUNS[:4] for b in NOUNS[4:]]
-    before = evaluate.embed_texts(bert, tokenizer, texts, [1, 2, 3])
-    order_channels(bert, tokenizer, texts, ((1, 6), (2, 4), (3, 16)))
-    after = evaluate.embed_texts(bert, tokenizer, texts, [1, 2, 3])
+    pairs = write_jsonl(tmp_path / "p.jsonl", [{"query": text, "positive": "the lantern"} for text in texts])
+    flags = [bert_folder, str(tmp_path / "out"), "--texts", pairs, "--sizes", "1:6,2:4,3:16"]
+    order_channels.main(order_channels.parse_args(flags))
+    before, after = (evaluate.embed_texts(*load_model(folder), texts, [1, 2, 3]) for folder in flags[:2])
     first = before[1].var(0).argsort(descending=True)[:6].tolist()
     rest = [i for i in before[3].var(0).argsort(descending=True).tolist() if i not in first][:10]
     for layer in (1, 2, 3):
@@ -157,12 +156,14 @@ def variant(folder, target, **ways):
     return str(target)
 
 def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path):
-    """ Five steps of main give the weights, losses and norms of a plain PyTorch loop. """
+    """ Five steps of main, with dropout, give the weights, losses and norms of a plain PyTorch loop. """
     records = run(pairs_file, tmp_path / "a", "--init_from", bert_folder, "--sizes", "1:8,3:48", "--warmup", "0.4",
                   "--learning_rate", "0.0006", "--embedding_lr_scale", "3", "--weight_decay", "0.3",
-                  "--kl_weight", "0.3", "--temperature", "0.03", "--max_steps", "5")
-    bert, tokenizer = load_model(bert_folder)
+                  "--kl_weight", "0.3", "--temperature", "0.03", "--max_steps", "5", "--dropout", "0.2")
+    bert, tokenizer = load_model(bert_folder, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    bert.train()
     def loss_of(step):
+        torch.manual_seed(hash((1, step, 0)))   # of dropout
         rows = bert.encode(pack(first_batch(pairs_file, tokenizer, step)), [1, 3])
         return srl_loss(*split(rows, 16), ((1, 8), (3, 48)), "cosine", 0.03, 0.3)[0]
     rates = [0.0003, 0.0006, 0.0006, 0.0004, 0.0002]   # two steps up, then a line to 0 over three
@@ -172,17 +173,30 @@ def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path):
     for (name, want), found in zip(bert.named_parameters(), load_model(tmp_path / "a")[0].parameters(), strict=True):
         torch.testing.assert_close(found, want, rtol=0, atol=2e-5, msg=name)
 
-def test_a_run_end_to_end(pairs_file, beir, tmp_path):
-    """ A run writes model, log and values of the test set, and leaves nothing to resume. The same seed gives the same
-    weights, with dropout, and without evaluation; a line of the log is the mean of its steps. """
-    one = run(pairs_file, tmp_path / "a", "--dropout", "0.1", "--retrieval", str(beir))
+def test_a_run_end_to_end(pairs_file, beir, tmp_path, monkeypatch):
+    """ A run logs values of the dev split, saves the model and those of the test split, and leaves nothing to resume.
+    The same seed gives the same weights, with dropout, and without evaluation; a line of the log is the mean of its
+    steps. """
+    tasks, inner = [], evaluate.retrieval
+    monkeypatch.setattr(evaluate, "retrieval", lambda *args: tasks.append(args[2].task) or inner(*args))
+    one = run(pairs_file, tmp_path / "a", "--dropout", "0.1", "--retrieval", str(beir), "--eval_interval", "2")
+    assert tasks == ["beir:dev", "beir:dev", "beir"] and [r["step"] for r in one if "dev 1:8" in r] == [2, 4]
     results = json.loads((tmp_path / "a" / "eval.json").read_text())["results"]
     found = {(r["layer"], r["dim"], r["n"]) for r in results if r["metric"] == "MRR@10"}
     assert found == {(1, 8, 2), (3, 64, 2)} and not (tmp_path / "a" / STATE).exists()   # the two queries of test
     two = run(pairs_file, tmp_path / "b", "--dropout", "0.1", "--log_interval", "2")
-    one = [r["loss"] for r in one]
+    one = [r["loss"] for r in one if "loss" in r]
     assert [r["loss"] for r in two] == pytest.approx([sum(one[:2]) / 2, sum(one[2:]) / 2], rel=1e-6)
     assert all(map(torch.equal, *(load_model(tmp_path / name)[0].parameters() for name in "ab")))
+
+def test_steps_and_rates_by_default():
+    """ Without --max_steps the steps are --epochs times the full batches of every source. Of both scripts the
+    embeddings of a new model learn faster, those of a loaded one as the rest. """
+    args = parse_args("--train_pairs x --epochs 2.5 --batch_size 4 --micro_batch 3".split())
+    assert plan(args, [SimpleNamespace(table=range(n)) for n in (10, 11)], 1) == (4, 2, 10)
+    for script, scale in ((finetune_srl, 8), (pretrain_smae, 3)):
+        scales = [script.parse_args(["--init_from", name]).embedding_lr_scale for name in ("scratch", "a/bert")]
+        assert scales == [scale, 1]
 
 SIX = ((1, 3), (1, 5), (2, 11), (2, 21), (2, 43))
 @pytest.mark.parametrize("flags, sizes", [
@@ -218,48 +232,35 @@ def test_a_run_that_cannot_learn_warns(tmp_path, bert_folder, capsys, row, flags
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == bool(said) and said in "".join(warnings)
 
-def texts_of_a_step(monkeypatch, pairs_file, out_dir, *flags):
-    """ one step of a run -> [the texts that each pass of the encoder takes] """
-    found, inner = [], pack
-    monkeypatch.setattr(finetune_srl, "pack", lambda texts, *rest: found.append(texts) or inner(texts, *rest))
-    run(pairs_file, out_dir, "--max_steps", "1", *flags)
-    return found
-
 def test_a_step_takes_pieces_and_windows(tmp_path, monkeypatch):
     """ With --micro_batch 5 the encoder never takes more than 5 queries and their passages, and all 16 of a batch,
     twice. Of longer passages than 6 tokens it takes windows, also from beyond the first 6. """
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"query": noun, "positive": " ".join(NOUNS)} for noun in NOUNS])
-    flags = ["--micro_batch", "5", "--passage_max_length", "6"]
-    texts = texts_of_a_step(monkeypatch, path, tmp_path / "a", *flags)
+    texts = []   # [those that each pass of the encoder takes]
+    monkeypatch.setattr(finetune_srl, "pack", lambda found, *rest: texts.append(found) or pack(found, *rest))
+    run(path, tmp_path / "a", "--max_steps", "1", "--micro_batch", "5", "--passage_max_length", "6")
     assert max(map(len, texts)) <= 2 * 5 and sum(map(len, texts)) == 2 * (16 + 16)
     passages = {text.tobytes() for piece in texts for text in piece if len(text) == 6}
     assert len(passages) > 3 and max(len(text) for piece in texts for text in piece) == 6
 
-@pytest.mark.parametrize("flags, pooling, similarity, sizes", [
-    ([], "cls", "dot", ((1, 8), (2, 20), (3, 48))),
-    (["--sizes", "2:16,2:20", "--pooling", "mean", "--similarity", "cosine"], "mean", "cosine", ((2, 16), (2, 20)))])
-def test_a_loaded_model_keeps_its_ways(bert_folder, pairs_file, tmp_path, flags, pooling, similarity, sizes):
-    """ Pooling, similarity and sizes are trained and saved as loaded, unless a flag says otherwise. """
-    folder = variant(bert_folder, tmp_path / "m", pooling="cls", similarity="dot", sizes=((1, 8), (2, 20), (3, 48)))
+@pytest.mark.parametrize("flags, pooling, similarity, sizes, prompt", [
+    ([], "cls", "dot", ((1, 8), (2, 20), (3, 48)), "where "),
+    (["--sizes", "2:16,2:20", "--pooling", "mean", "--similarity", "cosine", "--query_prompt", ""],
+     "mean", "cosine", ((2, 16), (2, 20)), "")])
+def test_a_loaded_model_keeps_its_ways(bert_folder, pairs_file, tmp_path, flags, pooling, similarity, sizes, prompt):
+    """ Pooling, similarity, sizes and prompts are trained and saved as loaded, unless a flag says otherwise. """
+    folder = variant(bert_folder, tmp_path / "m", pooling="cls", similarity="dot", sizes=((1, 8), (2, 20), (3, 48)),
+                     query_prompt="where ", passage_prompt="the ")
     record, = run(pairs_file, tmp_path / "a", "--init_from", folder, "--max_steps", "1", "--temperature", "2",
                   "--learning_rate", "1e-30", *flags, sizes=[])
     bert, tokenizer = load_model(tmp_path / "a")
-    assert (bert.config.pooling, bert.config.similarity, bert.config.sizes) == (pooling, similarity, sizes)
+    prompts = {"query_prompt": prompt, "passage_prompt": "the "}
+    want = {"pooling": pooling, "similarity": similarity, "sizes": sizes} | prompts
+    assert want.items() <= vars(bert.config).items()
     with torch.no_grad():
-        rows = bert.encode(pack(first_batch(pairs_file, tokenizer)), [n for n, _ in sizes])
+        rows = bert.encode(pack(first_batch(pairs_file, tokenizer, **prompts)), [n for n, _ in sizes])
     _, want = srl_loss(*split(rows, 16), sizes, similarity, 2.0, 1.0)
     assert [record[name] for name in want] == pytest.approx([value.item() for value in want.values()], abs=1e-5)
-
-@pytest.mark.parametrize("flags, query, passage", [([], "where ", "the "), (["--query_prompt", ""], "", "the ")])
-def test_prompts_are_trained_and_saved(bert_folder, pairs_file, tmp_path, monkeypatch, flags, query, passage):
-    """ The prompts of a loaded model, or those of flags, go before the texts of the training and into the folder. """
-    folder = variant(bert_folder, tmp_path / "m", query_prompt="where ", passage_prompt="the ")
-    texts, = texts_of_a_step(monkeypatch, pairs_file, tmp_path / "a", "--init_from", folder, "--sizes", "3:48", *flags)
-    bert, tokenizer = load_model(tmp_path / "a")
-    prompts = {"query_prompt": query, "passage_prompt": passage}
-    assert prompts.items() <= vars(bert.config).items()
-    assert all(map(np.array_equal, texts, first_batch(pairs_file, tokenizer, **prompts)))
-    assert len(texts[16]) == len(first_batch(pairs_file, tokenizer)[16]) + 1   # the prompt is a word
 
 def test_a_teacher_scores_in_its_own_way(bert_folder, pairs_file, tmp_path):
     """ The KL of a run with --teacher is from the teacher's scores by its own pooling, similarity and full size. """

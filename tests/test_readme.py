@@ -23,11 +23,10 @@ def test_quick_start_then_search(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, "docs_folder", lambda: tmp_path)
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     flags, out = re.search(r"&& python finetune_srl.py(.*)$", README, re.M)[1].split(), str(tmp_path / "srl")
-    finetune_srl.main(finetune_srl.parse_args([*flags, "--max_steps", "15", "--eval_interval", "8", "--out_dir", out]))
+    finetune_srl.main(finetune_srl.parse_args([*flags, "--max_steps", "15", "--out_dir", out]))
     shown = " ".join(capsys.readouterr().out.split())
     for row in ("Demi 1:8", "Short 2:16", "Tall 3:32", "Grande 4:64", "Venti 5:128", "Trenta 6:160"):
         assert f" {row} " in shown, row
-    assert re.findall(r'"step": (\d+), "dev 1:8"', (tmp_path / "srl/log.jsonl").read_text()) == ["8", "15"]
     results = json.loads((tmp_path / "srl/eval.json").read_text())["results"]
     assert min(r["value"] for r in results if r["metric"] == "MRR@10") > 0.5   # 0.2 for an order by chance
     search.main(search.parse_args([out, pairs[8]["query"]]))

@@ -72,9 +72,9 @@ def end(processes):
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
-def steps(folder):
+def logged(folder, key="step"):
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [record["step"] for record in records if "loss" in record]
+    return [record[key] for record in records if "loss" in record]
 
 def same(a, b):
     """ Are the weights of the two folders the same, bit by bit? """
@@ -95,9 +95,9 @@ def test_a_killed_run_goes_on_exactly(flags, whole, tmp_path):
         time.sleep(0.01)
     for script, out in outs.items():
         assert processes[script].wait(LIMIT) == -signal.SIGKILL and (out / STATE).exists()
-        before, saved = steps(out), torch.load(out / STATE)["step"]
+        before, saved = logged(out), torch.load(out / STATE)["step"]
         run(script, flags[script], out, "--resume")
-        assert same(out, whole[script]) and steps(out) == before + list(range(saved + 1, 9))
+        assert same(out, whole[script]) and logged(out) == before + list(range(saved + 1, 9))
 
 @BOTH
 @pytest.mark.parametrize("broken_at", [5, 9])
@@ -122,10 +122,12 @@ def test_a_kill_while_it_saves_loses_nothing(script, broken_at, flags, whole, tm
 @pytest.mark.parametrize("script, more", [
     (finetune_srl, ["--micro_batch", "3", "--method", "2dmse", "--sizes", "1:8,2:16,3:48", "--dtype", "bfloat16"]),
     (finetune_srl, ["--teacher", "BERT", "--kl_weight", "3", "--train_pairs", "PAIRS", "SCORED"]),
-    (pretrain_smae, ["--streaming", "--micro_batch", "4", "--max_steps", "6", "--dtype", "bfloat16"])])
+    (pretrain_smae, ["--streaming", "--micro_batch", "2", "--max_steps", "6", "--dtype", "bfloat16"])])
 def test_every_way_of_training_goes_on_exactly(script, more, flags, pairs_file, bert_folder, tmp_path, monkeypatch):
-    """ Pieces, 2DMSE, bfloat16, a teacher, several sources and a stream: a resumed run ends with the same bits. """
+    """ Pieces, 2DMSE, bfloat16, a teacher, several sources and a stream that two ranks share: a resumed run ends
+    with the same bits. """
     monkeypatch.setattr(pretrain_smae, "HELD_OUT", 4)
+    monkeypatch.setattr(pretrain_smae, "start_ranks", lambda args: (0, 2))   # the first of two
     scored = write_jsonl(tmp_path / "scored.jsonl", [{"sentence1": f"{noun} a", "sentence2": f"{noun} b", "score": i}
                                                      for i, noun in enumerate(NOUNS)])
     names = {"BERT": bert_folder, "PAIRS": pairs_file, "SCORED": scored}
@@ -162,8 +164,8 @@ def on_a_rank(rank, folder, bert_folder, runs):
 
 def test_two_ranks_are_one_process(flags, bert_folder, tmp_path):
     """ SRL's gradients to 1e-10 in float64, cosine and dot, with hard negatives, dropout and pieces that ranks share
-    unequally. Runs of both scripts to 1e-5, because AdamW makes steps of the rounding of tiny gradients. The second
-    rank prints nothing and writes nothing. """
+    unequally. Runs of both scripts to 1e-5, because AdamW makes steps of the rounding of tiny gradients, and the losses
+    and norms of their logs. The second rank prints nothing and writes nothing. """
     runs = {script.__name__: [*its_flags, "--max_steps", "3", "--save_interval", "0", "--micro_batch", micro_batch]
             for (script, its_flags), micro_batch in zip(flags.items(), "34", strict=True)}
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_runs; "
@@ -176,8 +178,9 @@ def test_two_ranks_are_one_process(flags, bert_folder, tmp_path):
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), want, rtol=1e-10, atol=1e-16)
     for name in runs:
-        found, want = weights(tmp_path / f"{name} 0"), weights(tmp_path / "one" / name)
-        torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+        first, one = tmp_path / f"{name} 0", tmp_path / "one" / name
+        torch.testing.assert_close(weights(first), weights(one), rtol=0, atol=1e-5)
+        assert all(logged(first, key) == pytest.approx(logged(one, key), rel=1e-4) for key in ("loss", "norm"))
         assert not (tmp_path / f"{name} 1").exists()
     assert printed[0].count("step 3 | loss") == 2 and "step" not in printed[1]
 
@@ -197,6 +200,7 @@ def test_what_cannot_be_started_or_resumed_is_refused(script, flags, tmp_path):
     refused("holds a model")
     refused("--learning_rate", "--resume", "--learning_rate", "1")
     refused("--micro_batch", "--resume", "--micro_batch", "2")
+    refused("--max_steps", "--resume", "--max_steps", "9")
     source.write_text(source.read_text().replace("apple", "orange"))
     refused("data and ranks", "--resume")
     (out / STATE).write_bytes(files[out / STATE][:-100])

@@ -24,13 +24,13 @@ def files(folder):
 
 def test_hold_out(tmp_path):
     """ n rows become a test set, with all their positives. No row with one of its queries, as query or positive, in
-    whatever case and punctuation, is trained on; rows that share a passage are; a seed always gives the same files. """
+    whatever case and punctuation, is trained on; rows that share a passage are; the files are those of the seed. """
     rows = [{"q": q.format(i), "a": [text.format(i) for text in texts]} for i in range(20) for q, texts in (
         ("query {}", ["text {}", "more {}"]), ("Query, {}!", ["other {}"]), ("third {}", ["TEXT {}."]),
         ("fourth {}", ["any", "QUERY {}"]))]   # the query, the passage again, and the query as a positive
     source, folded = write_jsonl(tmp_path / "rows.jsonl", rows), lambda texts: set(map(docs.fold, texts))
-    for name in ("out", "same"):
-        run(hold_out, source, tmp_path / name, "--n", 30, "--seed", 0, "--columns", "query=q", "positive=a")
+    for name, seed in (("out", 0), ("same", 0), ("other", 1)):
+        run(hold_out, source, tmp_path / name, "--n", 30, "--seed", seed, "--columns", "query=q", "positive=a")
     ((ids, texts, _),) = (collection := Collection(str(tmp_path / "out"))).shards()
     passages, want = dict(zip(ids, map(docs.fold, texts))), {}
     for i in np.random.default_rng(0).permutation(80)[:30]:
@@ -40,7 +40,7 @@ def test_hold_out(tmp_path):
     assert len(want) < 30 and len(set(passages.values())) == len(ids)   # some were drawn twice
     kept = [(row["q"], row["a"]) for row in rows if not want.keys() & folded([row["q"], *row["a"]])]
     assert [(row["query"], row["positive"]) for row in data.read_rows(f"{tmp_path}/out/train.jsonl")] == kept
-    assert files(tmp_path / "same") == files(tmp_path / "out")
+    assert files(tmp_path / "same") == files(tmp_path / "out") != files(tmp_path / "other")
 
 @pytest.fixture
 def trained(bert_folder, tmp_path):
@@ -242,8 +242,8 @@ def results_file(tmp_path):
     return write
 
 def test_compare_marks_what_is_significant(results_file, capsys):
-    """ A shift of every query or of the correlation is marked, noise is not; the correction counts the chosen lines.
-    Sizes are paired from small to large, whatever the order of joined files and within them. """
+    """ A shift of every query or of the correlation is marked, noise is not; the correction counts the chosen lines
+    and the files. Sizes are paired from small to large, whatever the order of joined files and within them. """
     rng = np.random.default_rng(0)
     gold, noise, base, gain = *rng.normal(size=(2, 400)), *rng.normal(size=(2, 200))
     gain += 2.5 * gain.std() / 200**0.5 - gain.mean()   # t = 2.5: p = .013, above .05 / 6 and below .05 / 2
@@ -259,6 +259,8 @@ def test_compare_marks_what_is_significant(results_file, capsys):
     assert [line.endswith("*") for line in lines] == [False] * 4 + [True, False]
     run(compare, a, f"{b},{c}", "--metrics", "MRR@10")
     assert [line.endswith("*") for line in capsys.readouterr().out.splitlines()] == [False, True, False, False]
+    run(compare, a, *3 * [f"{b},{c}"], "--metrics", "MRR@10")   # 6 comparisons again
+    assert capsys.readouterr().out.count("*") == 1              # that of the note
 
 def test_bootstrap_equals_a_plain_loop():
     """ The p-value of two Spearmans is that of the spread of their difference, resample by resample, in pairs: a small
@@ -321,7 +323,7 @@ def test_plot(results_file, tmp_path):
 def test_plot_log(tmp_path):
     """ A line for the smallest size and one for the largest, of InfoNCE alone. """
     from tools import plot_log
-    rows = [{"step": step, "loss": 1, "nce 1:8": 4 / step, "kl 1:8": 7, "nce 2:16": 3, "nce 3:48": 2} for step in (1, 2)]
+    rows = [{"step": n, "loss": 1, "nce 1:8": 4 / n, "kl 1:8": 7, "nce 2:16": 3, "nce 3:48": 2} for n in (1, 2)]
     write_jsonl(tmp_path / "log.jsonl", [*rows, {"step": 2, "dev 1:8": 0.5}])
     run(plot_log, tmp_path, tmp_path / "figure.svg")
     drawn = (tmp_path / "figure.svg").read_text()

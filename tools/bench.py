@@ -19,14 +19,13 @@ from transformers import BertModel
 import data
 from evaluate import embed_texts
 from finetune_srl import train_step
-from model import (Bert, HelpFormatter, fast_dtype, keep_freed_memory, load_model, named_sizes, new_config, pack,
+from model import (Bert, HelpFormatter, fast_dtype, load_model, named_sizes, new_config, pack,
                    run_script)
 from pretrain_smae import SMAE, MLMHead, smae_loss
 
 # ---- contestants: args -> model, function of a batch -> loss; of SRL a batch is data.Batch, of SMAE data.Masked ------
 def here(args, last=0):
     """ finetune_srl.py at all sizes of the model or, with last=-1, at the full size alone """
-    keep_freed_memory()
     model, _ = load_model(args.model, pooling="mean", similarity="cosine", **args.dropouts)
     return model, lambda batch: train_step(model, None, batch, args.sizes[last:], args, step=0)["loss"]
 
@@ -54,7 +53,6 @@ def sentence_transformers(args, two_d=False):
 
 def smae_here(args, checkpointing=False):
     """ pretrain_smae.py, maybe with --gradient_checkpointing """
-    keep_freed_memory()
     model, sizes = SMAE(Bert(args.base), MLMHead(args.base)), list(named_sizes(args.base))
     model.bert.gradient_checkpointing = checkpointing
     autocast = args.autocast(cache_enabled=not checkpointing)

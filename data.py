@@ -186,7 +186,7 @@ def read_rows(source, convert=dict, split="train", streaming=False):
 
 def quiet():
     """ errors of `datasets` are said once, by us; its progress bars are for terminals """
-    import datasets   # imported where it is used, because that takes a second
+    import datasets   # here, because it takes a second
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -336,7 +336,7 @@ def text_rows(source, streaming=False, columns=()):
 def train_wordpiece(texts, vocab_size):
     """ an iterable of texts -> transformers tokenizer: lower-casing WordPiece like BERT's, but it keeps accents and
     vowel signs, without which words of many languages become the same """
-    from transformers import BertTokenizer   # imported where it is used, because that takes a second or two
+    from transformers import BertTokenizer   # here, because it takes a second or two
     # The trainer numbers letters in the order of a hash table and breaks ties by number. With the letters in a fixed
     # order, and its pieces sorted afterwards, the same texts always give the same vocabulary.
     letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]

@@ -1,7 +1,7 @@
 """
 How good is each size of a model, and what does it cost? One pass over the texts gives the embeddings of all sizes.
 
-    python evaluate.py out/srl                                      # retrieval in the documentation of this machine
+    python evaluate.py out/srl                  # retrieval in the documentation of this machine
     python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
 

@@ -1,9 +1,9 @@
 r"""
 Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Representation Learning.
 
-    python finetune_srl.py                                       # six sizes from scratch; under 10 minutes on 2 cores
-    python finetune_srl.py --sizes 6:160 --out_dir out/full      # one size alone: the largest of the six
-    python finetune_srl.py --train_pairs my_pairs.csv --out_dir out/mine      # columns query, positive, negative...
+    python finetune_srl.py                                   # six sizes from scratch; 5 minutes on 2 cores
+    python finetune_srl.py --sizes 6:160 --out_dir out/full  # one size alone: the largest of the six
+    python finetune_srl.py --train_pairs my_pairs.csv --out_dir out/mine  # columns query, positive, negative...
     python finetune_srl.py --init_from bert-base-uncased --train_pairs sentence-transformers/all-nli:triplet \
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
 
@@ -243,10 +243,10 @@ def parse_args(argv=None):
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names: query=question positive=answer")
     add("--retrieval", help="docs, a BEIR folder or set of the hub, to evaluate the finished model on")
     add("--eval_interval", type=int, default=0, help="steps between two evaluations on its dev split; 0: none")
-    add("--batch_size", type=int, default=128, help="queries a step, over all ranks; all their passages are candidates")
+    add("--batch_size", type=int, default=128, help="queries a step, over all ranks")
     add("--micro_batch", type=int, default=0, help="queries embedded at a time: less memory; 0: all")
-    add("--negatives", type=int, default=1, help="hard negatives a query, at most, where the pairs have any")
-    add("--query_max_length", type=int, default=32, help="tokens, [CLS] and [SEP] included")
+    add("--negatives", type=int, default=1, help="hard negatives a query, at most")
+    add("--query_max_length", type=int, default=32, help="tokens with [CLS] and [SEP]")
     add("--passage_max_length", type=int, default=64, help="tokens; half of the time a random window")
     add("--max_length", type=int, default=256, help="tokens that the finished model reads of a text")
     add("--query_prompt", help="goes before every query, as 'query: '; by default the loaded model's own")
@@ -257,19 +257,19 @@ def parse_args(argv=None):
     add("--temperature", type=float, default=0.1, help="divides the similarities; use 1 with --similarity dot")
     add("--method", choices=["srl", "2dmse"], default="srl", help="which sizes a step trains: see step_sizes")
     add("--kl_weight", type=float, default=1.0, help="of the KL from the full size; 0 leaves it out")
-    add("--teacher", help="a frozen model whose full size every size follows; by default the trained model's own")
+    add("--teacher", help="a frozen model for all sizes to follow; by default their own full size")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
-    add("--sizes", type=parse_sizes, help="LAYER:DIM,... trained together; by default the model's own, or the paper's")
-    add("--dropout", type=float, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
+    add("--sizes", type=parse_sizes, help="LAYER:DIM,...; by default the model's own, or the paper's")
+    add("--dropout", type=float, default=0.0, help="BERT's own is 0.1")
     add("--num_layers", type=int, default=6, help="from scratch: blocks")
-    add("--hidden_size", type=int, default=192, help="from scratch: channels, a multiple of 64")
-    add("--vocab_size", type=int, default=8192, help="from scratch: WordPiece vocabulary, trained on the pairs")
+    add("--hidden_size", type=int, default=192, help="from scratch: channels")
+    add("--vocab_size", type=int, default=8192, help="from scratch: WordPiece entries")
     add = parser.add_argument_group("optimisation").add_argument
     add("--learning_rate", type=float, default=5e-4, help="peak, of AdamW")
     add("--embedding_lr_scale", type=float, help="times that for the embeddings; by default 8 from scratch, else 1")
-    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises; then it falls to 0")
-    add("--weight_decay", type=float, default=0.1, help="of the matrices; biases and LayerNorms have none")
+    add("--warmup", type=float, default=0.1, help="share of the steps; then the rate falls to 0")
+    add("--weight_decay", type=float, default=0.1, help="of the matrices alone")
     add("--epochs", type=float, default=1, help="passes over the data, without --max_steps")
     add("--max_steps", type=int, help="by default 200 for docs, else what --epochs says")
     add("--seed", type=int, default=1, help="of weights, order, windows and dropout")

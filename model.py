@@ -199,7 +199,7 @@ def hf_name(name):
 
 def new_config(**fields):
     """ transformers' BertConfig, and how the embeddings are meant to be used """
-    from transformers import BertConfig   # imported where it is used, because that takes a second or two
+    from transformers import BertConfig   # here, because it takes a second or two
     ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "query_prompt": "", "passage_prompt": ""}
     return BertConfig(**ways | fields)
 

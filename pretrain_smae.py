@@ -1,10 +1,10 @@
 """
 Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks Masked Autoencoding.
 
-    python pretrain_smae.py                    # from scratch, on the docs of this machine; about 25 minutes on 2 cores
-    python pretrain_smae.py --objective mlm --out_dir out/mlm                  # the control: MLM on the same tokens
-    python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine     # a line is a document
-    torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...     # the paper's run: runs/paper.sh
+    python pretrain_smae.py                   # from scratch, on the docs of this machine; about 25 minutes on 2 cores
+    python pretrain_smae.py --objective mlm --out_dir out/mlm               # the control: MLM on the same tokens
+    python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine  # a line is a document
+    torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...  # the paper's run: runs/paper.sh
 
 Writes to OUT_DIR a Hugging Face BertForMaskedLM for finetune_srl.py --init_from, args.json, log.jsonl, and for --resume
 training_state.pt, which has the decoder. Paper: arXiv 2410.13230; smae_loss is its loss.
@@ -238,25 +238,25 @@ def parse_args(argv=None):
     add("--train_text", default="docs", help="docs, a .txt (a line is a document), a table with the column text, hub")
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="another name of the column: text=body")
     add("--streaming", action=flag, default=False, help="read the text as it arrives, in its order; needs --max_steps")
-    add("--max_length", type=int, default=64, help="tokens, [CLS] and [SEP] included: one random window a document")
+    add("--max_length", type=int, default=64, help="tokens with [CLS] and [SEP]: one random window a document")
     add("--batch_size", type=int, default=32, help="documents a step, over all ranks")
-    add("--micro_batch", type=int, default=0, help="documents at a time, which decides the memory; 0: all of a rank")
+    add("--micro_batch", type=int, default=0, help="documents at a time: less memory; 0: all of a rank")
     add = parser.add_argument_group("loss").add_argument
     add("--objective", choices=["smae", "mlm"], default="smae", help="mlm: no decoder, by default the full size alone")
     add("--encoder_mask", type=float, default=0.2, help="share of the tokens hidden from the encoder")
-    add("--decoder_mask", type=float, default=0.4, help="share hidden from the decoder, the encoder's among them")
+    add("--decoder_mask", type=float, default=0.4, help="share hidden from the decoder, with the encoder's")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
-    add("--sizes", type=parse_sizes, help="LAYER:DIM,... trained together; by default the model's own, or the paper's")
-    add("--dropout", type=float, default=0.0, help="in the hidden layers and the attention; BERT's own is 0.1")
+    add("--sizes", type=parse_sizes, help="LAYER:DIM,...; by default the model's own, or the paper's")
+    add("--dropout", type=float, default=0.0, help="BERT's own is 0.1")
     add("--num_layers", type=int, default=6, help="from scratch: blocks")
-    add("--hidden_size", type=int, default=192, help="from scratch: channels, a multiple of 64")
-    add("--vocab_size", type=int, default=8192, help="from scratch: WordPiece vocabulary, trained on the text")
+    add("--hidden_size", type=int, default=192, help="from scratch: channels")
+    add("--vocab_size", type=int, default=8192, help="from scratch: WordPiece entries")
     add = parser.add_argument_group("optimisation").add_argument
     add("--learning_rate", type=float, default=1e-3, help="peak, of AdamW")
     add("--embedding_lr_scale", type=float, help="times that for the embeddings; by default 3 from scratch, else 1")
-    add("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises; then it falls to 0")
-    add("--weight_decay", type=float, default=0.001, help="of the matrices; biases and LayerNorms have none")
+    add("--warmup", type=float, default=0.05, help="share of the steps; then the rate falls to 0")
+    add("--weight_decay", type=float, default=0.001, help="of the matrices alone")
     add("--epochs", type=float, default=6, help="passes over the data")
     add("--max_steps", type=int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
     add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
@@ -265,7 +265,7 @@ def parse_args(argv=None):
     add("--resume", action=flag, default=False, help="go on with the stopped run in --out_dir, exactly")
     add("--log_interval", type=int, default=10, help="steps between two lines of the log")
     add("--save_interval", type=int, default=200, help="steps between two checkpoints; 0: at the end only")
-    add("--eval_interval", type=int, default=200, help="steps between two losses on held-out text; 0: at the end only")
+    add("--eval_interval", type=int, default=200, help="steps between two losses on held-out text; 0: only at the end")
     add("--gradient_checkpointing", action=flag, default=False, help="less memory: backward computes blocks again")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")

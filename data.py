@@ -51,7 +51,7 @@ def duplicates(queries, passages, answers=()):
     passage) is in answers. The pair (i, i), the positive itself, is False. """
     known = {}   # {query: its answers}
     for query, passage in [*zip(queries, passages), *answers]:
-        known.setdefault(query.tobytes(), set()).add(passage.tobytes())
+        known.setdefault(query.tobytes(), {query.tobytes()}).add(passage.tobytes())   # a query answers itself, too
     # Queries A B A with positives x y z: A has the answers x and z, so same is True at (0, 2) and (2, 0).
     texts = [passage.tobytes() for passage in passages]
     same = np.array([[text in answered for text in texts]   # (Q, P)

@@ -101,7 +101,7 @@ def load_sts(name, columns=(), alone=True):
 
 def check_spread(name, scores):
     """ warn if all scores are nearly equal, because the model tells no two texts apart then """
-    if scores.numel() > 9 and scores.max() - scores.min() < 1e-3:
+    if scores.numel() > 2 and scores.max() - scores.min() < 1e-3:
         print(f"warning: {name}: all scores are within 0.001 of each other; has a training failed?", file=sys.stderr)
 
 def sts(model, tokenizer, pairs, sizes, dtype):
@@ -129,7 +129,7 @@ class Collection:
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards(). """
     def __init__(self, name):
         from datasets import Value
-        self.task, (name, _, split) = task_name(name), name.partition(":")
+        self.task, (name, _, split) = task_name(name), (name, "", "") if Path(name).is_dir() else name.partition(":")
         folder = docs_folder() if name == "docs" else Path(name)
         if folder.is_dir():
             files = [folder / file for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{split or 'test'}.tsv")]
@@ -177,8 +177,8 @@ def read_qrels(source, queries, documents):
         counts = [f"{kind}: {count:,}" for kind, count in odd.items() if count]
         print(f"{source}: judgements {', '.join(counts)}")
     qrels = {query: grades for query, grades in qrels.items() if query in queries}
-    if not qrels:
-        raise ValueError(f"{source}: no judgement of a query that is there")
+    if not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
+        raise ValueError(f"{source}: no relevant document of a query that is there")
     return qrels
 
 K = 200   # documents kept for a query: the metrics look at 100, the others are room for equal scores

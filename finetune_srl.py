@@ -106,7 +106,9 @@ def embed_in_pieces(encoder, layers, token_ids, args, step, pieces=1, rank=0, wo
     a rank, backward embeds each again, so that memory holds the activations of one at a time. """
     def embed(texts):                                       # B of the token_ids -> {layer: (B, C)}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return encoder.encode(pack(texts, args.device), layers)
+            filler = [np.zeros(1, int)] * (-sum(map(len, texts)) % 128)   # few different shapes: faster, less memory
+            rows = encoder.encode(pack(texts + filler, args.device), layers)
+        return {layer: vectors[:len(texts)] for layer, vectors in rows.items()}
     mine, rows = range(rank, pieces, world_size), {}
     for k in mine:                                          # piece k is token_ids[k::pieces]
         torch.manual_seed(hash((args.seed, step, k)))       # dropout by seed, step and piece, so runs can resume

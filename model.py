@@ -211,9 +211,8 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
         folder, ways, length = read_modules(name)
         config = read_json(folder / "config.json")
         kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
-        if (kind, positions) != ("bert", "absolute"):
-            raise ValueError(f"config.json says model_type {kind} and {positions} positions, not bert and absolute; an "
-                             "adapter has to be merged into its model first")
+        if (kind, positions) != ("bert", "absolute") or (folder / "adapter_config.json").exists():
+            raise ValueError(f"model_type {kind} with {positions} positions, or an adapter: merge it into its BERT")
         fields = ways | config | overrides | {"dtype": "float32"}   # half precision becomes float32
         if not fields["pooling"]:
             print(f"{name} does not say how to pool, so the mean over the tokens is assumed")
@@ -255,7 +254,8 @@ def read_modules(name):
     modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
     about = read_json(folder / "config_sentence_transformers.json")
     prompts = about.get("prompts", {})
-    ways = {"pooling": pooling.get("pooling_mode") or "+".join(modes),
+    without = " without prompts" * bool(prompts and not pooling.get("include_prompt", True))   # is refused
+    ways = {"pooling": (pooling.get("pooling_mode") or "+".join(modes)) + without,
             "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
             "query_prompt": prompts.get("query") or "",
             "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}

@@ -185,7 +185,6 @@ def main(args):
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)   # MLM gives the decoder no gradient, so it stays
-    # of a stream the first document has to do: ranks read different parts
     seen = next(data.text_rows(args.train_text, True, args.columns)) if args.streaming else data.content_hash(text)
     about = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
     if saved:

@@ -227,11 +227,11 @@ def test_windows_of_long_passages():
     assert same.sum() == 4 * 8 - 4 and len({p.tobytes() for p in passages}) > 1   # copies, cut to different windows
 
 def test_known_answers_are_no_negatives(tmp_path, tokenizer):
-    """ Whatever the file gives to a query, in any of its rows, is no negative of it in any batch, and nothing else. """
+    """ Whatever the file gives to a query, in any of its rows, and the query itself are no negatives, nothing else. """
     words, rng = np.array("apple bridge candle dragon engine forest garden hammer".split()), np.random.default_rng(0)
     rows = [{"query": q, "positive": [p, r], "negative": n} for q, p, r, n in
             zip(*(rng.choice(words[:count], 24).tolist() for count in (4, 8, 8, 8)))]
-    answers = {(row["query"], text) for row in rows for text in row["positive"]}
+    answers = {(row["query"], text) for row in rows for text in [row["query"], *row["positive"]]}
     table = data.load_pairs(write_jsonl(tmp_path / "p.jsonl", rows))
     pairs = data.tokenize_pairs("", table, tokenizer, 9, 9, new_config())
     for step in range(24):

@@ -276,7 +276,7 @@ MISTAKES = [   # a file, what is in it, what is said of it
     ("empty/corpus.jsonl", "", "corpus.jsonl: not a single row"),
     ("broken/corpus.jsonl", DOCUMENT + '{"_id": "d2"\n', "corpus.jsonl cannot be read, row 1 .*JSON"),
     ("grades/qrels/test.tsv", f"{JUDGED}q1\td1\t1\nq1\td1\t2\n", "test.tsv: query q1, document d1 have two grades"),
-    ("none/qrels/test.tsv", JUDGED, "test.tsv: no judgement")]
+    ("none/qrels/test.tsv", JUDGED, "test.tsv: no relevant document")]
 
 @pytest.mark.parametrize("flags, message", [
     *((f"--retrieval good {file.split('/')[0]}" if "/" in file else f"--sts STS {file}", message)

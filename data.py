@@ -47,11 +47,11 @@ def window(text, length, rng, before=1):
 
 def duplicates(queries, passages, answers=()):
     """ Q queries, P passages, (T,) ids -> (Q, P) bool, None if nothing is True. True: passage j answers query i, too,
-    and must not count as a negative: it is the positive of a query with the same text in this batch, or (query,
-    passage) is in answers. The pair (i, i), the positive itself, is False. """
+    and must not count as a negative: it is the query's own text, the positive of an equal query in this batch, or
+    (query, passage) is in answers. The pair (i, i), the positive itself, is False. """
     known = {}   # {query: its answers}
     for query, passage in [*zip(queries, passages), *answers]:
-        known.setdefault(query.tobytes(), {query.tobytes()}).add(passage.tobytes())   # a query answers itself, too
+        known.setdefault(query.tobytes(), {query.tobytes()}).add(passage.tobytes())
     # Queries A B A with positives x y z: A has the answers x and z, so same is True at (0, 2) and (2, 0).
     texts = [passage.tobytes() for passage in passages]
     same = np.array([[text in answered for text in texts]   # (Q, P)
@@ -181,8 +181,8 @@ def read_rows(source, convert=dict, split="train", streaming=False):
             if found := convert(row):
                 yield found
     except Exception as error:   # csv, json, gzip, datasets, pyarrow and the hub have a dozen kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{source} cannot be read, row {done} or the next ({reason:.300})") from error
+        reason = f"{type(error).__name__}: {error!s:.300}"
+        raise ValueError(f"{source} cannot be read, row {done} or the next ({reason})") from error
 
 def quiet():
     """ errors of `datasets` are said once, by us; its progress bars are for terminals """

@@ -127,16 +127,18 @@ class Collection:
     msmarco, whose test is DL19, ...). BEIR layout: corpus.jsonl {"_id", "text", maybe "title"}, queries.jsonl {"_id",
     "text"}, qrels/SPLIT.tsv with the header query-id, corpus-id, score; each maybe .gz.
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards(). """
-    def __init__(self, name):
+    def __init__(self, name, split=None):   # split: in place of the one in the name
         from datasets import Value
-        self.task, (name, _, split) = task_name(name), (name, "", "") if Path(name).is_dir() else name.partition(":")
+        self.task, is_folder = task_name(name), Path(name).is_dir()   # C:\data is a folder and no NAME:SPLIT
+        name, _, named = (name, "", "") if is_folder else name.partition(":")
+        split = split or named or "test"
         folder = docs_folder() if name == "docs" else Path(name)
         if folder.is_dir():
-            files = [folder / file for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{split or 'test'}.tsv")]
+            files = [folder / file for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
             corpus, queries, judgements = (str(file) if file.exists() else f"{file}.gz" for file in files)
         else:   # the hub has the judgements in a set of their own, and calls dev validation
             corpus, queries = f"BeIR/{name}:corpus:corpus", f"BeIR/{name}:queries:queries"
-            judgements = f"BeIR/{name}-qrels::{'validation' if split == 'dev' else split or 'test'}"
+            judgements = f"BeIR/{name}-qrels::{'validation' if split == 'dev' else split}"
         def as_document(row):
             title, text = (" ".join(as_texts(cell)) for cell in (row.get("title"), row["text"]))
             return {"_id": str(row["_id"]), "title": title, "text": text}
@@ -210,7 +212,8 @@ def search_corpus(model, tokenizer, collection, sizes, dtype):
         passages = embed_texts(model, tokenizer, texts, layers, dtype, model.config.passage_prompt)   # {layer: (P, C)}
         for (layer, dim), (best_scores, best_docs) in best.items():
             scores = score(queries[layer], passages[layer], dim, model.config.similarity)   # (Q, P)
-            check_spread(f"{collection.task} at {layer}:{dim}", scores)
+            if not doc_ids:   # the first shard
+                check_spread(f"{collection.task} at {layer}:{dim}", scores)
             scores[list(own), list(own.values())] = -np.inf
             scores, docs = scores.topk(min(K, len(ids)))       # (Q, K), or (Q, P) if P < K; docs: in the shard
             scores = torch.cat([best_scores, scores], dim=1)   # (Q, K + K), or K + P

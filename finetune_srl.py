@@ -22,9 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import data
 import evaluate
 from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, check_sizes, clip_gradient,
-                   configure_optimizer, fast_dtype, load_model, load_run, log, named_sizes,
-                   new_config, open_run, pack, parse_sizes, restore, run_script, save_run, score, set_learning_rate,
-                   size_name, start_ranks)
+                   configure_optimizer, fast_dtype, load_model, load_run, log, named_sizes, new_config, open_run, pack,
+                   parse_sizes, restore, run_script, save_run, score, set_learning_rate, size_name, start_ranks)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 # Q queries, P passages, C channels; a size is (layer, dim)
@@ -138,8 +137,6 @@ def build_model(args, tables):
         tokenizer = data.train_wordpiece(texts, args.vocab_size)
         model = Bert(new_config(vocab_size=len(tokenizer), max_position_embeddings=args.max_length,
                                 num_hidden_layers=args.num_layers, hidden_size=args.hidden_size,
-                                intermediate_size=4 * args.hidden_size,
-                                num_attention_heads=args.hidden_size // math.gcd(args.hidden_size, 64),
                                 initializer_range=0.01, **fields))   # half of BERT's: AdamW's steps weigh more
     else:
         model, tokenizer = load_model(args.init_from, needed=needed, **fields)
@@ -179,7 +176,7 @@ def main(args):
     # data and model: all input is read before anything is written, --retrieval only to see mistakes early
     if args.retrieval:
         evaluate.Collection(args.retrieval)
-    dev = evaluate.Collection(f"{args.retrieval.split(':')[0]}:dev") if args.retrieval and args.eval_interval else None
+    dev = evaluate.Collection(args.retrieval, "dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
     model, tokenizer, teacher = build_model(args, tables)
     sizes, longest = model.config.sizes, tokenizer.model_max_length   # each step cuts windows of passages
@@ -190,7 +187,8 @@ def main(args):
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)
     about = {"--train_pairs": [data.content_hash(source.table) for source in sources], "pieces": pieces}
-    first_step = restore(saved, about, model, optimizer) if saved else 0
+    if saved:
+        restore(saved, about, model, optimizer)
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -200,7 +198,7 @@ def main(args):
 
     # the loop
     clock, records = time.time(), []
-    for step in range(first_step, max_steps):
+    for step in range(saved["step"] if saved else 0, max_steps):
         lr = set_learning_rate(optimizer, step, max_steps, args, "linear")
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         drawn = step_sizes(args.method, sizes, args.seed, step)

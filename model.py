@@ -64,9 +64,8 @@ def pack(token_ids, device="cpu"):
     """ list of B (T,) integer arrays of token ids, none empty -> Pack """
     lengths = np.array([len(text) for text in token_ids])
     order = np.argsort(lengths, kind="stable")                    # (B,) short texts first
-    ends = lengths[order].cumsum()                                # (B,)
     starts = np.empty_like(lengths)                               # (B,)
-    starts[order] = ends - lengths[order]
+    starts[order] = lengths[order].cumsum() - lengths[order]
     text_ids = np.repeat(order, lengths[order])                   # (N,)
     input_ids = np.concatenate([token_ids[i] for i in order])     # (N,)
     position_ids = np.arange(len(text_ids)) - starts[text_ids]    # (N,)
@@ -97,7 +96,7 @@ def score(queries, passages, dim, similarity):
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 # Dropout is where BERT has it: after the embeddings' LayerNorm, on the attention's weights, before both sums of a block
 class Dropout(nn.Dropout):
-    """ On a CPU a 64-bit random number serves 8 entries: one for each costs a sixth of a step. 0.1 becomes 26/256. """
+    """ (...) -> (...). On a CPU a 64-bit random number serves 8 entries: a tenth of a step less. 0.1 becomes 26/256 """
     def forward(self, x):
         if not (x.is_cpu and self.training and self.p):
             return super().forward(x)
@@ -129,11 +128,11 @@ class Block(nn.Module):
         dtype = torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype
         for (G, T), *qkv in zip(groups, *(x.to(dtype).split(rows) for x in (q, k, v))):   # (G * T, C) each; no padding
             q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)         # (G, H, T, C / H) each
-            if p and q.is_cpu:   # the same, with the fast dropout
+            if p and q.is_cpu:                                                            # weights (G, H, T, T)
                 heads = self.attention_dropout((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)) @ v
-            else:
+            else:                                                                         # the same, never storing them
                 heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-            mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                      # (G * T, C)
+            mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                        # (G * T, C)
         return torch.cat(mixed)
 
     def after_attention(self, x, mixed):
@@ -200,8 +199,10 @@ def hf_name(name):
 def new_config(**fields):
     """ transformers' BertConfig, and how the embeddings are meant to be used """
     from transformers import BertConfig   # here, because it takes a second or two
+    C = fields.get("hidden_size", 768)
+    shape = {"intermediate_size": 4 * C, "num_attention_heads": C // math.gcd(C, 64)}   # BERT has 64 a head
     ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "query_prompt": "", "passage_prompt": ""}
-    return BertConfig(**ways | fields)
+    return BertConfig(**shape | ways | fields)
 
 def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
@@ -212,7 +213,7 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
         config = read_json(folder / "config.json")
         kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
         if (kind, positions) != ("bert", "absolute") or (folder / "adapter_config.json").exists():
-            raise ValueError(f"model_type {kind} with {positions} positions, or an adapter: merge it into its BERT")
+            raise ValueError(f"model_type {kind}, {positions} positions: no BERT, or an adapter to merge first")
         fields = ways | config | overrides | {"dtype": "float32"}   # half precision becomes float32
         if not fields["pooling"]:
             print(f"{name} does not say how to pool, so the mean over the tokens is assumed")
@@ -230,8 +231,7 @@ def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
             raise ValueError(f"{len(tokenizer)} words in the tokenizer, {config.vocab_size} in the model: copy its own "
                              "files there or, if words were added, call resize_token_embeddings of transformers")
     except Exception as error:   # transformers, safetensors, json and the hub have a dozen errors
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{name}: no BERT that can be read ({reason:.300})") from error
+        raise ValueError(f"{name}: no BERT that can be read ({type(error).__name__}: {error!s:.300})") from error
     tokenizer.model_max_length = min(max_length or length or tokenizer.model_max_length, config.max_position_embeddings)
     return model.eval().to(device), tokenizer
 
@@ -254,8 +254,9 @@ def read_modules(name):
     modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
     about = read_json(folder / "config_sentence_transformers.json")
     prompts = about.get("prompts", {})
-    without = " without prompts" * bool(prompts and not pooling.get("include_prompt", True))   # is refused
-    ways = {"pooling": (pooling.get("pooling_mode") or "+".join(modes)) + without,
+    if prompts and not pooling.get("include_prompt", True):
+        raise ValueError("its pooling leaves the tokens of prompts out, which is not supported")
+    ways = {"pooling": pooling.get("pooling_mode") or "+".join(modes),
             "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
             "query_prompt": prompts.get("query") or "",
             "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}
@@ -305,7 +306,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
              "config_sentence_transformers.json": {
                  "similarity_fn_name": config.similarity, "truncate_dim": dim,
                  "prompts": {"query": config.query_prompt, "document": config.passage_prompt}},
-             "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length, "do_lower_case": False}}
+             "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length}}
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -399,12 +400,11 @@ def load_run(args):
     return saved
 
 def restore(saved, about, model, optimizer):
-    """ what load_run read -> model and optimizer; the next step. Raises ValueError for other data or ranks. """
+    """ what load_run read -> the weights of model and optimizer. Raises ValueError for other data or ranks. """
     if saved["about"] != about:
         raise ValueError(f"--resume: data and ranks were {saved['about']}, now they are {about}")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
 
 def open_run(args):
     """ make --out_dir -> log.jsonl, open; a resumed run adds to it, so a step that is done again is there twice """

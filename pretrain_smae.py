@@ -9,7 +9,7 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
 Writes to OUT_DIR a Hugging Face BertForMaskedLM for finetune_srl.py --init_from, args.json, log.jsonl, and for --resume
 training_state.pt, which has the decoder. Paper: arXiv 2410.13230; smae_loss is its loss.
 """
-import argparse, contextlib, copy, itertools, math, time
+import argparse, contextlib, copy, itertools, time
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ import torch.nn.functional as F
 
 import data
 from model import (Bert, HelpFormatter, average, check_sizes, clip_gradient, configure_optimizer, fast_dtype,
-                   load_model, load_run, load_weights, log, named_sizes, new_config, open_run, pack,
-                   parse_sizes, read_modules, read_weights, restore, run_script, save_run, set_learning_rate, size_name,
-                   start_ranks)
+                   load_model, load_run, load_weights, log, named_sizes, new_config, open_run, pack, parse_sizes,
+                   read_modules, read_weights, restore, run_script, save_run, set_learning_rate, size_name, start_ranks)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 class MLMHead(nn.Module):
@@ -93,7 +92,7 @@ def vocabulary_loss(model, hidden, labels):
     if torch.is_autocast_enabled(hidden.device.type):   # linear_cross_entropy does not look
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, E, bias = hidden.to(dtype), E.to(dtype), bias.to(dtype)
-    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy="balanced")   # "auto" takes twice as long
+    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy="balanced")   # "auto": twice the time
     options = chunks if torch.is_grad_enabled() else None
     total = F.linear_cross_entropy(hidden, E, labels, linear_bias=bias, options=options, reduction="sum")
     return total.to(model.head.word_bias.dtype) / max(1, len(labels))
@@ -118,8 +117,7 @@ def build_model(args):
         tokenizer = data.train_wordpiece((row["text"] for row in texts), args.vocab_size)
         bert = Bert(new_config(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                max_position_embeddings=max(512, args.max_length),   # room for longer texts later
-                               intermediate_size=4 * args.hidden_size, num_hidden_layers=args.num_layers,
-                               num_attention_heads=args.hidden_size // math.gcd(args.hidden_size, 64), **dropout))
+                               num_hidden_layers=args.num_layers, **dropout))
     else:
         bert, tokenizer = load_model(args.init_from, needed=args.max_length, **dropout)
     model, config = SMAE(bert, MLMHead(bert.config)), bert.config

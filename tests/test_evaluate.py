@@ -1,5 +1,5 @@
 """ Metrics are trec_eval's, search is exact, embeddings ignore batches, and mistakes show before the work. """
-import json, math, re
+import json, math, re, shutil
 from itertools import combinations, product
 
 import numpy as np
@@ -206,6 +206,8 @@ def test_collection(beir, monkeypatch, capsys):
     assert collection.qrels == {"q1": {"d1": 2, "d3": 1}, "q2": {"d2": 1}}
     monkeypatch.setattr(evaluate, "docs_folder", lambda: beir)
     assert list(Collection("docs:dev").queries) == ["q1"] and Collection("docs:dev").task == "docs:dev"
+    shutil.copytree(beir, colon := str(beir.parent / "a:b"))
+    assert [list(Collection(colon, split).queries) for split in (None, "dev")] == [["q1", "q2"], ["q1"]]
     monkeypatch.chdir(beir)
     judged = "q1 d1 2, q1 d9 1, q8 d1 1, q1 d1 2, q2 d2 -1, d1 d3 1, d3 d1 1"
     (beir / "qrels" / "test.tsv").write_text(JUDGED + judged.replace(" ", "\t").replace(",\t", "\n"))

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     same: np.ndarray   # (Q, P) bool, see duplicates, or None
     gold: np.ndarray   # (Q,) gold scores, or None
 
-# The last number of a seed, so that windows, sources and sizes are drawn independently. It is never 0, because
+# The last number of a seed in SRL, so that windows, sources and sizes are drawn independently. It is never 0, because
 # default_rng([seed, step, 0]) draws as default_rng([seed, step]) does.
 TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
 
@@ -38,7 +38,7 @@ def epoch_order(rows, seed, epoch):
 
 def window(text, length, rng, before=1):
     """ (T,) ids -> at most `length` ids; [SEP] and the `before` tokens, [CLS] and a prompt, are kept. A longer text
-    gives with probability 1/2 its beginning, else a random window. """
+    is cut to its beginning (probability 1/2) or to a random window. """
     if len(text) <= length:
         return text
     last = len(text) - length + before   # a window that starts here ends right before [SEP]
@@ -81,7 +81,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     windows = [window(text, passage_max_length, rng, pairs.before) for text in passages]
     if "score" in table:   # sentence2 may be no positive, and two pairs may share a sentence
         return Batch(queries, windows, None, np.array(table["score"], np.float32))
-    # Every answer that the file gives to a query is no negative of it. Compares whole texts: windows of copies differ.
+    # No answer that the file gives to a query is its negative. Whole texts are compared: windows of copies differ.
     others = [row for query in queries for row in pairs.repeats.get(query.tobytes(), ())]
     given = pairs.table[[*rows, *others]]
     answers = [(query, answer) for query, texts in zip(as_arrays(given["query"]), given["positive"])
@@ -174,7 +174,7 @@ def docs_folder():
 
 def read_rows(source, convert=dict, split="train", streaming=False):
     """ docs, a file (see FILE), or NAME[:CONFIG][:SPLIT] of the hub or of a folder with the same layout -> yields
-    convert(row) of each row {column: cell}, but not what is empty. ValueError names source and row. """
+    convert(row) of each row {column: cell}, unless it is empty. ValueError names source and row. """
     done = 0
     try:
         for done, row in enumerate(open_source(source, split, streaming), start=1):
@@ -246,8 +246,8 @@ def as_score(cell):
     return score
 
 def make_table(source, rows, features, about=None, split="train"):
-    """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, which is found
-    again until the source, `about`, data.py or evaluate.py change """
+    """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, which is reused
+    until the source, `about`, data.py or evaluate.py change """
     import datasets
     quiet()
     path = Path(docs_folder() / "train.jsonl" if source == "docs" else source)
@@ -259,7 +259,7 @@ def make_table(source, rows, features, about=None, split="train"):
     key = f"{zlib.crc32(repr((content, sorted(features), about, program)).encode()):08x}"
     try:
         return datasets.Dataset.from_generator(rows, features=datasets.Features(features), fingerprint=key)
-    except datasets.exceptions.DatasetGenerationError as error:   # of what `rows` raised
+    except datasets.exceptions.DatasetGenerationError as error:   # raised by `rows`
         raise error.__cause__ from None
     except ValueError:   # no row at all
         raise ValueError(f"{source}: not a single row with a text in each column that is needed") from None
@@ -274,7 +274,7 @@ LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scor
 def find_columns(source, present, kinds, columns=(), alone=True):
     """ -> {kind: the columns, of those present, that hold it}; only a negative or a score may have none. columns: the
     flag, as ["query=question"]; kinds that it does not name go by COLUMNS. sentence1=X counts as query=X and
-    sentence2=X as positive=X: scored pairs are pairs, too. alone=False: a name may be of another source. """
+    sentence2=X as positive=X: scored pairs are pairs, too. alone=False: a name may be another source's. """
     has, found = f"{source} has the columns {', '.join(present)}", {}
     named = [item.replace("sentence1=", "query=").replace("sentence2=", "positive=").partition("=") for item in columns]
     for kind, _, name in named:
@@ -283,7 +283,7 @@ def find_columns(source, present, kinds, columns=(), alone=True):
     for kind in kinds:
         known = [name for name in present if re.fullmatch(rf"({COLUMNS[kind]})(_\d+)?", name.lower())]
         found[kind] = [name for its_kind, _, name in named if its_kind == kind and name in present] or known
-        several = found[kind] == known and len({re.sub(r"_\d+$", "", name) for name in known}) > 1
+        several = found[kind] is known and len({re.sub(r"_\d+$", "", name) for name in known}) > 1
         if several or not found[kind] and kind not in ("negative", "score"):
             raise ValueError(f"{has}; --columns {kind}=COLUMN says which is the {kind}")
     return found
@@ -365,7 +365,7 @@ def tokenize(texts, tokenizer, max_length):
 def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
     """ Does the tokenizer know the language of these texts? A warning if more than one token in twenty is [UNK] or
     different texts become the same ids; ValueError if nearly all are [UNK]. Do they fit in max_length tokens, with the
-    prompt before them? A line that counts the others; ValueError if the prompt alone does not. """
+    prompt before them? Prints how many do not; ValueError if the prompt alone does not. """
     ids = to_ids(texts, tokenizer, add_special_tokens=False, verbose=False)
     tokens = [token for text in ids for token in text]
     unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
@@ -377,7 +377,7 @@ def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
     if unknown > 0.05 or left < 0.95 * different:
         print(f"warning: {found}", file=sys.stderr)
     if max_length:
-        room = max_length - len(to_ids([prompt], tokenizer)[0])   # less [CLS] and [SEP]
+        room = max_length - len(to_ids([prompt], tokenizer)[0])   # less [CLS], prompt, [SEP]
         longer = sum(len(text) > room for text in ids)
         if room < 1:
             raise ValueError(f"{source}: the prompt {prompt!r:.60} leaves no room in the {max_length} tokens of a text")

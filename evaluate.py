@@ -32,7 +32,7 @@ def embed_ids(model, token_ids, layers, dtype="float32"):
     B, device, training = len(token_ids), next(model.parameters()).device, model.training
     model.eval()   # no dropout, also in the middle of a training
     embeddings = {layer: torch.empty(B, model.config.hidden_size) for layer in layers}
-    # around all batches, because it casts every weight once and keeps the copy
+    # around all batches: so autocast casts each weight only once
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         for rows in tqdm(batches_by_length(token_ids), "encoding", leave=False, disable=True if B < 1000 else None):
             batch = pack([token_ids[i] for i in rows], device)   # rows: numbers of texts
@@ -201,8 +201,8 @@ def measure(collection, size, rankings):
     return [record(collection.task, name, size, float(np.mean(v)), len(v)) for name, v in values.items()], values
 
 def search_corpus(model, tokenizer, collection, sizes, dtype):
-    """ exact search, one shard of the corpus after the other -> {size: [[(score, document id), the 100 best of them,
-    best first] of each query]} """
+    """ exact search, one shard of the corpus after the other -> {size: of each query the 100 best [(score, document
+    id)], best first} """
     Q, layers = len(collection.queries), sorted({layer for layer, _ in sizes})
     queries = embed_texts(model, tokenizer, list(collection.queries.values()), layers, dtype,
                           model.config.query_prompt)

@@ -8,7 +8,7 @@ Fine-tune one BERT encoder so that it is good at every size: SRL, Starbucks Repr
         --learning_rate 5e-5 --temperature 0.05 --weight_decay 0 --dropout 0.1 --epochs 1 --out_dir out/nli
 
 Writes to OUT_DIR a Hugging Face model, args.json, log.jsonl, eval.json if there is a test set, and until it ends
-training_state.pt, for --resume. Paper: arXiv 2410.13230; srl_loss is its fine-tuning loss.
+training_state.pt, for --resume. Paper: arXiv 2410.13230; srl_loss is its fine-tuning loss. Letters: see model.py.
 """
 import argparse, math, time
 from pathlib import Path
@@ -26,8 +26,6 @@ from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, 
                    parse_sizes, restore, run_script, save_run, score, set_learning_rate, size_name, start_ranks)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
-# Q queries, P passages, C channels; a size is (layer, dim)
-
 def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teacher_scores=None, gold=None, same=None):
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
@@ -43,14 +41,14 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
             teacher_scores = score(queries[full_layer], passages[full_layer], full_dim, similarity) / temperature
     if same is None:
         same = torch.zeros_like(teacher_scores, dtype=torch.bool)
-    teacher = teacher_scores.masked_fill(same, -1e9).softmax(-1)   # probability 0; -inf would make the KL NaN
+    teacher = teacher_scores.masked_fill(same, -1e9).softmax(-1)   # (Q, P); -inf would make the KL NaN
     positive = torch.arange(len(teacher), device=teacher.device)   # (Q,) 0 1 2 ...: passage i is query i's positive
     loss, terms = 0, {}
     for layer, dim in sizes:
         scores = score(queries[layer], passages[layer], dim, similarity) / temperature   # (Q, P)
         log_probs = scores.masked_fill(same, -1e9).log_softmax(-1)                       # (Q, P)
         nce = F.nll_loss(log_probs, positive) if gold is None else cosent(scores.diagonal(), gold)
-        kl = F.kl_div(log_probs, teacher, reduction="batchmean")   # KL(teacher || size): torch has the student first
+        kl = F.kl_div(log_probs, teacher, reduction="batchmean")   # KL(teacher || size), 0 at the full size
         loss = loss + (nce + kl_weight * kl) / len(sizes)
         terms |= {f"nce {layer}:{dim}": nce.detach(), f"kl {layer}:{dim}": kl.detach()}
     return loss, terms
@@ -105,7 +103,7 @@ def embed_in_pieces(encoder, layers, token_ids, args, step, pieces=1, rank=0, wo
     a rank, backward embeds each again, so that memory holds the activations of one at a time. """
     def embed(texts):                                       # B of the token_ids -> {layer: (B, C)}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            filler = [np.zeros(1, int)] * (-sum(map(len, texts)) % 128)   # few different shapes: faster, less memory
+            filler = [np.zeros(1, int)] * (-sum(map(len, texts)) % 128)   # N a multiple of 128: few shapes, faster
             rows = encoder.encode(pack(texts + filler, args.device), layers)
         return {layer: vectors[:len(texts)] for layer, vectors in rows.items()}
     mine, rows = range(rank, pieces, world_size), {}
@@ -118,7 +116,7 @@ def embed_in_pieces(encoder, layers, token_ids, args, step, pieces=1, rank=0, wo
     if world_size > 1:
         for layer, own in rows.items():
             everyone = own.detach().clone()
-            dist.all_reduce(everyone)                       # gathers, because a row is 0 on all ranks but one
+            dist.all_reduce(everyone)                       # a gather: a row is 0 on all ranks but one
             rows[layer] = own + (everyone - own.detach())   # the value of everyone, the gradient of own
     return rows
 
@@ -143,12 +141,13 @@ def build_model(args, tables):
     config = model.config
     sizes = list(args.sizes or named_sizes(config))
     if args.init_from == "scratch" and not args.sizes and config.pooling == "mean":
-        sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # scoring 5/6 is better: results/README.md
+        sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # 5/6 score better: results/README.md
     config.sizes = check_sizes(sizes, config)
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
         raise ValueError(f"--sizes: none is deepest and widest, to teach the others; add {size_name(full)}")
-    step_sizes(args.method, config.sizes, args.seed, 0)   # a ValueError if there is nothing to draw
+    if args.method == "2dmse" and (full[0] == 1 or len({dim for _, dim in config.sizes}) == 1):
+        raise ValueError(f"--method 2dmse draws a layer and a dim below {size_name(full)}; add smaller --sizes")
     config.num_hidden_layers = full[0]
     del model.blocks[full[0]:]   # layers that no size uses are not saved
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
@@ -173,13 +172,13 @@ def main(args):
     saved = load_run(args)
     torch.manual_seed(args.seed)
 
-    # data and model: all input is read before anything is written, --retrieval only to see mistakes early
+    # data and model: all input is read before anything is written; --retrieval to see mistakes early
     if args.retrieval:
         evaluate.Collection(args.retrieval)
     dev = evaluate.Collection(args.retrieval, "dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
     model, tokenizer, teacher = build_model(args, tables)
-    sizes, longest = model.config.sizes, tokenizer.model_max_length   # each step cuts windows of passages
+    sizes, longest = model.config.sizes, tokenizer.model_max_length   # steps cut windows out of passages
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
                                    model.config) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources, world_size)
@@ -217,7 +216,7 @@ def main(args):
             clock, records = time.time(), []
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
             save_run(args, done, model, tokenizer, model, optimizer, about)
-        if dev and (done % (args.eval_interval or max_steps) == 0 or done == max_steps):
+        if dev and (done % args.eval_interval == 0 or done == max_steps):
             start = time.time()
             records_of_dev, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
             values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in records_of_dev if r["metric"] == "MRR@10"}

@@ -27,8 +27,8 @@ SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
 
 def named_sizes(config):
-    """ {(layer, dim): name}, small to large: the sizes that the model was trained for, else those of SIZES. Sizes have
-    the names of SIZES if there are as many, else "". """
+    """ {(layer, dim): name}, small to large: the sizes that the model was trained for, else those of SIZES. As many as
+    SIZES have its names, others "". """
     depth, width = config.num_hidden_layers, config.hidden_size
     sizes = config.sizes or [(max(1, round(depth * layers)), max(1, round(width * dims))) for _, layers, dims in SIZES]
     names = [name for name, *_ in SIZES] if len(sizes) == len(SIZES) else [""] * len(sizes)
@@ -82,7 +82,7 @@ def pool(hidden, batch, pooling):
     if pooling == "cls":
         return hidden[batch.starts]                          # the first token of each text
     total = hidden.new_zeros(len(batch.starts), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
-    return total / torch.bincount(batch.text_ids)[:, None]   # all tokens, also [CLS] and [SEP]
+    return total / torch.bincount(batch.text_ids)[:, None]   # (B, C): all tokens, also [CLS] and [SEP]
 
 def shorten(embeddings, dim, similarity):
     """ (B, C) -> (B, D) vectors of a size. Slice, then normalise: an index of D numbers can normalise only those. """
@@ -96,7 +96,7 @@ def score(queries, passages, dim, similarity):
 # ---- the encoder -----------------------------------------------------------------------------------------------------
 # Dropout is where BERT has it: after the embeddings' LayerNorm, on the attention's weights, before both sums of a block
 class Dropout(nn.Dropout):
-    """ (...) -> (...). On a CPU a 64-bit random number serves 8 entries: a tenth of a step less. 0.1 becomes 26/256 """
+    """ (...) -> (...). On a CPU a 64-bit random number serves 8 entries, which saves a tenth of a step. 0.1: 26/256 """
     def forward(self, x):
         if not (x.is_cpu and self.training and self.p):
             return super().forward(x)
@@ -121,7 +121,7 @@ class Block(nn.Module):
         """ (N, C) -> (N, C) """
         return self.after_attention(x, self.attend(self.query(x), self.key(x), self.value(x), groups))
 
-    @torch.autocast("cpu", enabled=False)   # there the backward takes 8 times as long in bfloat16
+    @torch.autocast("cpu", enabled=False)   # on a CPU bfloat16 makes the backward 8 times slower
     def attend(self, q, k, v, groups):
         """ softmax(q k^T / sqrt(C / H)) v within each text, H heads: (N, C) each -> (N, C) """
         mixed, rows, p = [], [G * T for G, T in groups], self.attention_dropout.p * self.training
@@ -130,7 +130,7 @@ class Block(nn.Module):
             q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)         # (G, H, T, C / H) each
             if p and q.is_cpu:                                                            # weights (G, H, T, T)
                 heads = self.attention_dropout((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)) @ v
-            else:                                                                         # the same, never storing them
+            else:                                                                         # the same, weights not stored
                 heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
             mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                        # (G * T, C)
         return torch.cat(mixed)
@@ -206,7 +206,7 @@ def new_config(**fields):
 
 def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
     """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
-    tokens that it must be able to read. overrides: fields of its config. Raises ValueError if that cannot be. """
+    tokens that it must be able to read. overrides: fields of its config. Raises ValueError if it cannot. """
     from transformers import AutoTokenizer
     try:
         folder, ways, length = read_modules(name)
@@ -263,7 +263,7 @@ def read_modules(name):
     return bert, ways, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
 
 def read_weights(folder):
-    """ -> {Hugging Face's name: tensor}, of one file or of several shards, without what programs put before names """
+    """ -> {Hugging Face's name: tensor}, of one file or of several shards, without prefixes such as "bert." """
     from safetensors.torch import load_file
     state, key = {}, hf_name("word.weight")
     for file in sorted(folder.glob("model[.-]*safetensors")) or sorted(folder.glob("pytorch_model[.-]*bin")):
@@ -381,7 +381,7 @@ def log(log_file, record, shown):
 
 STATE = "training_state.pt"   # in --out_dir, beside the model in Hugging Face's files, args.json and log.jsonl
 FREE = {"out_dir", "resume", "log_interval", "save_interval", "eval_interval", "retrieval", "device", "compile",
-        "train_pairs", "train_text", "columns"}   # what may change with --resume; of the data the content counts
+        "train_pairs", "train_text", "columns"}   # may change with --resume; the content of the data may not
 
 def load_run(args):
     """ -> with --resume what save_run left in --out_dir, else None. Raises ValueError if a run would be lost. """
@@ -391,7 +391,7 @@ def load_run(args):
         return None
     try:
         saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:   # no such file, no zip, cut, ...
         raise ValueError(f"--resume: {args.out_dir}/{STATE} cannot be read: {error}") from error
     changed = [name for name, value in vars(args).items() if name not in FREE and saved["args"].get(name) != value]
     if changed:
@@ -407,13 +407,13 @@ def restore(saved, about, model, optimizer):
     optimizer.load_state_dict(saved["optimizer"])
 
 def open_run(args):
-    """ make --out_dir -> log.jsonl, open; a resumed run adds to it, so a step that is done again is there twice """
+    """ make --out_dir -> log.jsonl, open; a resumed run adds to it, so a repeated step is there twice """
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     Path(args.out_dir, "args.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=2) + "\n")
     return open(Path(args.out_dir, "log.jsonl"), "a" if args.resume else "w", encoding="utf-8")
 
 def save_run(args, step, bert, tokenizer, model, optimizer, about, head=None):
-    """ the model in Hugging Face's files, and all that --resume needs in STATE; every file is whole at any moment """
+    """ the model in Hugging Face's files, and all that --resume needs in STATE; no file is ever half written """
     out_dir, part = Path(args.out_dir), Path(args.out_dir, "saving.part")
     save_pretrained(bert, tokenizer, part, head)
     torch.save({"step": step, "args": vars(args), "about": about, "model": model.state_dict(),

@@ -78,7 +78,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
 def decode(decoder, tokens, qkv, bottleneck, batch, positions):
     """ tokens (N, C), bottleneck (B, C), masked positions (M',) -> (M', C): what the decoder makes of the positions
     that it must guess. The bottleneck replaces [CLS]; it needs no position embedding, as it is always at position 0.
-    qkv: queries, keys and values of the tokens, (N, C) each, which the sizes share but for [CLS]. """
+    qkv: queries, keys and values of the tokens, (N, C) each. Sizes share all but [CLS]'s k and v; its q is unused. """
     q, k, v = qkv
     k = k.index_copy(0, batch.starts, decoder.key(bottleneck).to(k.dtype))
     v = v.index_copy(0, batch.starts, decoder.value(bottleneck).to(v.dtype))
@@ -88,11 +88,11 @@ def decode(decoder, tokens, qkv, bottleneck, batch, positions):
 def vocabulary_loss(model, hidden, labels):
     """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. In training
     the logits, (M, V), never exist as a whole, and in bfloat16 the value has 2 to 3 digits. """
-    hidden, E, bias = model.head(hidden), model.bert.word.weight, model.head.word_bias
-    if torch.is_autocast_enabled(hidden.device.type):   # linear_cross_entropy does not look
+    hidden, E, bias = model.head(hidden), model.bert.word.weight, model.head.word_bias   # (M, C), (V, C), (V,)
+    if torch.is_autocast_enabled(hidden.device.type):   # autocast skips linear_cross_entropy
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, E, bias = hidden.to(dtype), E.to(dtype), bias.to(dtype)
-    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy="balanced")   # "auto": twice the time
+    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy="balanced")   # "auto" is slower
     options = chunks if torch.is_grad_enabled() else None
     total = F.linear_cross_entropy(hidden, E, labels, linear_bias=bias, options=options, reduction="sum")
     return total.to(model.head.word_bias.dtype) / max(1, len(labels))
@@ -183,7 +183,7 @@ def main(args):
     held_out, max_steps, documents = read_text(args, text, micro_batch, first_step * len(mine) * micro_batch)
 
     # optimizer, and the run to resume
-    optimizer = configure_optimizer(model.named_parameters(), args)   # MLM gives the decoder no gradient, so it stays
+    optimizer = configure_optimizer(model.named_parameters(), args)   # with mlm the decoder has no gradient
     seen = next(data.text_rows(args.train_text, True, args.columns)) if args.streaming else data.content_hash(text)
     about = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
     if saved:
@@ -205,7 +205,7 @@ def main(args):
                 raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             loss, terms = batch_loss(model, batch, tokenizer, sizes, args, [args.seed, step, piece])
-            (loss / pieces).backward()   # the mean of the pieces' losses; unlike in SRL, other pieces are other masks
+            (loss / pieces).backward()   # the mean over pieces; their number changes the masks, unlike in SRL
             records.append(terms)
         sums = {name: sum(record[name] for record in records[-len(mine):]) for name in terms}   # of this step's pieces
         norm = clip_gradient(model.parameters(), step, sums)

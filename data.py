@@ -11,53 +11,56 @@ import csv, functools, gzip, importlib.metadata, itertools, json, math, os, re, 
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import numpy as np
+from datasets import Features, List, Value
+from datasets.distributed import split_dataset_by_node
 
 # ---- batches of pairs, for SRL ---------------------------------------------------------------------------------------
 class Pairs(NamedTuple):
     """ what tokenize_pairs makes of a source """
-    table: "datasets.Dataset"   # query: ids; positive, negative: lists of ids; score, if the pairs have one
-    repeats: dict               # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
-    before: int = 1             # tokens before the text of a passage: [CLS] and those of a prompt
+    table: datasets.Dataset   # query: ids; positive, negative: lists of ids; score, if the pairs have one
+    repeats: dict             # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
+    prefix: int = 1           # tokens before the text of a passage: [CLS] and those of a prompt
 
 class Batch(NamedTuple):
     """ Q queries and P >= Q passages. Passage i < Q is the positive of query i; the hard negatives follow. """
-    queries: list      # Q (T,) ids
-    passages: list     # P (T,) ids
-    same: np.ndarray   # (Q, P) bool, see duplicates, or None
-    gold: np.ndarray   # (Q,) gold scores, or None
+    queries: list            # Q (T,) ids
+    passages: list           # P (T,) ids
+    also_right: np.ndarray   # (Q, P) bool: passages that are no negatives of a query, see find_also_right
+    gold: np.ndarray         # (Q,) gold scores, or None
 
-# The last number of a seed in SRL, so that windows, sources and sizes are drawn independently. It is never 0, because
-# default_rng([seed, step, 0]) draws as default_rng([seed, step]) does.
-TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3
+# The last number of a seed in SRL, so that windows, sources and sizes are drawn independently
+TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3   # not 0: [seed, step, 0] draws as [seed, step] does
 
 @functools.lru_cache(maxsize=64)   # every step asks for it; sources take turns
 def epoch_order(rows, seed, epoch):
     """ (rows,) the order of the rows in one epoch """
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
-def window(text, length, rng, before=1):
-    """ (T,) ids -> at most `length` ids; [SEP] and the `before` tokens, [CLS] and a prompt, are kept. A longer text
-    is cut to its beginning (probability 1/2) or to a random window. """
+def window(text, length, rng, prefix=1):
+    """ (T,) ids -> at most `length` ids; [SEP] and the prefix, [CLS] and maybe a prompt, are kept. A longer text is cut
+    to its beginning (probability 1/2) or to a random window. """
     if len(text) <= length:
         return text
-    last = len(text) - length + before   # a window that starts here ends right before [SEP]
-    start = before if rng.random() < 0.5 else rng.integers(before, last + 1)
-    return np.concatenate([text[:before], text[start:start + length - before - 1], text[-1:]])
+    last = len(text) - length + prefix   # a window that starts here ends right before [SEP]
+    start = prefix if rng.random() < 0.5 else rng.integers(prefix, last + 1)
+    return np.concatenate([text[:prefix], text[start:start + length - prefix - 1], text[-1:]])
 
-def duplicates(queries, passages, answers=()):
-    """ Q queries, P passages, (T,) ids -> (Q, P) bool, None if nothing is True. True: passage j answers query i, too,
-    and must not count as a negative: it is the query's own text, the positive of an equal query in this batch, or
-    (query, passage) is in answers. The pair (i, i), the positive itself, is False. """
-    known = {}   # {query: its answers}
+def find_also_right(queries, passages, answers=()):
+    """ Q queries, P passages, (T,) ids -> (Q, P) bool. True: passage j answers query i, too, and must not count as a
+    negative: it is the query's own text, the positive of an equal query in this batch, or (query, passage) is in
+    answers. The pair (i, i), the positive itself, is False. """
+    right = {}   # {query: its answers}
     for query, passage in [*zip(queries, passages), *answers]:
-        known.setdefault(query.tobytes(), {query.tobytes()}).add(passage.tobytes())
-    # Queries A B A with positives x y z: A has the answers x and z, so same is True at (0, 2) and (2, 0).
+        right.setdefault(query.tobytes(), {query.tobytes()}).add(passage.tobytes())
+    # Queries A B A with positives x y z: A has the answers x and z, so (0, 2) and (2, 0) are True.
     texts = [passage.tobytes() for passage in passages]
-    same = np.array([[text in answered for text in texts]   # (Q, P)
-                     for answered in (known[query.tobytes()] for query in queries)])
-    np.fill_diagonal(same, False)                           # the positive itself
-    return same if same.any() else None
+    also_right = np.zeros((len(queries), len(passages)), dtype=bool)
+    for i, query in enumerate(queries):
+        also_right[i] = [text in right[query.tobytes()] for text in texts]
+        also_right[i, i] = False
+    return also_right
 
 def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step):
     """ list of Pairs -> Batch number `step`. A row has at most max_negatives hard negatives, which count for all
@@ -78,15 +81,16 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     positives = [texts[rng.integers(len(texts))] for texts in table["positive"]]
     hard = [texts[k] for texts in table["negative"] for k in rng.permutation(len(texts))[:max_negatives]]
     queries, passages = map(as_arrays, (table["query"], positives + hard))
-    windows = [window(text, passage_max_length, rng, pairs.before) for text in passages]
-    if "score" in table:   # sentence2 may be no positive, and two pairs may share a sentence
-        return Batch(queries, windows, None, np.array(table["score"], np.float32))
+    windows = [window(text, passage_max_length, rng, pairs.prefix) for text in passages]
+    if "score" in table:   # no passage is right or wrong: pairs are more or less similar
+        nothing = np.zeros((len(queries), len(passages)), dtype=bool)
+        return Batch(queries, windows, nothing, np.array(table["score"], np.float32))
     # No answer that the file gives to a query is its negative. Whole texts are compared: windows of copies differ.
     others = [row for query in queries for row in pairs.repeats.get(query.tobytes(), ())]
     given = pairs.table[[*rows, *others]]
     answers = [(query, answer) for query, texts in zip(as_arrays(given["query"]), given["positive"])
                for answer in as_arrays(texts)]
-    return Batch(queries, windows, duplicates(queries, passages, answers), None)
+    return Batch(queries, windows, find_also_right(queries, passages, answers), None)
 
 # ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
 class Masked(NamedTuple):
@@ -154,7 +158,8 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
         begins = word_begins(tokenizer)[text]       # (T,), a copy
         begins[1] = True                            # a window may begin inside a word
         masks.append(whole_word_mask(begins, rates, rng))
-    row, for_encoder, for_decoder = map(np.concatenate, (texts, *zip(*masks)))   # (N,) each
+    row = np.concatenate(texts)                                                  # (N,)
+    for_encoder, for_decoder = map(np.concatenate, zip(*masks))                  # (N,) bool each
     encoder_ids = corrupt(row, for_encoder, tokenizer.mask_token_id, len(tokenizer), rng)
     decoder_ids = corrupt(row, for_decoder, tokenizer.mask_token_id, len(tokenizer), rng)   # draws of its own
     return Masked(texts, encoder_ids, np.flatnonzero(for_encoder), decoder_ids, np.flatnonzero(for_decoder))
@@ -162,6 +167,9 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
 # ---- rows: docs, local files, the Hugging Face hub -------------------------------------------------------------------
 FILE = re.compile(r"\.(csv|tsv|jsonl?|txt|md|parquet)(\.gz)?$", re.IGNORECASE)
 CACHE = Path(__file__).parent / "out"   # the docs corpus; git-ignored, made again when missing
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are said once, by us
+if int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty():
+    datasets.disable_progress_bars()
 
 def docs_folder():
     """ docs, the corpus that needs no download: what tools/docs.py makes of the installed packages' documentation """
@@ -184,17 +192,8 @@ def read_rows(source, convert=dict, split="train", streaming=False):
         reason = f"{type(error).__name__}: {error!s:.300}"
         raise ValueError(f"{source} cannot be read, row {done} or the next ({reason})") from error
 
-def quiet():
-    """ errors of `datasets` are said once, by us; its progress bars are for terminals """
-    import datasets   # here, because it takes a second
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
 def open_source(source, split, streaming):
     """ what read_rows reads -> an iterator over its rows """
-    import datasets
-    quiet()
     path = str(docs_folder() / "train.jsonl") if source == "docs" else source
     kind = FILE.search(path) and FILE.search(path)[1].lower()
     if kind == "parquet":
@@ -248,8 +247,6 @@ def as_score(cell):
 def make_table(source, rows, features, about=None, split="train"):
     """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, which is reused
     until the source, `about`, data.py or evaluate.py change """
-    import datasets
-    quiet()
     path = Path(docs_folder() / "train.jsonl" if source == "docs" else source)
     if FILE.search(path.name):
         content = str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size
@@ -258,7 +255,7 @@ def make_table(source, rows, features, about=None, split="train"):
     program = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("data.py", "evaluate.py")]
     key = f"{zlib.crc32(repr((content, sorted(features), about, program)).encode()):08x}"
     try:
-        return datasets.Dataset.from_generator(rows, features=datasets.Features(features), fingerprint=key)
+        return datasets.Dataset.from_generator(rows, features=Features(features), fingerprint=key)
     except datasets.exceptions.DatasetGenerationError as error:   # raised by `rows`
         raise error.__cause__ from None
     except ValueError:   # no row at all
@@ -270,35 +267,40 @@ COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": 
            "positive": "pos|positives?|positive_passages|answers?|context|document|passage|response|sentence2",
            "negative": "neg|negatives?|negative_passages"}
 LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scores?|similarity"   # is a row a pair?
+SENTENCES = {"sentence1": "query", "sentence2": "positive"}   # what --columns may call them, too
 
-def find_columns(source, present, kinds, columns=(), alone=True):
-    """ -> {kind: the columns, of those present, that hold it}; only a negative or a score may have none. columns: the
-    flag, as ["query=question"]; kinds that it does not name go by COLUMNS. sentence1=X counts as query=X and
-    sentence2=X as positive=X: scored pairs are pairs, too. alone=False: a name may be another source's. """
-    has, found = f"{source} has the columns {', '.join(present)}", {}
-    named = [item.replace("sentence1=", "query=").replace("sentence2=", "positive=").partition("=") for item in columns]
-    for kind, _, name in named:
-        if kind not in kinds or not name or alone and name not in present:
-            raise ValueError(f"--columns {kind}={name}: {has}; KIND in KIND=COLUMN is {' or '.join(kinds)}")
+def find_columns(source, present, kinds, columns):
+    """ -> {kind: the columns, of those present, that hold it}: those that --columns names, as ["query=question"], else
+    those of COLUMNS. Only a negative or a score may have none, and only passages may have several. """
+    has = f"{source} has the columns {', '.join(present)}"
+    asked = [item.partition("=")[::2] for item in columns]   # (kind, column)
+    asked = [(SENTENCES.get(kind, kind), column) for kind, column in asked]
+    if unknown := {kind for kind, _ in asked} - set(kinds):
+        raise ValueError(f"--columns {unknown.pop()}: {has}; in KIND=COLUMN the KIND is {' or '.join(kinds)}")
+    found = {}
     for kind in kinds:
-        known = [name for name in present if re.fullmatch(rf"({COLUMNS[kind]})(_\d+)?", name.lower())]
-        found[kind] = [name for its_kind, _, name in named if its_kind == kind and name in present] or known
-        several = found[kind] is known and len({re.sub(r"_\d+$", "", name) for name in known}) > 1
-        if several or not found[kind] and kind not in ("negative", "score"):
-            raise ValueError(f"{has}; --columns {kind}=COLUMN says which is the {kind}")
+        named = [column for its_kind, column in asked if its_kind == kind]   # several, if sources differ
+        known = [column for column in present if re.fullmatch(rf"({COLUMNS[kind]})(_\d+)?", column.lower())]
+        found[kind] = [column for column in present if column in named] if named else known
+        stems = {re.sub(r"_\d+$", "", column) for column in known}
+        missing = not found[kind] and (named or kind not in ("negative", "score"))
+        several = len(found[kind]) > 1 and (kind in ("query", "score") or not named and len(stems) > 1)
+        if missing or several:
+            flag = f"--columns {kind}={','.join(named)}: " if named else ""
+            raise ValueError(f"{flag}{has}; --columns {kind}=COLUMN says which is the {kind}")
     return found
 
-def load_pairs(source, columns=(), alone=True, split="train"):
+def load_pairs(source, columns=(), split="train"):
     """ a source of --train_pairs, see read_rows -> table with the columns query (a string), positive, negative (lists
     of strings) and, of scored pairs, score; without the rows that have no query or no positive. Prints its columns. """
-    from datasets import List, Value
     names, count = {}, 0
     for count, row in enumerate(read_rows(source, split=split), start=1):   # all: in JSON a column may come late
         names |= dict.fromkeys(row)
-    found = find_columns(source, list(names), ["query", "positive", "negative", "score"], columns, alone)
+    found = find_columns(source, list(names), ["query", "positive", "negative", "score"], columns)
     # a score beside query and positive may say anything: it counts if --columns names it, or beside two sentences
-    if not {"sentence1", "sentence2"} <= set(names) | {item.split("=")[0] for item in columns}:
-        found["score"] = [name for name in found["score"] if f"score={name}" in columns]
+    asked = {item.split("=")[0] for item in columns}
+    if "score" not in asked and not {"sentence1", "sentence2"} <= asked | names.keys():
+        found["score"] = []
     unused = [name for name in names if name not in sum(found.values(), [])]
     for name in unused:
         if not found["score"] and re.fullmatch(LABELS, name.lower()):
@@ -307,19 +309,20 @@ def load_pairs(source, columns=(), alone=True, split="train"):
 
     def as_pair(row):
         pair = {kind: as_texts([row.get(name) for name in found[kind]]) for kind in ("query", "positive", "negative")}
-        if len(pair["query"]) > 1:
-            raise ValueError("several queries; give each a row of its own")
-        score = {"score": as_score(row.get(name)) for name in found["score"]}
-        if pair["query"] and pair["positive"]:
-            return pair | {"query": pair["query"][0]} | score
+        if len(pair["query"]) > 1 or found["score"] and len(pair["positive"]) > 1:
+            raise ValueError("several queries, or several texts to one score; give each a row of its own")
+        if not pair["query"] or not pair["positive"]:
+            return None
+        score = {"score": as_score(row.get(name)) for name in found["score"]}   # one or none
+        return pair | {"query": pair["query"][0]} | score
 
     features = {"query": Value("string"), "positive": List(Value("string")), "negative": List(Value("string"))}
     features |= {"score": Value("float64") for _ in found["score"]}
     pairs = make_table(source, functools.partial(read_rows, source, as_pair, split), features, (found, split), split)
     if found["score"] and len(set(pairs["score"])) < 2:
         raise ValueError(f"{source}: every score is the same, so there is no order to learn or to test")
-    parts = [f"{kind}: {', '.join(cells)}" for kind, cells in {**found, "not used": unused}.items() if cells]
-    print(f"{source}: {len(pairs):,} pairs of {count:,} rows | {' | '.join(parts)}")
+    used = " | ".join(f"{kind}: {', '.join(cells)}" for kind, cells in found.items() if cells)
+    print(f"{source}: {len(pairs):,} pairs of {count:,} rows | {used} | not used: {', '.join(unused) or '-'}")
     return pairs
 
 def text_rows(source, streaming=False, columns=()):
@@ -387,23 +390,22 @@ def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
 def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_length, config):
     """ table of load_pairs, config with the prompts that go before each text -> Pairs, where every string is its ids,
     [CLS] ... [SEP] """
-    from datasets import Features, List, Value
     first = pairs[:1000]
     check_texts(f"{source}, first queries", first["query"], tokenizer, query_max_length, config.query_prompt)
     check_texts(f"{source}, first passages", [texts[0] for texts in first["positive"]], tokenizer, passage_max_length,
                 config.passage_prompt)
     def encode(batch):
-        texts = [config.query_prompt + text for text in batch["query"]]
-        ids = {"query": to_ids(texts, tokenizer, truncation=True, max_length=query_max_length)}
+        queries = [config.query_prompt + text for text in batch["query"]]
+        ids = {"query": to_ids(queries, tokenizer, truncation=True, max_length=query_max_length)}
         for kind in ("positive", "negative"):
-            texts = [config.passage_prompt + text for texts in batch[kind] for text in texts]
-            passages = iter(to_ids(texts, tokenizer, truncation=True, max_length=passage_max_length))
-            ids[kind] = [[next(passages) for _ in texts] for texts in batch[kind]]
+            passages = [config.passage_prompt + text for row in batch[kind] for text in row]
+            passages = iter(to_ids(passages, tokenizer, truncation=True, max_length=passage_max_length))
+            ids[kind] = [[next(passages) for _ in row] for row in batch[kind]]
         return ids
     text = List(Value("int32"))
     features = Features({**pairs.features, "query": text, "positive": List(text), "negative": List(text)})
-    table, rows = pairs.map(encode, batched=True, features=features), {}
-    batches = table.select_columns("query").iter(1000)
+    table = pairs.map(encode, batched=True, features=features)
+    rows, batches = {}, table.select_columns("query").iter(1000)
     for number, query in enumerate(query for batch in batches for query in as_arrays(batch["query"])):
         rows.setdefault(query.tobytes(), []).append(number)
     repeats = {query: numbers for query, numbers in rows.items() if len(numbers) > 1}
@@ -412,12 +414,10 @@ def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_lengt
 def tokenize_text(source, tokenizer, streaming=False, rank=0, world_size=1, columns=()):
     """ --train_text -> Dataset, or with streaming IterableDataset, with the column ids: a document a row, without [CLS]
     and [SEP]. Of a stream each of world_size ranks reads its own part. """
-    from datasets import Features, IterableDataset, List, Value
-    from datasets.distributed import split_dataset_by_node
     rows = functools.partial(text_rows, source, streaming, columns)
     check_texts(source, [row["text"] for row in itertools.islice(rows(), 1000)], tokenizer)
     if streaming:
-        table = split_dataset_by_node(IterableDataset.from_generator(rows), rank, world_size)
+        table = split_dataset_by_node(datasets.IterableDataset.from_generator(rows), rank, world_size)
     else:
         table = make_table(source, rows, {"text": Value("string")}, columns)
     def encode(batch):

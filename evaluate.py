@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from data import FILE, as_score, as_texts, check_texts, docs_folder, load_pairs, make_table, read_rows, tokenize
-from model import (POOLINGS, SIMILARITIES, HelpFormatter, check_sizes, load_model, named_sizes, pack,
-                   parse_sizes, run_script, score, shorten, size_name)
+from model import (POOLINGS, SIMILARITIES, SIZES, HelpFormatter, check_sizes, load_model, pack, parse_sizes,
+                   read_json, run_script, score, shorten, size_name)
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 BATCH_TOKENS = 8192
@@ -34,7 +34,7 @@ def embed_ids(model, token_ids, layers, dtype="float32"):
     embeddings = {layer: torch.empty(B, model.config.hidden_size) for layer in layers}
     # around all batches: so autocast casts each weight only once
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        for rows in tqdm(batches_by_length(token_ids), "encoding", leave=False, disable=True if B < 1000 else None):
+        for rows in tqdm(batches_by_length(token_ids), "encoding", leave=False, disable=None):
             batch = pack([token_ids[i] for i in rows], device)   # rows: numbers of texts
             for layer, pooled in model.encode(batch, layers).items():   # (B of the batch, C)
                 if not pooled.isfinite().all():
@@ -91,10 +91,10 @@ def task_name(name):
     """ "folder/scifact:dev" -> "scifact:dev"; "folder/sts12.jsonl.gz" -> "sts12" """
     return FILE.sub("", Path(name).name or Path(name).resolve().name)   # of "." too
 
-def load_sts(name, columns=(), alone=True):
+def load_sts(name, columns=()):
     """ a name in STS or of the hub (its test split), or a file with sentence1, sentence2, score -> task, first
     sentences, second sentences, (pairs,) gold scores """
-    pairs = load_pairs(STS.get(name, name), columns, alone, split="test")
+    pairs = load_pairs(STS.get(name, name), columns, split="test")
     if "score" not in pairs.column_names:
         raise ValueError(f"{name}: needs the columns sentence1, sentence2 and score")
     return task_name(name), pairs["query"][:], [texts[0] for texts in pairs["positive"]], np.array(pairs["score"])
@@ -107,13 +107,11 @@ def check_spread(name, scores):
 def sts(model, tokenizer, pairs, sizes, dtype):
     """ every size on the pairs of load_sts -> records, per-item values (cosines of the pairs) """
     task, first, second, gold = pairs
-    row = {text: i for i, text in enumerate(dict.fromkeys(first + second))}   # each sentence once
-    left, right = [row[text] for text in first], [row[text] for text in second]   # (n,) rows of the embeddings
-    embeddings = embed_texts(model, tokenizer, list(row), {layer for layer, _ in sizes}, dtype)
+    embeddings = embed_texts(model, tokenizer, first + second, {layer for layer, _ in sizes}, dtype)
     records, per_item = [], {"gold": gold.tolist()}
     for layer, dim in sizes:
-        x = shorten(embeddings[layer], dim, "cosine")   # (texts, D)
-        cosine = (x[left] * x[right]).sum(-1)           # (n,)
+        x = shorten(embeddings[layer], dim, "cosine")           # (n + n, D)
+        cosine = (x[:len(first)] * x[len(first):]).sum(-1)      # (n,)
         check_spread(f"{task} at {size_name((layer, dim))}", cosine)
         records.append(record(task, "Spearman", (layer, dim), spearman(cosine.numpy(), gold), len(gold)))
         per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
@@ -206,25 +204,26 @@ def search_corpus(model, tokenizer, collection, sizes, dtype):
     Q, layers = len(collection.queries), sorted({layer for layer, _ in sizes})
     queries = embed_texts(model, tokenizer, list(collection.queries.values()), layers, dtype,
                           model.config.query_prompt)
-    best = {size: (torch.full((Q, K), -np.inf), torch.zeros(Q, K, dtype=torch.long)) for size in sizes}
+    best_scores = {size: torch.full((Q, K), -np.inf) for size in sizes}
+    best_docs = {size: torch.zeros(Q, K, dtype=torch.long) for size in sizes}   # numbers of doc_ids
     doc_ids, dropped = [], 0
     for ids, texts, own in collection.shards():
         passages = embed_texts(model, tokenizer, texts, layers, dtype, model.config.passage_prompt)   # {layer: (P, C)}
-        for (layer, dim), (best_scores, best_docs) in best.items():
+        for layer, dim in sizes:
             scores = score(queries[layer], passages[layer], dim, model.config.similarity)   # (Q, P)
             if not doc_ids:   # the first shard
                 check_spread(f"{collection.task} at {layer}:{dim}", scores)
             scores[list(own), list(own.values())] = -np.inf
-            scores, docs = scores.topk(min(K, len(ids)))       # (Q, K), or (Q, P) if P < K; docs: in the shard
-            scores = torch.cat([best_scores, scores], dim=1)   # (Q, K + K), or K + P
-            docs = torch.cat([best_docs, len(doc_ids) + docs], dim=1)   # (Q, K + K), or K + P; now in the corpus
-            best_scores[:], kept = scores.topk(K)              # (Q, K)
-            best_docs[:] = docs.gather(1, kept)
+            new_scores, columns = scores.topk(min(K, len(ids)))                             # (Q, K), or (Q, P) if P < K
+            new_scores = torch.cat([best_scores[layer, dim], new_scores], dim=1)            # (Q, K + K), or K + P
+            new_docs = torch.cat([best_docs[layer, dim], len(doc_ids) + columns], dim=1)    # (Q, K + K), or K + P
+            best_scores[layer, dim], kept = new_scores.topk(K)                              # (Q, K)
+            best_docs[layer, dim] = new_docs.gather(1, kept)                                # (Q, K)
         doc_ids += ids
         dropped += len(own)
     if dropped:
         print(f"{collection.task}: of {dropped:,} queries, which are documents, too, the document itself is left out")
-    return {size: best_documents(*hits, doc_ids) for size, hits in best.items()}
+    return {size: best_documents(best_scores[size], best_docs[size], doc_ids) for size in sizes}
 
 def best_documents(scores, docs, doc_ids):
     """ scores (Q, K), docs (Q, K), which are numbers of doc_ids -> [[(score, document id), best first] of each query]:
@@ -251,11 +250,11 @@ def main(args):
       "per_item": {"docs": {"ids": [of the queries], "1:8": {"MRR@10": [one value a query], ...}, ...},
                    "stsb": {"gold": [scores], "1:8": {"Spearman": [one cosine a pair]}, ...}} """
     # tests and model: all is read before the first is evaluated, so a mistake in the last shows at once
-    sts_sets = [load_sts(name, args.columns, len(args.sts) == 1) for name in args.sts]
+    sts_sets = [load_sts(name, args.columns) for name in args.sts]
     collections = [Collection(name) for name in args.retrieval or ([] if args.sts else ["docs"])]
-    ways = {name: getattr(args, name) for name in ("pooling", "similarity", "query_prompt", "passage_prompt")
-            if getattr(args, name) is not None}
-    model, tokenizer = load_model(args.model, args.device, args.max_length, **ways)
+    model, tokenizer = load_model(args.model, args.device, args.max_length, pooling=args.pooling,
+                                  similarity=args.similarity, query_prompt=args.query_prompt,
+                                  passage_prompt=args.passage_prompt)
     longest = tokenizer.model_max_length
     for task, first, second, _ in sts_sets:
         check_texts(task, first + second, tokenizer, longest)
@@ -263,11 +262,12 @@ def main(args):
         queries, documents = list(collection.queries.values())[:1000], next(collection.shards())[1][:1000]
         check_texts(f"{collection.task}, first queries", queries, tokenizer, longest, model.config.query_prompt)
         check_texts(f"{collection.task}, first documents", documents, tokenizer, longest, model.config.passage_prompt)
-    start, names = time.time(), named_sizes(model.config)
-    sizes = check_sizes(args.sizes or names, model.config)
+    start = time.time()
+    sizes = check_sizes(args.sizes or model.config.sizes, model.config)
     if args.grid:
         sizes = list(product(range(1, model.config.num_hidden_layers + 1), sorted({dim for _, dim in sizes})))
-    out = args.out or (Path(args.model, "eval.json") if model.config.sizes and Path(args.model).exists() else None)
+    is_ours = read_json(Path(args.model, "config.json")).get("sizes")
+    out = args.out or (Path(args.model, "eval.json") if is_ours else None)
     if out and not Path(out).resolve().parent.is_dir():   # says it now, not after minutes
         raise ValueError(f"--out {out}: there is no such folder")
 
@@ -287,11 +287,13 @@ def main(args):
                             "command": sys.argv, "results": results, "per_item": per_item}
         Path(out).write_text(json.dumps(run, allow_nan=False) + "\n")
     print(f"\n{args.model}, {args.dtype}, {time.time() - start:.0f} s" + (f", written to {out}" if out else ""))
-    print(table(results, names))
+    print(table(results, model.config.sizes))
 
-def table(results, names):
-    """ records, {size: name} -> a line for each size, a column for each task and metric """
+def table(results, sizes):
+    """ records, the sizes of the model, which have names if they are six -> a line for each size, a column for each
+    task and metric """
     import pandas
+    names = dict(zip(sizes, (name for name, *_ in SIZES))) if len(sizes) == len(SIZES) else {}
     frame = pandas.DataFrame(results, dtype=object)
     frame["size"] = [f"{names.get(size, ''):7} {size_name(size)}".strip() for size in zip(frame["layer"], frame["dim"])]
     frame = frame.astype({"value": float}).pivot_table("value", "size", ["task", "metric"], sort=False)

@@ -21,16 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import evaluate
-from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, check_sizes, clip_gradient,
-                   configure_optimizer, fast_dtype, load_model, load_run, log, named_sizes, new_config, open_run, pack,
-                   parse_sizes, restore, run_script, save_run, score, set_learning_rate, size_name, start_ranks)
+from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, check_sizes, configure_optimizer,
+                   fast_dtype, load_model, load_run, log, new_config, open_run, pack, parse_sizes, ranks, restore,
+                   run_script, save_run, score, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
-def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teacher_scores=None, gold=None, same=None):
+def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_right, teacher_scores=None, gold=None):
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
-    positive of query i; all other passages are its negatives, except where same (Q, P) is True, see data.duplicates.
+    positive of query i; all other passages are its negatives, except where also_right (Q, P) is True.
     sizes: (layer, dim) pairs; the last, the full size, is the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
     CoSENT then replaces InfoNCE. Call it outside autocast: bfloat16 scores would be wrong in the third digit.
@@ -39,14 +39,12 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, teach
     if teacher_scores is None:
         with torch.no_grad():   # the full size must not move towards the others
             teacher_scores = score(queries[full_layer], passages[full_layer], full_dim, similarity) / temperature
-    if same is None:
-        same = torch.zeros_like(teacher_scores, dtype=torch.bool)
-    teacher = teacher_scores.masked_fill(same, -1e9).softmax(-1)   # (Q, P); -inf would make the KL NaN
-    positive = torch.arange(len(teacher), device=teacher.device)   # (Q,) 0 1 2 ...: passage i is query i's positive
+    teacher = teacher_scores.masked_fill(also_right, -1e9).softmax(-1)   # (Q, P); -inf would make the KL NaN
+    positive = torch.arange(len(teacher), device=teacher.device)         # (Q,) passage i is query i's positive
     loss, terms = 0, {}
     for layer, dim in sizes:
         scores = score(queries[layer], passages[layer], dim, similarity) / temperature   # (Q, P)
-        log_probs = scores.masked_fill(same, -1e9).log_softmax(-1)                       # (Q, P)
+        log_probs = scores.masked_fill(also_right, -1e9).log_softmax(-1)                 # (Q, P)
         nce = F.nll_loss(log_probs, positive) if gold is None else cosent(scores.diagonal(), gold)
         kl = F.kl_div(log_probs, teacher, reduction="batchmean")   # KL(teacher || size), 0 at the full size
         loss = loss + (nce + kl_weight * kl) / len(sizes)
@@ -73,61 +71,61 @@ def step_sizes(method, sizes, seed, step):
     dim = int(rng.choice(sorted({dim for _, dim in sizes} - {full_dim})))
     return (layer, dim), (layer, full_dim), (full_layer, dim), (full_layer, full_dim)
 
-def train_step(model, teacher, batch, sizes, args, step, pieces=1, rank=0, world_size=1):
+def train_step(model, teacher, batch, sizes, args, step, pieces=1):
     """ Batch -> {"loss", and the terms of srl_loss}. Adds to the gradients of the parameters. """
-    token_ids, Q = batch.queries + batch.passages, len(batch.queries)   # of Q + P texts, (T,) each
-    def embed(encoder, layers):                              # -> {layer: (Q, C)}, {layer: (P, C)}
-        rows = embed_in_pieces(encoder, layers, token_ids, args, step, pieces, rank, world_size)   # {layer: (Q + P, C)}
-        return {layer: r[:Q] for layer, r in rows.items()}, {layer: r[Q:] for layer, r in rows.items()}
-    queries, passages = embed(model, sorted({layer for layer, _ in sizes}))
-    gold, same = (array if array is None else torch.from_numpy(array).to(args.device)
-                  for array in (batch.gold, batch.same))
+    texts, Q = batch.queries + batch.passages, len(batch.queries)   # Q + P texts, (T,) ids each
+    embeddings = embed_in_pieces(model, sorted({layer for layer, _ in sizes}), texts, args, step, pieces)
+    queries = {layer: vectors[:Q] for layer, vectors in embeddings.items()}    # {layer: (Q, C)}
+    passages = {layer: vectors[Q:] for layer, vectors in embeddings.items()}   # {layer: (P, C)}
     if step == 0:
         layer, dim = sizes[-1]
         evaluate.check_spread("the first batch", score(queries[layer], passages[layer], dim, model.config.similarity))
     teacher_scores = None
     if teacher:
-        layer, dim = list(named_sizes(teacher.config))[-1]   # its full size
+        layer, dim = teacher.config.sizes[-1]   # its full size
         with torch.no_grad():
-            q, p = embed(teacher, [layer])
-        teacher_scores = score(q[layer], p[layer], dim, teacher.config.similarity) / args.temperature   # (Q, P)
+            vectors = embed_in_pieces(teacher, [layer], texts, args, step, pieces)[layer]   # (Q + P, C)
+        teacher_scores = score(vectors[:Q], vectors[Q:], dim, teacher.config.similarity) / args.temperature   # (Q, P)
+    also_right = torch.from_numpy(batch.also_right).to(args.device)
+    gold = None if batch.gold is None else torch.from_numpy(batch.gold).to(args.device)
     loss, terms = srl_loss(queries, passages, sizes, model.config.similarity, args.temperature, args.kl_weight,
-                           teacher_scores, gold, same)
+                           also_right, teacher_scores, gold)
     loss.backward()
     return {"loss": loss.detach()} | terms
 
-def embed_in_pieces(encoder, layers, token_ids, args, step, pieces=1, rank=0, world_size=1):
-    """ list of B (T,) ids -> {layer: (B, C)}, what encoder.encode gives, but in pieces, for a batch that is too large
-    for the memory, or for several ranks, whose gradients clip_gradient sums. The loss is that of the whole batch, as
+def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
+    """ B texts, (T,) ids -> {layer: (B, C)}, what encoder.encode gives, but in pieces, for a batch that is too large
+    for the memory, or for several ranks, whose gradients sum_and_clip sums. The loss is that of the whole batch, as
     texts depend on each other only through their embeddings (gradient caching, arXiv 2101.06983). With several pieces
     a rank, backward embeds each again, so that memory holds the activations of one at a time. """
-    def embed(texts):                                       # B of the token_ids -> {layer: (B, C)}
+    def embed(piece):   # a list of texts -> {layer: (texts, C)}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            filler = [np.zeros(1, int)] * (-sum(map(len, texts)) % 128)   # N a multiple of 128: few shapes, faster
-            rows = encoder.encode(pack(texts + filler, args.device), layers)
-        return {layer: vectors[:len(texts)] for layer, vectors in rows.items()}
-    mine, rows = range(rank, pieces, world_size), {}
-    for k in mine:                                          # piece k is token_ids[k::pieces]
-        torch.manual_seed(hash((args.seed, step, k)))       # dropout by seed, step and piece, so runs can resume
-        piece = token_ids[k::pieces]
-        embedded = checkpoint(embed, piece, use_reentrant=False) if len(mine) > 1 else embed(piece)
+            filler = [np.zeros(1, int)] * (-sum(map(len, piece)) % 128)   # N a multiple of 128: few shapes, faster
+            vectors = encoder.encode(pack(piece + filler, args.device), layers)
+        return {layer: vectors[layer][:len(piece)] for layer in layers}
+    rank, world_size = ranks()
+    mine, embeddings = range(rank, pieces, world_size), {}
+    for k in mine:                                                # piece k is texts[k::pieces]
+        torch.manual_seed(hash((args.seed, step, k)))             # dropout by seed, step, piece, so runs can resume
+        several = len(mine) > 1
+        embedded = checkpoint(embed, texts[k::pieces], use_reentrant=False) if several else embed(texts[k::pieces])
         for layer, vectors in embedded.items():
-            rows.setdefault(layer, vectors.new_zeros(len(token_ids), vectors.shape[1]))[k::pieces] = vectors
+            whole = embeddings.setdefault(layer, vectors.new_zeros(len(texts), vectors.shape[1]))   # (B, C)
+            whole[k::pieces] = vectors
     if world_size > 1:
-        for layer, own in rows.items():
+        for layer, own in embeddings.items():
             everyone = own.detach().clone()
-            dist.all_reduce(everyone)                       # a gather: a row is 0 on all ranks but one
-            rows[layer] = own + (everyone - own.detach())   # the value of everyone, the gradient of own
-    return rows
+            dist.all_reduce(everyone)                             # a gather: a row is 0 on all ranks but one
+            embeddings[layer] = own + (everyone - own.detach())   # the value of everyone, the gradient of own
+    return embeddings
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 def build_model(args, tables):
     """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer; --teacher, a frozen Bert, or None.
     tables: for a new vocabulary """
-    fields = {name: getattr(args, name) for name in ("pooling", "similarity", "query_prompt", "passage_prompt")
-              if getattr(args, name) is not None}
-    fields |= {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
-    needed = max(args.query_max_length, args.passage_max_length)   # tokens of the longest text in a step
+    fields = {"pooling": args.pooling, "similarity": args.similarity, "query_prompt": args.query_prompt,
+              "passage_prompt": args.passage_prompt, "hidden_dropout_prob": args.dropout,
+              "attention_probs_dropout_prob": args.dropout}
     if args.init_from == "scratch":
         prompts = [args.query_prompt or "", args.passage_prompt or ""]
         texts = (text for table in tables for row in table
@@ -137,12 +135,11 @@ def build_model(args, tables):
                                 num_hidden_layers=args.num_layers, hidden_size=args.hidden_size,
                                 initializer_range=0.01, **fields))   # half of BERT's: AdamW's steps weigh more
     else:
-        model, tokenizer = load_model(args.init_from, needed=needed, **fields)
+        model, tokenizer = load_model(args.init_from, **fields)
     config = model.config
-    sizes = list(args.sizes or named_sizes(config))
-    if args.init_from == "scratch" and not args.sizes and config.pooling == "mean":
-        sizes[-1] = (args.num_layers, round(5 / 6 * args.hidden_size))   # 5/6 score better: results/README.md
-    config.sizes = check_sizes(sizes, config)
+    if args.init_from == "scratch" and config.pooling == "mean":   # the full size ranks better with 5/6 of the channels
+        config.sizes = *config.sizes[:-1], (args.num_layers, round(5 / 6 * args.hidden_size))   # see results/README.md
+    config.sizes = check_sizes(args.sizes or config.sizes, config)
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
         raise ValueError(f"--sizes: none is deepest and widest, to teach the others; add {size_name(full)}")
@@ -151,13 +148,14 @@ def build_model(args, tables):
     config.num_hidden_layers = full[0]
     del model.blocks[full[0]:]   # layers that no size uses are not saved
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
-    teacher, its_tokenizer = load_model(args.teacher, args.device, needed=needed) if args.teacher else (None, tokenizer)
+    teacher, its_tokenizer = load_model(args.teacher, args.device) if args.teacher else (None, tokenizer)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {args.teacher} has another vocabulary than the model to train")
     return model.to(args.device).train(), tokenizer, teacher
 
-def plan(args, sources, world_size):
+def plan(args, sources):
     """ list of Pairs -> queries of a batch, pieces of a batch, steps of the training """
+    _, world_size = ranks()
     counts = [len(source.table) for source in sources]
     batch_size = min(args.batch_size, *counts)   # a batch is of one source, maybe of the smallest
     if batch_size < 2 * world_size:
@@ -168,7 +166,8 @@ def plan(args, sources, world_size):
 # ---- training --------------------------------------------------------------------------------------------------------
 def main(args):
     """ data, model, optimizer, loop, evaluation """
-    rank, world_size = start_ranks(args)
+    start_ranks(args)
+    rank, _ = ranks()
     saved = load_run(args)
     torch.manual_seed(args.seed)
 
@@ -176,12 +175,12 @@ def main(args):
     if args.retrieval:
         evaluate.Collection(args.retrieval)
     dev = evaluate.Collection(args.retrieval, "dev") if args.retrieval and args.eval_interval else None
-    tables = [data.load_pairs(source, args.columns, len(args.train_pairs) == 1) for source in args.train_pairs]
+    tables = [data.load_pairs(source, args.columns) for source in args.train_pairs]
     model, tokenizer, teacher = build_model(args, tables)
     sizes, longest = model.config.sizes, tokenizer.model_max_length   # steps cut windows out of passages
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
                                    model.config) for source, table in zip(args.train_pairs, tables)]
-    batch_size, pieces, max_steps = plan(args, sources, world_size)
+    batch_size, pieces, max_steps = plan(args, sources)
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)
@@ -202,8 +201,8 @@ def main(args):
         batch = data.srl_batch(sources, batch_size, args.negatives, args.passage_max_length, args.seed, step)
         drawn = step_sizes(args.method, sizes, args.seed, step)
         optimizer.zero_grad()
-        losses = train_step(model, teacher, batch, drawn, args, step, pieces, rank, world_size)
-        norm = clip_gradient(model.parameters(), step, losses)
+        losses = train_step(model, teacher, batch, drawn, args, step, pieces)
+        norm = sum_and_clip(model.parameters(), step, losses)
         optimizer.step()
 
         done = step + 1
@@ -281,6 +280,8 @@ def parse_args(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
     args = parser.parse_args(argv)
+    if args.eval_interval and not args.retrieval and args.train_pairs != ["docs"]:
+        parser.error("--eval_interval evaluates on the dev split of --retrieval; give both")
     if args.train_pairs == ["docs"]:
         args.retrieval = "docs" if args.retrieval is None else args.retrieval
         args.max_steps = 200 if args.max_steps is None else args.max_steps

@@ -26,13 +26,9 @@ from torch.utils.checkpoint import checkpoint
 SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
 
-def named_sizes(config):
-    """ {(layer, dim): name}, small to large: the sizes that the model was trained for, else those of SIZES. As many as
-    SIZES have its names, others "". """
-    depth, width = config.num_hidden_layers, config.hidden_size
-    sizes = config.sizes or [(max(1, round(depth * layers)), max(1, round(width * dims))) for _, layers, dims in SIZES]
-    names = [name for name, *_ in SIZES] if len(sizes) == len(SIZES) else [""] * len(sizes)
-    return dict(zip(sizes, names))
+def default_sizes(layers, channels):
+    """ -> ((layer, dim), ...), small to large: SIZES for a model with so many layers and channels """
+    return tuple((max(1, round(layers * depth)), max(1, round(channels * width))) for _, depth, width in SIZES)
 
 def size_name(size):
     return "{}:{}".format(*size)   # 2:32
@@ -58,6 +54,7 @@ class Pack(NamedTuple):
     position_ids: torch.Tensor   # (N,) 0 .. T-1 within each text
     text_ids: torch.Tensor       # (N,) number of the token's text in the caller's list
     starts: torch.Tensor         # (B,) where each text of the caller's list begins: its [CLS]
+    lengths: torch.Tensor        # (B,) tokens of each text of the caller's list
     groups: list                 # [(G, T), ...] in the order of the row
 
 def pack(token_ids, device="cpu"):
@@ -71,7 +68,7 @@ def pack(token_ids, device="cpu"):
     position_ids = np.arange(len(text_ids)) - starts[text_ids]    # (N,)
     T_values, G_values = np.unique(lengths, return_counts=True)   # ascending
     tensors = [torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-               for array in (input_ids, position_ids, text_ids, starts)]
+               for array in (input_ids, position_ids, text_ids, starts, lengths)]
     return Pack(*tensors, list(zip(G_values.tolist(), T_values.tolist())))
 
 POOLINGS, SIMILARITIES = ("mean", "cls"), ("cosine", "dot")   # under the names of sentence-transformers
@@ -80,9 +77,9 @@ def pool(hidden, batch, pooling):
     """ tap (N, C) -> (B, C) embeddings, at least float32: scores of bfloat16 vectors lose digits """
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if pooling == "cls":
-        return hidden[batch.starts]                          # the first token of each text
+        return hidden[batch.starts]             # the first token of each text
     total = hidden.new_zeros(len(batch.starts), hidden.shape[1]).index_add(0, batch.text_ids, hidden)
-    return total / torch.bincount(batch.text_ids)[:, None]   # (B, C): all tokens, also [CLS] and [SEP]
+    return total / batch.lengths[:, None]       # (B, C): all tokens, also [CLS] and [SEP]
 
 def shorten(embeddings, dim, similarity):
     """ (B, C) -> (B, D) vectors of a size. Slice, then normalise: an index of D numbers can normalise only those. """
@@ -121,18 +118,21 @@ class Block(nn.Module):
         """ (N, C) -> (N, C) """
         return self.after_attention(x, self.attend(self.query(x), self.key(x), self.value(x), groups))
 
-    @torch.autocast("cpu", enabled=False)   # on a CPU bfloat16 makes the backward 8 times slower
+    @torch.autocast("cpu", enabled=False)
     def attend(self, q, k, v, groups):
         """ softmax(q k^T / sqrt(C / H)) v within each text, H heads: (N, C) each -> (N, C) """
-        mixed, rows, p = [], [G * T for G, T in groups], self.attention_dropout.p * self.training
-        dtype = torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype
-        for (G, T), *qkv in zip(groups, *(x.to(dtype).split(rows) for x in (q, k, v))):   # (G * T, C) each; no padding
-            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)         # (G, H, T, C / H) each
-            if p and q.is_cpu:                                                            # weights (G, H, T, T)
-                heads = self.attention_dropout((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)) @ v
-            else:                                                                         # the same, weights not stored
-                heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-            mixed.append(heads.transpose(1, 2).reshape(G * T, -1))                        # (G * T, C)
+        if q.is_cpu:   # there bfloat16 makes the backward 8 times slower
+            q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+        p = self.attention_dropout.p if self.training else 0.0
+        mixed, rows = [], [G * T for G, T in groups]
+        for (G, T), *qkv in zip(groups, q.split(rows), k.split(rows), v.split(rows)):       # (G * T, C): no padding
+            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)           # (G, H, T, C / H) each
+            if p and q.is_cpu:
+                weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)                   # (G, H, T, T)
+                y = self.attention_dropout(weights) @ v
+            else:                                                                           # the same, in one kernel
+                y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+            mixed.append(y.transpose(1, 2).reshape(G * T, -1))                              # (G * T, C)
         return torch.cat(mixed)
 
     def after_attention(self, x, mixed):
@@ -197,35 +197,34 @@ def hf_name(name):
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 def new_config(**fields):
-    """ transformers' BertConfig, and how the embeddings are meant to be used """
+    """ -> transformers' BertConfig, and how the embeddings are used; None leaves a default; the full size is last """
     from transformers import BertConfig   # here, because it takes a second or two
     C = fields.get("hidden_size", 768)
     shape = {"intermediate_size": 4 * C, "num_attention_heads": C // math.gcd(C, 64)}   # BERT has 64 a head
-    ways = {"sizes": (), "pooling": "mean", "similarity": "cosine", "query_prompt": "", "passage_prompt": ""}
-    return BertConfig(**shape | ways | fields)
+    usage = {"sizes": (), "pooling": "mean", "similarity": "cosine", "query_prompt": "", "passage_prompt": ""}
+    config = BertConfig(**shape | usage | {name: value for name, value in fields.items() if value is not None})
+    config.sizes = tuple(map(tuple, config.sizes)) or default_sizes(config.num_hidden_layers, config.hidden_size)
+    return config
 
-def load_model(name, device="cpu", max_length=None, needed=1, **overrides):
-    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity and length. needed: the
-    tokens that it must be able to read. overrides: fields of its config. Raises ValueError if it cannot. """
+def load_model(name, device="cpu", max_length=None, **overrides):
+    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity, prompts and length.
+    overrides: fields of its config; None leaves the model's own. Raises ValueError if it cannot be read. """
     from transformers import AutoTokenizer
     try:
-        folder, ways, length = read_modules(name)
+        folder, usage, length = read_modules(name)
         config = read_json(folder / "config.json")
         kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
-        if (kind, positions) != ("bert", "absolute") or (folder / "adapter_config.json").exists():
-            raise ValueError(f"model_type {kind}, {positions} positions: no BERT, or an adapter to merge first")
-        fields = ways | config | overrides | {"dtype": "float32"}   # half precision becomes float32
+        adapter = (folder / "adapter_config.json").exists()
+        if (kind, positions) != ("bert", "absolute") or config.get("is_decoder") or adapter:
+            raise ValueError(f"model_type {kind}, {positions} positions: no BERT encoder, or an adapter to merge first")
+        fields = usage | config | {field: value for field, value in overrides.items() if value is not None}
         if not fields["pooling"]:
             print(f"{name} does not say how to pool, so the mean over the tokens is assumed")
-        config = new_config(**fields | {"pooling": fields["pooling"] or "mean"})
-        config.sizes = tuple(map(tuple, config.sizes))   # JSON has lists
+        config = new_config(**fields | {"pooling": fields["pooling"] or "mean", "dtype": "float32"})
         if config.pooling not in POOLINGS or config.similarity not in SIMILARITIES:
             raise ValueError(f"pooling {config.pooling} or similarity {config.similarity} is unknown here")
-        if config.max_position_embeddings < needed:
-            raise ValueError(f"it has {config.max_position_embeddings} positions, too few for {needed} tokens")
         model, tokenizer = Bert(config), AutoTokenizer.from_pretrained(folder)
         load_weights(model, read_weights(folder))
-        model.eval().encode(pack([np.zeros(2)]), [config.num_hidden_layers])   # fails if the heads do not fit
         # a folder without tokenizer files gives a tokenizer of five words, and every text becomes [UNK]
         if not config.vocab_size / 4 < len(tokenizer) <= config.vocab_size:
             raise ValueError(f"{len(tokenizer)} words in the tokenizer, {config.vocab_size} in the model: copy its own "
@@ -256,11 +255,11 @@ def read_modules(name):
     prompts = about.get("prompts", {})
     if prompts and not pooling.get("include_prompt", True):
         raise ValueError("its pooling leaves the tokens of prompts out, which is not supported")
-    ways = {"pooling": pooling.get("pooling_mode") or "+".join(modes),
-            "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
-            "query_prompt": prompts.get("query") or "",
-            "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}
-    return bert, ways, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
+    usage = {"pooling": pooling.get("pooling_mode") or "+".join(modes),
+             "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
+             "query_prompt": prompts.get("query") or "",
+             "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}
+    return bert, usage, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
 
 def read_weights(folder):
     """ -> {Hugging Face's name: tensor}, of one file or of several shards, without prefixes such as "bert." """
@@ -278,8 +277,9 @@ def read_weights(folder):
 def load_weights(module, state):
     """ what read_weights gives -> the weights of Bert or MLMHead. Raises KeyError for a name that is not there. """
     weights = {name: state[hf_name(name)] for name in module.state_dict()}
-    if broken := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
-        raise ValueError(f"{broken[0]} is {weights[broken[0]].dtype}; give weights that are not quantised")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name} ({tensor.dtype}) is quantised, or not finite")
     module.load_state_dict(weights)
 
 def save_pretrained(model, tokenizer, folder, head=None):
@@ -297,7 +297,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    dim = list(named_sizes(config))[-1][1]   # of the full size
+    dim = config.sizes[-1][1]   # of the full size
     normalized = config.similarity == "cosine" and dim == C   # sentence-transformers normalises before it slices
     modules = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if normalized else {})
     files = {"modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -319,7 +319,7 @@ def configure_optimizer(named_parameters, args):
     """ AdamW. Matrices decay; biases and LayerNorms do not. scale: see set_learning_rate """
     embeddings, matrices, vectors = [], [], []
     for name, parameter in named_parameters:
-        is_embedding = name.split(".")[-2:-1] in (["word"], ["position"], ["token_type"])
+        is_embedding = any(part in name for part in ("word.", "position.", "token_type."))
         (embeddings if is_embedding else matrices if parameter.dim() == 2 else vectors).append(parameter)
     return torch.optim.AdamW([{"params": embeddings, "scale": args.embedding_lr_scale},
                               {"params": matrices, "scale": 1.0},
@@ -338,22 +338,25 @@ def set_learning_rate(optimizer, step, max_steps, args, decay):
     return args.learning_rate * share
 
 def start_ranks(args):
-    """ Join the processes that torchrun started -> rank, number of ranks; (0, 1) without it. Only rank 0 prints. """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
+    """ Join the processes that torchrun started, if it did. Only rank 0 prints from now on. """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))   # "cuda" means this one from now on
-        if rank > 0:
+        if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    return rank, world_size
 
-def clip_gradient(parameters, step, terms):
+def ranks():
+    """ -> the number of this process, how many there are """
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def sum_and_clip(parameters, step, terms):
     """ The gradient becomes the sum of the ranks' gradients, of norm 1 at most -> the norm before that. Raises
     FloatingPointError if it is not finite, and names those of the terms {name: scalar} that are not. """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    for parameter in parameters if dist.is_initialized() else []:
-        dist.all_reduce(parameter.grad)
+    if dist.is_initialized():
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if not norm.isfinite():
         broken = [name for name, value in terms.items() if not value.isfinite()]
@@ -389,10 +392,7 @@ def load_run(args):
         if Path(args.out_dir, "config.json").exists():
             raise ValueError(f"--out_dir {args.out_dir} holds a model; delete it, choose another folder, or --resume")
         return None
-    try:
-        saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
-    except Exception as error:   # no such file, no zip, cut, ...
-        raise ValueError(f"--resume: {args.out_dir}/{STATE} cannot be read: {error}") from error
+    saved = torch.load(Path(args.out_dir, STATE), map_location="cpu", weights_only=True)
     changed = [name for name, value in vars(args).items() if name not in FREE and saved["args"].get(name) != value]
     if changed:
         raise ValueError(f"--resume: the run in {args.out_dir} had other values of --{', --'.join(changed)}; to train "
@@ -419,7 +419,7 @@ def save_run(args, step, bert, tokenizer, model, optimizer, about, head=None):
     torch.save({"step": step, "args": vars(args), "about": about, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict()}, part / STATE)
     (out_dir / "1_Pooling").mkdir(exist_ok=True)
-    for file in sorted(part.rglob("*.*"), key=lambda file: file.name == STATE):   # STATE last: all else is in place
+    for file in sorted(filter(Path.is_file, part.rglob("*")), key=lambda file: file.name == STATE):   # STATE last
         os.replace(file, out_dir / file.relative_to(part))
     shutil.rmtree(part)
 

@@ -9,7 +9,7 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
 Writes to OUT_DIR a Hugging Face BertForMaskedLM for finetune_srl.py --init_from, args.json, log.jsonl, and for --resume
 training_state.pt, which has the decoder. Paper: arXiv 2410.13230; smae_loss is its loss.
 """
-import argparse, contextlib, copy, itertools, time
+import argparse, copy, itertools, time
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from model import (Bert, HelpFormatter, average, check_sizes, clip_gradient, configure_optimizer, fast_dtype,
-                   load_model, load_run, load_weights, log, named_sizes, new_config, open_run, pack, parse_sizes,
-                   read_modules, read_weights, restore, run_script, save_run, set_learning_rate, size_name, start_ranks)
+from model import (Bert, HelpFormatter, average, check_sizes, configure_optimizer, fast_dtype, load_model, load_run,
+                   load_weights, log, new_config, open_run, pack, parse_sizes, ranks, read_modules, read_weights,
+                   restore, run_script, save_run, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 class MLMHead(nn.Module):
@@ -62,28 +62,24 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     taps = model.bert(batch._replace(input_ids=encoder_ids), [layer for layer, _ in sizes])   # {layer: (N, C)}
     if objective == "smae":
         tokens = model.bert.embed(batch._replace(input_ids=decoder_ids))               # (N, C), the decoder's
-        qkv = [linear(tokens) for linear in (model.decoder.query, model.decoder.key, model.decoder.value)]
     loss, terms = 0, {}
     for layer, dim in sizes:
         h = taps[layer][:, :dim]                                                       # (N, D)
         ce = {"mlm": vocabulary_loss(model, h[encoder_at], batch.input_ids[encoder_at])}
         if objective == "smae":
             bottleneck = model.head(h[batch.starts])                                   # (B, C)
-            decoded = model.bert.maybe_checkpoint(decode, model.decoder, tokens, qkv, bottleneck, batch, decoder_at)
+            decoded = model.bert.maybe_checkpoint(decode, model.decoder, tokens, bottleneck, batch, decoder_at)
             ce["mae"] = vocabulary_loss(model, decoded, batch.input_ids[decoder_at])   # decoded (M', C)
         loss = loss + sum(ce.values()) / (len(ce) * len(sizes))
         terms |= {f"{name} {layer}:{dim}": value.detach() for name, value in ce.items()}
     return loss, terms
 
-def decode(decoder, tokens, qkv, bottleneck, batch, positions):
+def decode(decoder, tokens, bottleneck, batch, positions):
     """ tokens (N, C), bottleneck (B, C), masked positions (M',) -> (M', C): what the decoder makes of the positions
-    that it must guess. The bottleneck replaces [CLS]; it needs no position embedding, as it is always at position 0.
-    qkv: queries, keys and values of the tokens, (N, C) each. Sizes share all but [CLS]'s k and v; its q is unused. """
-    q, k, v = qkv
-    k = k.index_copy(0, batch.starts, decoder.key(bottleneck).to(k.dtype))
-    v = v.index_copy(0, batch.starts, decoder.value(bottleneck).to(v.dtype))
-    mixed = decoder.attend(q, k, v, batch.groups)                         # (N, C)
-    return decoder.after_attention(tokens[positions], mixed[positions])   # no position is [CLS]
+    that it must guess. The bottleneck replaces [CLS] and needs no position embedding: it is always at position 0. """
+    x = tokens.index_copy(0, batch.starts, bottleneck.to(tokens.dtype))                        # (N, C)
+    mixed = decoder.attend(decoder.query(x), decoder.key(x), decoder.value(x), batch.groups)   # (N, C)
+    return decoder.after_attention(x[positions], mixed[positions])   # the rest only where there is a word to guess
 
 def vocabulary_loss(model, hidden, labels):
     """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. In training
@@ -119,16 +115,20 @@ def build_model(args):
                                max_position_embeddings=max(512, args.max_length),   # room for longer texts later
                                num_hidden_layers=args.num_layers, **dropout))
     else:
-        bert, tokenizer = load_model(args.init_from, needed=args.max_length, **dropout)
+        bert, tokenizer = load_model(args.init_from, **dropout)
+        if args.max_length > bert.config.max_position_embeddings:
+            raise ValueError(f"--max_length {args.max_length}: {args.init_from} can read fewer tokens")
     model, config = SMAE(bert, MLMHead(bert.config)), bert.config
     if args.init_from != "scratch":
-        with contextlib.suppress(KeyError):   # a checkpoint without a trained head: a new one
+        try:
             load_weights(model.head, read_weights(read_modules(args.init_from)[0]))
+        except KeyError:
+            print(f"{args.init_from} has no whole MLM head, so a new one is trained")
     if args.objective == "smae":
         config.pooling = "cls"   # the vector that SMAE trains
-        config.sizes = sizes = check_sizes(args.sizes or named_sizes(config), config)
-    else:
-        sizes, config.sizes = check_sizes(args.sizes or [(config.num_hidden_layers, config.hidden_size)], config), ()
+        config.sizes = sizes = check_sizes(args.sizes or config.sizes, config)
+    else:   # the sizes of the model stay those that it had
+        sizes = check_sizes(args.sizes or [(config.num_hidden_layers, config.hidden_size)], config)
     bert.gradient_checkpointing = args.gradient_checkpointing
     tokenizer.model_max_length = args.max_length
     return model.to(args.device).train(), tokenizer, sizes
@@ -167,7 +167,8 @@ def validate(model, held_out, tokenizer, sizes, args):
 # ---- training --------------------------------------------------------------------------------------------------------
 def main(args):
     """ model, text, optimizer, loop """
-    rank, world_size = start_ranks(args)
+    start_ranks(args)
+    rank, world_size = ranks()
     saved = load_run(args)
     first_step = saved["step"] if saved else 0
     torch.manual_seed(args.seed)
@@ -208,7 +209,7 @@ def main(args):
             (loss / pieces).backward()   # the mean over pieces; their number changes the masks, unlike in SRL
             records.append(terms)
         sums = {name: sum(record[name] for record in records[-len(mine):]) for name in terms}   # of this step's pieces
-        norm = clip_gradient(model.parameters(), step, sums)
+        norm = sum_and_clip(model.parameters(), step, sums)
         optimizer.step()
 
         done = step + 1

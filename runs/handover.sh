@@ -16,10 +16,10 @@ import sys
 import numpy as np
 from sentence_transformers import SentenceTransformer
 import evaluate
-from model import load_model, named_sizes, shorten
+from model import load_model, shorten
 model, tokenizer = load_model(sys.argv[1])
 _, first, second, gold = evaluate.load_sts(sys.argv[2])
-for layer, dim in named_sizes(model.config):
+for layer, dim in model.config.sizes:
     theirs = SentenceTransformer(f"{sys.argv[3]}/{layer}-{dim}", device="cpu").encode(first + second, normalize_embeddings=True)
     ours = shorten(evaluate.embed_texts(model, tokenizer, first + second, [layer])[layer], dim, "cosine").numpy()
     a, b = (evaluate.spearman((x[:len(gold)] * x[len(gold):]).sum(-1), gold) for x in (theirs, ours))

@@ -49,7 +49,7 @@ done
 import json, sys
 import numpy as np
 import evaluate
-from model import load_model, named_sizes, shorten
+from model import load_model, shorten
 from tools.bm25 import match_words
 from tools.search import funnel
 def ndcg(collection, size, rankings):
@@ -58,7 +58,7 @@ def ndcg(collection, size, rankings):
 collections = [evaluate.Collection(name) for name in sys.argv[1:]]
 for seed in ("1", "2", "3"):
     model, tokenizer = load_model(f"out/minilm-search/{seed}", max_length=256)
-    sizes = list(named_sizes(model.config))
+    sizes = model.config.sizes
     for collection in collections:
         (ids, texts, own), = collection.shards()
         asked = ((list(collection.queries.values()), model.config.query_prompt), (texts, model.config.passage_prompt))

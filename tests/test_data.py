@@ -73,7 +73,7 @@ def test_the_same_pairs_of_every_file(tmp_path, name, capsys):
     source = write(tmp_path / name, rows)
     assert pairs_of(source) == [("café", ["0"], ["2.5"]), ('b; "two", c', ["2"], ["n"])]
     assert capsys.readouterr().out == (f"{source}: 2 pairs of 4 rows | query: query | positive: positive | "
-                                       "negative: negative_1, negative_2\n")
+                                       "negative: negative_1, negative_2 | not used: -\n")
 
 def test_a_column_that_comes_late(tmp_path):
     """ In JSON a column may first occur in a late row, and hold strings here and lists there. """
@@ -103,7 +103,6 @@ def test_columns(tmp_path, row, columns, found):
     other = {name: 9 if name in ("score", "Score", "label") else cell for name, cell in row.items()}
     source = write_jsonl(tmp_path / "p.jsonl", [row, row, other])
     assert pairs_of(source, columns.split())[:2] == [found, found]
-    assert pairs_of(source, [*columns.split(), "query=elsewhere"], alone=False)[:2] == [found, found]
 
 @pytest.mark.parametrize("rows, columns, message", [
     ([{"query": "q", "body": "p"}], "", "has the columns query, body; --columns positive=COLUMN says"),
@@ -116,10 +115,11 @@ def test_columns(tmp_path, row, columns, found):
     ([SCORED] * 2, "", "every score is the same"), ([SCORED, SCORED | {"score": "high"}], "", "row 2 .*not convert"),
     ([SCORED | {"score": None}], "", "row 1 "),
     *(([SCORED | {"score": score}], "", "is no finite number") for score in ("nan", "-inf", True)),
-    ([QP | {"query": ["a", "b"]}], "", "row 1 .*several queries; give each a row of its own"),
+    ([QP | {"query": ["a", "b"]}], "", "row 1 .*several queries, or .* give each a row of its own"),
+    ([SCORED | {"sentence2": ["a", "b"]}, SCORED], "", "row 1 .*several texts to one score"),
     ([QP, QP | {"positive": [True]}], "", "row 2 .*True is no text"), ([QP | {"positive": {"a": 1}}], "", "is no text"),
-    ([QP], "query=body", "--columns query=body: .*has the columns query, positive; KIND in"),
-    ([QP], "text=query", "KIND=COLUMN is query or positive or negative or score"), ([QP], "query", "--columns que"),
+    ([QP], "query=body", "--columns query=body: .*has the columns query, positive; --columns query=COLUMN"),
+    ([QP], "text=query", "the KIND is query or positive or negative or score"), ([QP], "query", "--columns que"),
     ([QP | {"query": ""}], "", "not a single row with a text in each column that is needed")])
 def test_columns_that_are_refused(tmp_path, rows, columns, message):
     """ Ambiguous or missing names, labels that may say which rows are no pairs, and bad cells are refused. """
@@ -199,7 +199,7 @@ def test_batches_align_and_cover_an_epoch(pairs):
     assert sum(count[:2]) == 150 and sum(count[2:]) == 300 and min(count[:2]) > 55 and min(count[2:]) > 80
     scored = data.Pairs(pairs.table.add_column("score", [float(row) for row in range(10)]), {})
     batch = data.srl_batch([scored], 5, 0, 9, 1, 1)
-    assert batch.gold.tolist() == firsts(batch.queries) and batch.same is None
+    assert batch.gold.tolist() == firsts(batch.queries) and not batch.also_right.any()
 
 def test_a_batch_is_of_one_source():
     """ A batch has one source, an epoch sees every row of each once, each seed and epoch has its own turns. """
@@ -220,11 +220,12 @@ def test_windows_of_long_passages():
     assert abs(share[1] - (0.5 + 0.5 / 13)) < 0.04 and all(abs(share[2:] - 0.5 / 13) < 0.02) and len(share) == 14
     assert data.window(text, 20, rng) is text
     rows = [{"query": [i] * 20, "positive": [text.tolist()], "negative": [text.tolist()]} for i in range(4)]
-    queries, passages, same, _ = data.srl_batch([data.Pairs(datasets.Dataset.from_list(rows), {}, 3)], 4, 1, 8, 1, 0)
+    pairs = data.Pairs(datasets.Dataset.from_list(rows), {}, 3)
+    queries, passages, also_right, _ = data.srl_batch([pairs], 4, 1, 8, 1, 0)
     assert {len(q) for q in queries} == {20} and [len(p) for p in passages] == [8] * 8
     assert {tuple(p[[0, 1, 2, 7]]) for p in passages} == {(0, 1, 2, 19)}          # of a prompt of two tokens
     assert all(np.diff(p[3:7]).tolist() == [1, 1, 1] for p in passages)
-    assert same.sum() == 4 * 8 - 4 and len({p.tobytes() for p in passages}) > 1   # copies, cut to different windows
+    assert also_right.sum() == 4 * 8 - 4 and len({p.tobytes() for p in passages}) > 1   # copies, cut differently
 
 def test_known_answers_are_no_negatives(tmp_path, tokenizer):
     """ Whatever the file gives to a query, in any of its rows, and the query itself are no negatives, nothing else. """
@@ -235,10 +236,10 @@ def test_known_answers_are_no_negatives(tmp_path, tokenizer):
     table = data.load_pairs(write_jsonl(tmp_path / "p.jsonl", rows))
     pairs = data.tokenize_pairs("", table, tokenizer, 9, 9, new_config())
     for step in range(24):
-        queries, passages, same, _ = data.srl_batch([pairs], 3, 1, 9, 1, step)
+        queries, passages, also_right, _ = data.srl_batch([pairs], 3, 1, 9, 1, step)
         q, p = (tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in (queries, passages))
         want = np.array([[i != j and (q[i], p[j]) in answers for j in range(len(p))] for i in range(3)])
-        assert np.array_equal(want, want & False if same is None else same)
+        assert np.array_equal(want, also_right)
 
 # ---- text and tokens -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "parquet", "folder"])

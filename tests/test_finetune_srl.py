@@ -13,13 +13,14 @@ from model import STATE, Bert, load_model, new_config, pack, save_pretrained
 from tools import order_channels
 
 SIZES = (1, 4), (2, 8), (3, 16), (4, 48)
+NONE = torch.zeros(16, 16, dtype=torch.bool)   # no passage is also right
 
 def split(rows, Q):
     """ {layer: (Q + P, C)} -> that of the queries, that of the passages """
     return {layer: r[:Q] for layer, r in rows.items()}, {layer: r[Q:] for layer, r in rows.items()}
 
 # ---- the method: a literal loop --------------------------------------------------------------------------------------
-def literal_loss(bert, queries, passages, sizes, similarity, temperature, kl_weight, same, teacher_scores):
+def literal_loss(bert, queries, passages, sizes, similarity, temperature, kl_weight, also_right, teacher_scores):
     """ SRL as its equation stands: text by text, size by size, query by query. Nothing here is fast. """
     def embed(text, layer):
         tokens = bert(pack([text]), [layer])[layer]                 # (T, C): the tokens of this text at this layer
@@ -38,7 +39,7 @@ def literal_loss(bert, queries, passages, sizes, similarity, temperature, kl_wei
     losses = []
     for layer, dim in sizes:
         for i, query in enumerate(queries):
-            candidates = [j for j in range(len(passages)) if not same[i][j]]   # its positive i, and its negatives
+            candidates = [j for j in range(len(passages)) if not also_right[i][j]]   # its positive i, and its negatives
             scores, full_scores = {}, {}
             for j in candidates:
                 q, p = embed(query, layer), embed(passages[j], layer)
@@ -57,12 +58,12 @@ def literal_loss(bert, queries, passages, sizes, similarity, temperature, kl_wei
 def test_loss_is_the_literal_loop(model, texts, similarity, temperature, frozen):
     """ srl_loss and all its gradients are those of the literal loop, to 1e-10 in float64. """
     bert, queries, passages, sizes = model.double(), texts[:3], texts[3:9], ((1, 4), (2, 16), (4, 48))
-    same = torch.zeros(3, 6, dtype=torch.bool)
-    same[0, 2] = same[2, 0] = same[1, 5] = True                     # no negatives, see data.duplicates
+    also_right = torch.zeros(3, 6, dtype=torch.bool)
+    also_right[0, 2] = also_right[2, 0] = also_right[1, 5] = True   # no negatives
     teacher_scores = torch.randn(3, 6, dtype=torch.double) if frozen else None
-    want = literal_loss(bert, queries, passages, sizes, similarity, temperature, 0.7, same, teacher_scores)
+    want = literal_loss(bert, queries, passages, sizes, similarity, temperature, 0.7, also_right, teacher_scores)
     rows = bert.encode(pack(queries + passages), [1, 2, 4])
-    loss, terms = srl_loss(*split(rows, 3), sizes, similarity, temperature, 0.7, teacher_scores, same=same)
+    loss, terms = srl_loss(*split(rows, 3), sizes, similarity, temperature, 0.7, also_right, teacher_scores)
     found, wanted = (torch.autograd.grad(result, learned(bert)) for result in (loss, want))
     torch.testing.assert_close([loss, *found], [want, *wanted], rtol=0, atol=1e-10)
     assert len(wanted) == 5 + 4 * 15 and max(gradient.abs().max() for gradient in wanted) > 0.01
@@ -86,14 +87,15 @@ ARGS = SimpleNamespace(device="cpu", dtype="float32", seed=1, temperature=0.1, k
 def test_frozen_figures(config, frozen_texts, case, changed):
     """ Loss and gradients of a step are those of earlier versions of this program, to 1e-12 in float64. """
     config.pooling, config.similarity = ("cls", "dot") if case == "cls dot" else ("mean", "cosine")
-    bert, gold, same = set_weights(Bert(config).train()), None, None
+    bert, gold = set_weights(Bert(config).train()), None
     queries, passages = frozen_texts[:5], frozen_texts[5:]
     if case == "cosent":
         gold, passages = np.linspace(0, 1, 5), passages[:5]
+    also_right = np.zeros((5, len(passages)), bool)
     if case == "duplicates":
-        same = np.zeros((5, 10), bool)
-        same[0, 3] = same[3, 0] = same[1, 8] = True
-    args, batch, teacher = SimpleNamespace(**vars(ARGS) | changed), data.Batch(queries, passages, same, gold), None
+        also_right[0, 3] = also_right[3, 0] = also_right[1, 8] = True
+    args, batch = SimpleNamespace(**vars(ARGS) | changed), data.Batch(queries, passages, also_right, gold)
+    teacher = None
     if case == "teacher":   # one whose scores are these: those of the queries, and an identity matrix
         scores = 0.1 * torch.from_numpy(np.random.default_rng(3).normal(size=(5, 10)))
         teacher = SimpleNamespace(config=SimpleNamespace(sizes=((1, 10),), similarity="dot", num_hidden_layers=1,
@@ -117,9 +119,10 @@ def test_pieces_give_the_gradients_of_the_whole_batch(config, texts):
         for layer, vectors in bert.encode(pack(filled(texts[k::3])), layers).items():
             rows[layer][k::3] = vectors[:4]
     rows = {layer: torch.stack(vectors) for layer, vectors in rows.items()}
-    want, _ = srl_loss(*split(rows, 4), SIZES, "cosine", 0.1, 1.0)
+    want, _ = srl_loss(*split(rows, 4), SIZES, "cosine", 0.1, 1.0, NONE[:4, :8])
     wanted = torch.autograd.grad(want, learned(bert))
-    losses = train_step(bert, None, data.Batch(texts[:4], texts[4:], None, None), SIZES, ARGS, 5, pieces=3)
+    batch = data.Batch(texts[:4], texts[4:], NONE[:4, :8].numpy(), None)
+    losses = train_step(bert, None, batch, SIZES, ARGS, 5, pieces=3)
     torch.testing.assert_close(losses["loss"], want.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close([p.grad for p in learned(bert)], list(wanted), rtol=1e-9, atol=1e-12)
 
@@ -170,7 +173,7 @@ def test_a_run_equals_a_plain_loop(bert_folder, pairs_file, tmp_path):
         torch.manual_seed(hash((1, step, 0)))   # of dropout
         rows = bert.encode(pack(filled(first_batch(pairs_file, tokenizer, step))), [1, 3])
         rows = {layer: vectors[:32] for layer, vectors in rows.items()}
-        return srl_loss(*split(rows, 16), ((1, 8), (3, 48)), "cosine", 0.03, 0.3)[0]
+        return srl_loss(*split(rows, 16), ((1, 8), (3, 48)), "cosine", 0.03, 0.3, NONE)[0]
     rates = [0.0003, 0.0006, 0.0006, 0.0004, 0.0002]   # two steps up, then a line to 0 over three
     losses, norms = plain_training(bert, loss_of, rates, scale=3, decay=0.3)
     assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-4)
@@ -198,7 +201,7 @@ def test_steps_and_rates_by_default():
     """ Without --max_steps the steps are --epochs times the full batches of every source. Of both scripts the
     embeddings of a new model learn faster, those of a loaded one as the rest. """
     args = parse_args("--train_pairs x --epochs 2.5 --batch_size 4 --micro_batch 3".split())
-    assert plan(args, [SimpleNamespace(table=range(n)) for n in (10, 11)], 1) == (4, 2, 10)
+    assert plan(args, [SimpleNamespace(table=range(n)) for n in (10, 11)]) == (4, 2, 10)
     for script, scale in ((finetune_srl, 8), (pretrain_smae, 3)):
         scales = [script.parse_args(["--init_from", name]).embedding_lr_scale for name in ("scratch", "a/bert")]
         assert scales == [scale, 1]
@@ -265,7 +268,7 @@ def test_a_loaded_model_keeps_its_ways(bert_folder, pairs_file, tmp_path, flags,
     assert want.items() <= vars(bert.config).items()
     with torch.no_grad():
         rows = bert.encode(pack(first_batch(pairs_file, tokenizer, **prompts)), [n for n, _ in sizes])
-    _, want = srl_loss(*split(rows, 16), sizes, similarity, 2.0, 1.0)
+    _, want = srl_loss(*split(rows, 16), sizes, similarity, 2.0, 1.0, NONE)
     assert [record[name] for name in want] == pytest.approx([value.item() for value in want.values()], abs=1e-5)
 
 def test_a_teacher_scores_in_its_own_way(bert_folder, pairs_file, tmp_path):
@@ -284,7 +287,6 @@ def test_a_teacher_scores_in_its_own_way(bert_folder, pairs_file, tmp_path):
     (["--sizes", "2:64,3:8"], "none is deepest and widest, to teach the others; add 3:64"),
     (["--batch_size", "1"], "a batch of 1 pairs: the others of a batch are the negatives"),
     (["--teacher", "BERT"], "--teacher .* has another vocabulary than the model to train"),
-    (["--init_from", "BERT", "--sizes", "3:48", "--passage_max_length", "65"], "64 positions"),
     (["--query_prompt", " ".join(NOUNS)], "first queries: the prompt 'apple .* leaves no room in the 32 tokens")])
 def test_refused(bert_folder, pairs_file, tmp_path, flags, message):
     """ What cannot be trained is refused before anything is written, and the reason is said. """

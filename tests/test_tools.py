@@ -49,6 +49,7 @@ def trained(bert_folder, tmp_path):
         model, tokenizer = load_model(bert_folder, max_length=9, pooling=pooling, similarity=similarity, sizes=sizes,
                                       query_prompt="where is ", passage_prompt="the ")
         save_pretrained(model, tokenizer, tmp_path / "trained")
+        write_jsonl(tmp_path / "trained" / "args.json", [{}])
         return tmp_path / "trained"
     return make
 
@@ -154,7 +155,7 @@ def test_vocabulary_of_an_export(trained, tmp_path, capsys):
 
 def test_card(trained, tmp_path, capsys, monkeypatch):
     """ The card has the hub's metadata, names of the hub and not of folders, and the results of its sizes alone; a
-    model without sizes has none. A size that the model was not trained at has a warning. """
+    model that was not trained here has none. A size that the model was not trained at has a warning. """
     import yaml   # comes with huggingface_hub
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "set").mkdir(parents=True)
@@ -170,7 +171,8 @@ def test_card(trained, tmp_path, capsys, monkeypatch):
     assert (about["base_model"], about["datasets"]) == (["owner/bert"], ["a/set"])
     assert [found["metrics"][0]["value"] for found in about["model-index"][0]["results"]] == [0.2]
     assert re.findall(r"\| \d.*", card) == ["| 2:16 | stsb | Spearman | 0.2000 |"]
-    run(export, trained(sizes=()), "1:8", "small")
+    (tmp_path / "trained" / "args.json").unlink()
+    run(export, "trained", "1:8", "small")
     assert not (tmp_path / "small" / "README.md").exists()
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from transformers import BertModel
 import data
 from evaluate import embed_texts
 from finetune_srl import train_step
-from model import (Bert, HelpFormatter, fast_dtype, load_model, named_sizes, new_config, pack,
+from model import (Bert, HelpFormatter, fast_dtype, load_model, new_config, pack,
                    run_script)
 from pretrain_smae import SMAE, MLMHead, smae_loss
 
@@ -53,7 +53,7 @@ def sentence_transformers(args, two_d=False):
 
 def smae_here(args, checkpointing=False):
     """ pretrain_smae.py, maybe with --gradient_checkpointing """
-    model, sizes = SMAE(Bert(args.base), MLMHead(args.base)), list(named_sizes(args.base))
+    model, sizes = SMAE(Bert(args.base), MLMHead(args.base)), args.base.sizes
     model.bert.gradient_checkpointing = checkpointing
     autocast = args.autocast(cache_enabled=not checkpointing)
     return model, autocast(lambda masked: smae_loss(model, pack(masked.texts), masked, sizes)[0])
@@ -86,18 +86,18 @@ def embedding_speed(model, tokenizer, dtype):
         embed_texts(model, tokenizer, texts, [layer], dtype)
         return time.perf_counter() - start
     print(f"{dtype:12}{'ms/query':>10}{'texts/s':>10}")
-    for layer, dim in named_sizes(model.config):
+    for layer, dim in model.config.sizes:
         query = np.median([seconds(["how do I invert a large matrix"]) for _ in range(53)][3:])   # three warm up
         print(f"{layer}:{dim:<10}{1000 * query:10.2f}{len(texts) / seconds(texts):10.0f}")
 
 def main(args):
     """ batches, everybody's steps, a table for each kind of step """
-    model, tokenizer = load_model(args.model, needed=args.max_length)
+    model, tokenizer = load_model(args.model)
     if not args.pairs:
         return embedding_speed(model, tokenizer, args.dtype)
     args.dropouts = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
     args.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=args.dtype == "bfloat16")
-    args.sizes, args.base = list(named_sizes(model.config)), new_config(vocab_size=len(tokenizer), **args.dropouts)
+    args.sizes, args.base = model.config.sizes, new_config(vocab_size=len(tokenizer), **args.dropouts)
     table, length, rounds = data.load_pairs(args.pairs), args.max_length, range(args.rounds + 2)   # two to warm up
     pairs = [data.tokenize_pairs(args.pairs, table, tokenizer, length, length, model.config)]
     batches = {"SRL": [data.srl_batch(pairs, min(args.batch_size, len(table)), 1, length, 0, i) for i in rounds]}

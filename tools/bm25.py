@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import evaluate
-from model import load_model, named_sizes, run_script, size_name
+from model import load_model, run_script, size_name
 
 def bm25(texts, queries, k1=1.2, b=0.75):
     """ list of P texts, list of Q texts -> (Q, P) BM25 scores (Lucene's defaults; words: letters or digits): the sum
@@ -63,7 +63,7 @@ def main(args):
         records, _ = evaluate.measure(collection, (None, None), rankings["BM25"])
         print(f"BM25 on {collection.task}: " + ", ".join(f"{r['metric']} {r['value']:.4f}" for r in records))
         if model:
-            found = evaluate.search_corpus(model, tokenizer, collection, named_sizes(model.config), "float32")
+            found = evaluate.search_corpus(model, tokenizer, collection, model.config.sizes, "float32")
             rankings |= {size_name(size): hits for size, hits in found.items()}
         for label, hits in rankings.items() if args.runs else ():
             write_run(args.runs, f"{collection.task}-{label}".replace(":", "-"), collection.queries, hits)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from model import (check_sizes, load_model, named_sizes, parse_sizes, read_json, run_script,
+from model import (check_sizes, load_model, parse_sizes, read_json, run_script,
                    save_pretrained, size_name)
 from tools.search import load_passages
 
@@ -105,8 +105,7 @@ def onnx_model(model, file):
 
 def export(model, tokenizer, args):
     """ write a folder for each size that is asked for -> the folders """
-    known = named_sizes(model.config)
-    sizes = check_sizes(known if args.size == "all" else args.size, model.config)
+    sizes = check_sizes(model.config.sizes if args.size == "all" else args.size, model.config)
     several = args.size == "all" or len(sizes) > 1
     folders = [Path(args.out, size_name(size).replace(":", "-") if several else "") for size in sizes]
     for folder in folders:
@@ -122,7 +121,7 @@ def export(model, tokenizer, args):
         smaller, its_tokenizer = cut_vocabulary(model, tokenizer, counts, args.vocab_size)
         some = texts[::max(1, len(texts) // 1000)]   # a thousand texts show the cost
     for (layer, dim), folder in zip(sizes, folders):
-        if model.config.sizes and (layer, dim) not in known:
+        if (layer, dim) not in model.config.sizes:
             print(f"warning: {args.model} was not trained at {layer}:{dim}, which may be worse", file=sys.stderr)
         small = cut(smaller, (layer, dim))
         save_pretrained(small, its_tokenizer, folder)
@@ -210,7 +209,7 @@ def parse_args(argv=None):
 def main(args):
     model, tokenizer = load_model(args.model)
     for folder in export(model, tokenizer, args) if args.size else [Path(args.model)]:
-        if model.config.sizes:   # the card says: trained with Starbucks
+        if Path(args.model, "args.json").exists():   # the card says: trained with Starbucks
             write_card(folder, Path(args.model))
 
 if __name__ == "__main__":

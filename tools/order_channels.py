@@ -11,7 +11,7 @@ from pathlib import Path
 
 import data
 from evaluate import embed_texts
-from model import check_sizes, load_model, named_sizes, parse_sizes, run_script, save_pretrained
+from model import check_sizes, load_model, parse_sizes, run_script, save_pretrained
 
 def order_channels(model, tokenizer, texts, sizes):
     """ Sort the hidden channels, so that each size keeps those that matter at its layer: first the channels that vary
@@ -42,7 +42,7 @@ def main(args):
     if Path(args.out).exists():
         raise ValueError(f"{args.out}: something is there already; delete it, or name another folder")
     pairs = data.load_pairs(args.texts, args.columns)
-    sizes = check_sizes(args.sizes or named_sizes(model.config), model.config)
+    sizes = check_sizes(args.sizes or model.config.sizes, model.config)
     order_channels(model, tokenizer, pairs[:1000]["query"], sizes)
     save_pretrained(model, tokenizer, args.out)
     print(f"{args.out}: {args.model} with its channels sorted for {len(sizes)} sizes")

@@ -14,7 +14,7 @@ import torch
 
 import data
 from evaluate import embed_texts
-from model import check_sizes, load_model, named_sizes, parse_sizes, run_script, shorten, size_name
+from model import check_sizes, load_model, parse_sizes, run_script, shorten, size_name
 
 def load_passages(source):
     """ "docs", or a file or folder of .txt, .md and .jsonl, maybe .gz -> [(name, text), ...]: the docstrings, the
@@ -46,7 +46,6 @@ def embed_passages(model, tokenizer, texts, layers, args):
     def embed(batch):
         found = embed_texts(model, tokenizer, batch["text"], layers, prompt=model.config.passage_prompt)
         return {str(layer): rows.numpy() for layer, rows in found.items()}
-    data.quiet()
     table = Dataset.from_dict({"text": texts})
     cache = data.CACHE / "search" / f"{zlib.crc32(repr(about).encode()):08x}.arrow"
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +72,7 @@ def ask():
 
 def main(args):
     model, tokenizer = load_model(args.model)
-    sizes = check_sizes(args.sizes or list(named_sizes(model.config))[-1:], model.config)
+    sizes = check_sizes(args.sizes or model.config.sizes[-1:], model.config)
     passages, layers = load_passages(args.texts), sorted({layer for layer, _ in sizes})
     data.check_texts(args.texts, [text for _, text in passages[:1000]], tokenizer, tokenizer.model_max_length,
                      model.config.passage_prompt)

@@ -240,7 +240,7 @@ def parse_args(argv=None):
              "negative, or sentence1, sentence2, score; each batch is of one source")
     add("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names: query=question positive=answer")
     add("--retrieval", help="docs, a BEIR folder or set of the hub, to evaluate the finished model on")
-    add("--eval_interval", type=int, default=0, help="steps between two evaluations on its dev split; 0: none")
+    add("--eval_interval", type=int, default=0, help="steps between two evaluations on the dev of --retrieval; 0: none")
     add("--batch_size", type=int, default=128, help="queries a step, over all ranks")
     add("--micro_batch", type=int, default=0, help="queries embedded at a time: less memory; 0: all")
     add("--negatives", type=int, default=1, help="hard negatives a query, at most")
@@ -280,8 +280,6 @@ def parse_args(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")
     add("--compile", action=flag, default=torch.cuda.is_available(), help="torch.compile the blocks but for attention")
     args = parser.parse_args(argv)
-    if args.eval_interval and not args.retrieval and args.train_pairs != ["docs"]:
-        parser.error("--eval_interval evaluates on the dev split of --retrieval; give both")
     if args.train_pairs == ["docs"]:
         args.retrieval = "docs" if args.retrieval is None else args.retrieval
         args.max_steps = 200 if args.max_steps is None else args.max_steps

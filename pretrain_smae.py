@@ -116,8 +116,6 @@ def build_model(args):
                                num_hidden_layers=args.num_layers, **dropout))
     else:
         bert, tokenizer = load_model(args.init_from, **dropout)
-        if args.max_length > bert.config.max_position_embeddings:
-            raise ValueError(f"--max_length {args.max_length}: {args.init_from} can read fewer tokens")
     model, config = SMAE(bert, MLMHead(bert.config)), bert.config
     if args.init_from != "scratch":
         try:
@@ -200,6 +198,7 @@ def main(args):
     for step in range(first_step, max_steps):
         lr = set_learning_rate(optimizer, step, max_steps, args, "cosine")   # as in the paper's run
         optimizer.zero_grad()
+        found = []   # terms of the pieces
         for piece in mine:
             batch = documents(step, piece)
             if len(batch) < micro_batch:
@@ -207,17 +206,18 @@ def main(args):
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             loss, terms = batch_loss(model, batch, tokenizer, sizes, args, [args.seed, step, piece])
             (loss / pieces).backward()   # the mean over pieces; their number changes the masks, unlike in SRL
-            records.append(terms)
-        sums = {name: sum(record[name] for record in records[-len(mine):]) for name in terms}   # of this step's pieces
-        norm = sum_and_clip(model.parameters(), step, sums)
+            found.append(terms)
+        losses = {name: sum(terms[name] for terms in found) / len(found) for name in found[0]}
+        norm = sum_and_clip(model.parameters(), step, losses)
         optimizer.step()
 
         done = step + 1
+        records.append(losses | {"norm": norm})
         if done % (args.log_interval or max_steps) == 0 or done == max_steps:
-            ms = 1000 * (time.time() - clock) / (len(records) / len(mine))
+            ms = 1000 * (time.time() - clock) / len(records)
             log(log_file, {"step": done} | average(records) | {
-                "lr": lr, "norm": norm.item(), "ms": ms, "minutes left": ms * (max_steps - done) / 60_000},
-                ["step", *list(terms)[:3], *list(terms)[-2:], "lr", "norm", "ms", "minutes left"])
+                "lr": lr, "ms": ms, "minutes left": ms * (max_steps - done) / 60_000},
+                ["step", *list(losses)[:3], *list(losses)[-2:], "lr", "norm", "ms", "minutes left"])
             clock, records = time.time(), []
         if done % (args.eval_interval or max_steps) == 0 or done == max_steps:
             start = time.time()

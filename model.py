@@ -435,6 +435,6 @@ def run_script(main, parse_args):
             if isinstance(value, int | float) and not value >= 0:   # NaN is not
                 raise ValueError(f"--{name} {value}: a number from 0 on is needed")
         main(args)
-    except () if sys.flags.dev_mode else (ValueError, OSError, FloatingPointError) as error:   # -X dev: tracebacks
+    except () if sys.flags.dev_mode else (ValueError, OSError, ImportError, FloatingPointError) as error:   # -X dev
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

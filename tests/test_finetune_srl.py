@@ -132,7 +132,7 @@ def test_ordered_channels_are_those_that_vary_most(bert_folder, tmp_path):
     texts = [f"{a} {b}" for a in NOUNS[:4] for b in NOUNS[4:]]
     pairs = write_jsonl(tmp_path / "p.jsonl", [{"query": text, "positive": "the lantern"} for text in texts])
     flags = [bert_folder, str(tmp_path / "out"), "--texts", pairs, "--sizes", "1:6,2:4,3:16"]
-    order_channels.main(order_channels.parse_args(flags))
+    order_channels.main(order_channels.parser.parse_args(flags))
     before, after = (evaluate.embed_texts(*load_model(folder), texts, [1, 2, 3]) for folder in flags[:2])
     first = before[1].var(0).argsort(descending=True)[:6].tolist()
     rest = [i for i in before[3].var(0).argsort(descending=True).tolist() if i not in first][:10]

@@ -11,7 +11,7 @@ from model import load_model
 from tools import export
 
 def run(*flags):
-    export.main(export.parse_args(list(map(str, flags))))
+    export.main(export.parser.parse_args(list(map(str, flags))))
 
 @needs("onnxscript")
 @needs("onnxruntime")

@@ -29,14 +29,14 @@ def test_quick_start_then_search(tmp_path, monkeypatch, capsys):
         assert f" {row} " in shown, row
     results = json.loads((tmp_path / "srl/eval.json").read_text())["results"]
     assert min(r["value"] for r in results if r["metric"] == "MRR@10") > 0.5   # 0.2 for an order by chance
-    search.main(search.parse_args([out, pairs[8]["query"]]))
+    search.main(search.parser.parse_args([out, pairs[8]["query"]]))
     name, text, *rest = capsys.readouterr().out.splitlines()[-10:]             # five hits of two lines
     assert name.split()[1:] == [pairs[8]["name"]] and text.strip().endswith(pairs[8]["positive"]) and len(rest) == 8
 
 @needs("sentence_transformers")
 def test_a_size_that_is_handed_over(bert_folder, tmp_path):
     """ README's lines of Python load what tools.export wrote, and give vectors of the shape that they name. """
-    export.main(export.parse_args([str(bert_folder), "2:16", str(tmp_path / "small")]))
+    export.main(export.parser.parse_args([str(bert_folder), "2:16", str(tmp_path / "small")]))
     code = re.search(r"```python\n(from sentence.*?)```", README, re.S)[1]
     exec(code.replace("out/small", str(tmp_path / "small")), names := {})
     assert f"# {names['vectors'].shape}" in code and names["vectors"].shape == (2, 16)
@@ -73,7 +73,8 @@ def test_every_command_parses(typed, monkeypatch):
         name, *flags = words[1:] if words[0] == "-m" else words
         if name not in ("-", "-c", "tools.docs"):
             print(where, name, flags)   # is shown if argparse does not like it, which is a SystemExit
-            checked.add((where, str(modules[name.removesuffix(".py")].parse_args(flags))))
+            script = modules[name.removesuffix(".py")]
+            checked.add((where, str(getattr(script, "parser", script).parse_args(flags))))
     assert len(checked) > 200 and {"README.md", "paper.sh", "handover.sh", "tools.export"} <= set(dict(checked))
 
 def test_the_python_code_in_runs_names_what_there_is(typed):

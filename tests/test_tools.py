@@ -17,7 +17,7 @@ WAYS = {"sizes", "pooling", "similarity", "query_prompt", "passage_prompt"}   # 
 
 def run(tool, *flags):
     """ a tool in this process """
-    return tool.main(tool.parse_args(list(map(str, flags))))
+    return tool.main(tool.parser.parse_args(list(map(str, flags))))
 
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
@@ -170,7 +170,7 @@ def test_card(trained, tmp_path, capsys, monkeypatch):
     assert about["library_name"] == "sentence-transformers" and "sentence-similarity" in about["tags"]
     assert (about["base_model"], about["datasets"]) == (["owner/bert"], ["a/set"])
     assert [found["metrics"][0]["value"] for found in about["model-index"][0]["results"]] == [0.2]
-    assert re.findall(r"\| \d.*", card) == ["| 2:16 | stsb | Spearman | 0.2000 |"]
+    assert re.findall(r"^\d.*", card, re.M) == ["2:16   0.2000"]
     (tmp_path / "trained" / "args.json").unlink()
     run(export, "trained", "1:8", "small")
     assert not (tmp_path / "small" / "README.md").exists()

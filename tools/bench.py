@@ -19,8 +19,7 @@ from transformers import BertModel
 import data
 from evaluate import embed_texts
 from finetune_srl import train_step
-from model import (Bert, HelpFormatter, fast_dtype, load_model, new_config, pack,
-                   run_script)
+from model import Bert, HelpFormatter, fast_dtype, load_model, new_config, pack, run_script
 from pretrain_smae import SMAE, MLMHead, smae_loss
 
 # ---- contestants: args -> model, function of a batch -> loss; of SRL a batch is data.Batch, of SMAE data.Masked ------
@@ -51,17 +50,15 @@ def sentence_transformers(args, two_d=False):
         return loss([model.tokenizer.pad({"input_ids": ids}, return_tensors="pt") for ids in columns if ids], None)
     return model, args.autocast()(loss_of)
 
-def smae_here(args, checkpointing=False):
-    """ pretrain_smae.py, maybe with --gradient_checkpointing """
+def smae_here(args):
+    """ pretrain_smae.py """
     model, sizes = SMAE(Bert(args.base), MLMHead(args.base)), args.base.sizes
-    model.bert.gradient_checkpointing = checkpointing
-    autocast = args.autocast(cache_enabled=not checkpointing)
-    return model, autocast(lambda masked: smae_loss(model, pack(masked.texts), masked, sizes)[0])
+    return model, args.autocast()(lambda masked: smae_loss(model, pack(masked.texts), masked, sizes)[0])
 
 CONTESTANTS = {"SRL here, all sizes": here, "SRL here, full size alone": functools.partial(here, last=-1),
                "SRL Matryoshka2dLoss": functools.partial(sentence_transformers, two_d=True),
                "SRL MultipleNegativesRankingLoss": sentence_transformers, "SRL transformers, padded": transformers,
-               "SMAE here": smae_here, "SMAE here, checkpointing": functools.partial(smae_here, checkpointing=True)}
+               "SMAE here": smae_here}
 READY = []   # in the process of a contestant: its model, function and optimizer
 
 def step(contestant, args, batch):
@@ -116,19 +113,16 @@ def main(args):
             workers[name].shutdown()
             print(f"{name:42}{1000 * seconds:8.0f}{seconds / medians[0]:8.2f}{peak:8.2f}{loss:24.6f}", flush=True)
 
-def parse_args(argv=None):
-    """ command line -> args """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("model", help="a BERT: a folder, or a name of the hub")
-    parser.add_argument("pairs", nargs="?", help="of the step: as finetune_srl.py --train_pairs, with negatives")
-    parser.add_argument("--smae", metavar="TEXT", help="what pretrain_smae.py --train_text takes: time that step, too")
-    parser.add_argument("--batch_size", type=int, default=64, help="pairs a step; of SMAE 16 windows of 128 tokens")
-    parser.add_argument("--max_length", type=int, default=64, help="tokens of a query and of a passage")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant, after two to warm up")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")
-    parser.add_argument("--dropout", type=float, default=0.1, help="in the hidden layers and the attention")
-    parser.set_defaults(device="cpu", seed=1, temperature=0.05, kl_weight=1.0)
-    return parser.parse_args(argv)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+parser.add_argument("model", help="a BERT: a folder, or a name of the hub")
+parser.add_argument("pairs", nargs="?", help="of the step: as finetune_srl.py --train_pairs, with negatives")
+parser.add_argument("--smae", metavar="TEXT", help="what pretrain_smae.py --train_text takes: time that step, too")
+parser.add_argument("--batch_size", type=int, default=64, help="pairs a step; of SMAE 16 windows of 128 tokens")
+parser.add_argument("--max_length", type=int, default=64, help="tokens of a query and of a passage")
+parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant, after two to warm up")
+parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="of the matrix products")
+parser.add_argument("--dropout", type=float, default=0.1, help="in the hidden layers and the attention")
+parser.set_defaults(device="cpu", seed=1, temperature=0.05, kl_weight=1.0)
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, parser.parse_args)

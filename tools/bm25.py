@@ -68,13 +68,10 @@ def main(args):
         for label, hits in rankings.items() if args.runs else ():
             write_run(args.runs, f"{collection.task}-{label}".replace(":", "-"), collection.queries, hits)
 
-def parse_args(argv=None):
-    """ command line -> args """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("retrieval", nargs="+", metavar="NAME[:SPLIT]", help="what evaluate.py --retrieval takes")
-    parser.add_argument("--runs", metavar="FOLDER", help="write TREC runs there")
-    parser.add_argument("--model", help="of --runs: a model, at all its sizes")
-    return parser.parse_args(argv)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("retrieval", nargs="+", metavar="NAME[:SPLIT]", help="what evaluate.py --retrieval takes")
+parser.add_argument("--runs", metavar="FOLDER", help="write TREC runs there")
+parser.add_argument("--model", help="of --runs: a model, at all its sizes")
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, parser.parse_args)

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from model import (check_sizes, load_model, parse_sizes, read_json, run_script,
-                   save_pretrained, size_name)
+from model import check_sizes, load_model, parse_sizes, read_json, run_script, save_pretrained, size_name
 from tools.search import load_passages
 
 def cut(model, size):
@@ -143,8 +142,9 @@ CARD = """
 One BERT trained with [Starbucks](https://arxiv.org/abs/2410.13230) for use at several sizes. Pooling: {pooling}.
 Similarity: {similarity}. Sizes (layers:dims): {sizes}.
 
+```
 {table}
-
+```
 ```python
 from sentence_transformers import SentenceTransformer
 
@@ -179,38 +179,32 @@ def write_card(folder, source):
         model_name=folder.resolve().name if results else None,
         eval_results=[EvalResult("sentence-similarity", r["task"], r["task"], r["metric"], r["value"],
                                  metric_name=f"{r['metric']} at {r['layer']}:{r['dim']}") for r in results] or None)
-    table = "\n".join(["| layers:dims | task | metric | value |", "|---|---|---|---|"] + [
-        f"| {r['layer']}:{r['dim']} | {r['task']} | {r['metric']} | {r['value']:.4f} |" for r in results])
     text = CARD.format(name=folder.resolve().name, pooling=config["pooling"], similarity=config["similarity"],
-                       sizes=", ".join(map(size_name, sizes)), table=table if results else "Not evaluated yet.",
-                       layer=sizes[0][0], dim=sizes[0][1])
+                       sizes=", ".join(map(size_name, sizes)), layer=sizes[0][0], dim=sizes[0][1],
+                       table=evaluate.table(results, sizes) if results else "Not evaluated yet.")
     card.write_text(f"---\n{about.to_yaml()}\n---\n{MADE_HERE}\n{text}", encoding="utf-8")
     print(f"the card is in {card}")
 
-def sizes_or_all(text):
-    """ an argparse type """
-    return text if text == "all" else parse_sizes(text)
-
-def parse_args(argv=None):
-    """ command line -> args """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder of finetune_srl.py, or any BERT")
-    parser.add_argument("size", nargs="?", metavar="SIZE", type=sizes_or_all, help="LAYER:DIM,LAYER:DIM,... or all")
-    parser.add_argument("out", nargs="?", metavar="OUT", help="the new folder; of several sizes the one above them")
-    parser.add_argument("--vocab_size", type=int, metavar="N", help="keep the N entries most frequent in --texts")
-    parser.add_argument("--texts", default="docs", metavar="PATH", help="as in tools.search; by default %(default)s")
-    parser.add_argument("--onnx", action="store_true", help="also OUT/onnx: model.onnx in float32, model_int8.onnx")
-    parser.add_argument("--sts", metavar="FILE", help="of --onnx: Spearman of both, on what evaluate.py --sts takes")
-    args = parser.parse_args(argv)
-    if not args.out and (args.size or args.vocab_size or args.onnx) or args.sts and not args.onnx:
-        parser.error("--vocab_size and --onnx need SIZE and OUT, the new folder; --sts needs --onnx")
-    return args
-
 def main(args):
+    if not args.out and (args.size or args.vocab_size or args.onnx) or args.sts and not args.onnx:
+        raise ValueError("--vocab_size and --onnx need SIZE and OUT, the new folder; --sts needs --onnx")
     model, tokenizer = load_model(args.model)
     for folder in export(model, tokenizer, args) if args.size else [Path(args.model)]:
         if Path(args.model, "args.json").exists():   # the card says: trained with Starbucks
             write_card(folder, Path(args.model))
 
+def sizes_or_all(text):
+    """ an argparse type """
+    return text if text == "all" else parse_sizes(text)
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", help="a folder of finetune_srl.py, or any BERT")
+parser.add_argument("size", nargs="?", metavar="SIZE", type=sizes_or_all, help="LAYER:DIM,LAYER:DIM,... or all")
+parser.add_argument("out", nargs="?", metavar="OUT", help="the new folder; of several sizes the one above them")
+parser.add_argument("--vocab_size", type=int, metavar="N", help="keep the N entries most frequent in --texts")
+parser.add_argument("--texts", default="docs", metavar="PATH", help="as in tools.search; by default %(default)s")
+parser.add_argument("--onnx", action="store_true", help="also OUT/onnx: model.onnx in float32, model_int8.onnx")
+parser.add_argument("--sts", metavar="FILE", help="of --onnx: Spearman of both, on what evaluate.py --sts takes")
+
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, parser.parse_args)

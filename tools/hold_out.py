@@ -37,15 +37,12 @@ def main(args):
     (out / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     print(f"{out}: {len(drawn):,} pairs to test on, {len(kept):,} of the others to train on")
 
-def parse_args(argv=None):
-    """ command line -> args """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", help="what finetune_srl.py --train_pairs takes")
-    parser.add_argument("out", help="the new folder")
-    parser.add_argument("--n", type=int, default=100, help="rows to test on; by default %(default)s")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names of the columns")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("pairs", help="what finetune_srl.py --train_pairs takes")
+parser.add_argument("out", help="the new folder")
+parser.add_argument("--n", type=int, default=100, help="rows to test on; by default %(default)s")
+parser.add_argument("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names of the columns")
+parser.add_argument("--seed", type=int, default=0)
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, parser.parse_args)

@@ -47,15 +47,12 @@ def main(args):
     save_pretrained(model, tokenizer, args.out)
     print(f"{args.out}: {args.model} with its channels sorted for {len(sizes)} sizes")
 
-def parse_args(argv=None):
-    """ command line -> args """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or hub name of a BERT")
-    parser.add_argument("out", help="the new folder")
-    parser.add_argument("--texts", default="docs", help="pairs as for --train_pairs; the first 1,000 queries count")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names of the columns")
-    parser.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, or the paper's")
-    return parser.parse_args(argv)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", help="a folder or hub name of a BERT")
+parser.add_argument("out", help="the new folder")
+parser.add_argument("--texts", default="docs", help="pairs as for --train_pairs; the first 1,000 queries count")
+parser.add_argument("--columns", nargs="+", default=[], metavar="KIND=COLUMN", help="other names of the columns")
+parser.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the model's own, or the paper's")
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, parser.parse_args)

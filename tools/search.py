@@ -37,7 +37,7 @@ def load_passages(source):
         raise ValueError(f"--texts {source}: neither docs nor a file or folder of .txt, .md or .jsonl with text in it")
     return passages
 
-def embed_passages(model, tokenizer, texts, layers, args):
+def embed_passages(model, tokenizer, texts, layers):
     """ -> {layer: (P, C)}; found again by the texts and by whatever decides their embedding """
     from datasets import Dataset
     weights = [zlib.crc32(parameter.detach().numpy()) for parameter in model.parameters()]
@@ -76,7 +76,7 @@ def main(args):
     passages, layers = load_passages(args.texts), sorted({layer for layer, _ in sizes})
     data.check_texts(args.texts, [text for _, text in passages[:1000]], tokenizer, tokenizer.model_max_length,
                      model.config.passage_prompt)
-    embeddings = embed_passages(model, tokenizer, [text for _, text in passages], layers, args)
+    embeddings = embed_passages(model, tokenizer, [text for _, text in passages], layers)
     similarity = model.config.similarity
     vectors = {(layer, dim): shorten(embeddings[layer], dim, similarity) for layer, dim in sizes}   # (P, D) each
     ways = [(size,) for size in sizes]   # each is for funnel: one size, or a small and the full one
@@ -97,14 +97,11 @@ def main(args):
                 name, text = passages[i]
                 print(f"{value:.3f}  {name}\n       {text[:110]}")
 
-def parse_args(argv=None):
-    """ command line -> args """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder of finetune_srl.py, or any BERT")
-    parser.add_argument("question", nargs="?", help="without one it asks for some")
-    parser.add_argument("--texts", default="docs", metavar="PATH", help="docs, or a file or folder of texts")
-    parser.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the largest")
-    return parser.parse_args(argv)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", help="a folder of finetune_srl.py, or any BERT")
+parser.add_argument("question", nargs="?", help="without one it asks for some")
+parser.add_argument("--texts", default="docs", metavar="PATH", help="docs, or a file or folder of texts")
+parser.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the largest")
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    run_script(main, parser.parse_args)

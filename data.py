@@ -4,8 +4,7 @@ Texts in, batches of token ids out.
 A batch is a pure function of (data, seed, step), so resuming a run needs no state of a data loader:
   srl_batch    queries with their positives and hard negatives, for finetune_srl.py
   smae_batch   running text masked twice, for pretrain_smae.py
-Below: sources of rows, the tables that the library `datasets` makes of them, keeps in memory-mapped files and finds
-again, and tokenising. Letters for shapes: see model.py.
+Below: rows of files and of the hub, the tables that `datasets` makes of them, tokenising. Letters: see model.py.
 """
 import csv, functools, gzip, importlib.metadata, itertools, json, math, os, re, string, subprocess, sys, zlib
 from pathlib import Path
@@ -16,11 +15,11 @@ import numpy as np
 from datasets import Features, List, Value
 from datasets.distributed import split_dataset_by_node
 
-# ---- batches of pairs, for SRL ---------------------------------------------------------------------------------------
+# ---- batches of pairs, for SRL -----------------------------------------------
 class Pairs(NamedTuple):
     """ what tokenize_pairs makes of a source """
     table: datasets.Dataset   # query: ids; positive, negative: lists of ids; score, if the pairs have one
-    repeats: dict             # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
+    rows_of_repeated: dict    # {ids of a query, as bytes: numbers of its rows} of the queries with several rows
     prefix: int = 1           # tokens before the text of a passage: [CLS] and those of a prompt
 
 class Batch(NamedTuple):
@@ -80,19 +79,20 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     table = pairs.table[rows]                   # {column: a list with a cell for each row}
     positives = [texts[rng.integers(len(texts))] for texts in table["positive"]]
     hard = [texts[k] for texts in table["negative"] for k in rng.permutation(len(texts))[:max_negatives]]
-    queries, passages = map(as_arrays, (table["query"], positives + hard))
+    queries, passages = as_arrays(table["query"]), as_arrays(positives + hard)
     windows = [window(text, passage_max_length, rng, pairs.prefix) for text in passages]
     if "score" in table:   # no passage is right or wrong: pairs are more or less similar
         nothing = np.zeros((len(queries), len(passages)), dtype=bool)
         return Batch(queries, windows, nothing, np.array(table["score"], np.float32))
-    # No answer that the file gives to a query is its negative. Whole texts are compared: windows of copies differ.
-    others = [row for query in queries for row in pairs.repeats.get(query.tobytes(), ())]
-    given = pairs.table[[*rows, *others]]
+    # No answer that the file gives to a query is its negative: not those of its row that were not drawn, nor those of
+    # other rows with this query. Whole texts are compared, because windows of copies differ.
+    more_rows = [row for query in queries for row in pairs.rows_of_repeated.get(query.tobytes(), ())]
+    given = pairs.table[[*rows, *more_rows]]
     answers = [(query, answer) for query, texts in zip(as_arrays(given["query"]), given["positive"])
                for answer in as_arrays(texts)]
     return Batch(queries, windows, find_also_right(queries, passages, answers), None)
 
-# ---- batches of masked text, for SMAE --------------------------------------------------------------------------------
+# ---- batches of masked text, for SMAE ----------------------------------------
 class Masked(NamedTuple):
     """ B texts masked twice, sorted by length as in model.pack. Positions are indices into the row of N tokens. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
@@ -164,7 +164,7 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     decoder_ids = corrupt(row, for_decoder, tokenizer.mask_token_id, len(tokenizer), rng)   # draws of its own
     return Masked(texts, encoder_ids, np.flatnonzero(for_encoder), decoder_ids, np.flatnonzero(for_decoder))
 
-# ---- rows: docs, local files, the Hugging Face hub -------------------------------------------------------------------
+# ---- rows: docs, local files, the Hugging Face hub ---------------------------
 FILE = re.compile(r"\.(csv|tsv|jsonl?|txt|md|parquet)(\.gz)?$", re.IGNORECASE)
 CACHE = Path(__file__).parent / "out"   # the docs corpus; git-ignored, made again when missing
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are said once, by us
@@ -186,8 +186,8 @@ def read_rows(source, convert=dict, split="train", streaming=False):
     done = 0
     try:
         for done, row in enumerate(open_source(source, split, streaming), start=1):
-            if found := convert(row):
-                yield found
+            if converted := convert(row):
+                yield converted
     except Exception as error:   # csv, json, gzip, datasets, pyarrow and the hub have a dozen kinds
         reason = f"{type(error).__name__}: {error!s:.300}"
         raise ValueError(f"{source} cannot be read, row {done} or the next ({reason})") from error
@@ -244,37 +244,36 @@ def as_score(cell):
         raise ValueError(f"{cell!r:.60} is no finite number")
     return score
 
-def make_table(source, rows, features, about=None, split="train"):
+def make_table(source, rows, features, settings=None, split="train"):
     """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, which is reused
-    until the source, `about`, data.py or evaluate.py change """
+    until the source (of a file path, date and size count), the settings of `rows`, data.py or evaluate.py change """
     path = Path(docs_folder() / "train.jsonl" if source == "docs" else source)
     if FILE.search(path.name):
         content = str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size
     else:
         content = open_source(source, split, streaming=False)._fingerprint
     program = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("data.py", "evaluate.py")]
-    key = f"{zlib.crc32(repr((content, sorted(features), about, program)).encode()):08x}"
+    key = f"{zlib.crc32(repr((content, sorted(features), settings, program)).encode()):08x}"
     try:
         return datasets.Dataset.from_generator(rows, features=Features(features), fingerprint=key)
-    except datasets.exceptions.DatasetGenerationError as error:   # raised by `rows`
+    except datasets.exceptions.DatasetGenerationError as error:   # around the error that `rows` raised
         raise error.__cause__ from None
     except ValueError:   # no row at all
         raise ValueError(f"{source}: not a single row with a text in each column that is needed") from None
 
-# ---- columns ---------------------------------------------------------------------------------------------------------
+# ---- columns -----------------------------------------------------------------
 # what columns are called in people's files: any one of the names will do, also with _1, _2, ... behind it
 COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": "score",
            "positive": "pos|positives?|positive_passages|answers?|context|document|passage|response|sentence2",
            "negative": "neg|negatives?|negative_passages"}
-LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scores?|similarity"   # is a row a pair?
+LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scores?|similarity"   # may say: no pair
 SENTENCES = {"sentence1": "query", "sentence2": "positive"}   # what --columns may call them, too
 
 def find_columns(source, present, kinds, columns):
     """ -> {kind: the columns, of those present, that hold it}: those that --columns names, as ["query=question"], else
     those of COLUMNS. Only a negative or a score may have none, and only passages may have several. """
     has = f"{source} has the columns {', '.join(present)}"
-    asked = [item.partition("=")[::2] for item in columns]   # (kind, column)
-    asked = [(SENTENCES.get(kind, kind), column) for kind, column in asked]
+    asked = [(SENTENCES.get(kind, kind), column) for kind, _, column in (item.partition("=") for item in columns)]
     if unknown := {kind for kind, _ in asked} - set(kinds):
         raise ValueError(f"--columns {unknown.pop()}: {has}; in KIND=COLUMN the KIND is {' or '.join(kinds)}")
     found = {}
@@ -284,8 +283,9 @@ def find_columns(source, present, kinds, columns):
         found[kind] = [column for column in present if column in named] if named else known
         stems = {re.sub(r"_\d+$", "", column) for column in known}
         missing = not found[kind] and (named or kind not in ("negative", "score"))
-        several = len(found[kind]) > 1 and (kind in ("query", "score") or not named and len(stems) > 1)
-        if missing or several:
+        several = len(found[kind]) > 1 and kind in ("query", "score")
+        mixed = not named and len(stems) > 1   # positive and answer; positive_1 and positive_2 have one stem
+        if missing or several or mixed:
             flag = f"--columns {kind}={','.join(named)}: " if named else ""
             raise ValueError(f"{flag}{has}; --columns {kind}=COLUMN says which is the {kind}")
     return found
@@ -298,8 +298,8 @@ def load_pairs(source, columns=(), split="train"):
         names |= dict.fromkeys(row)
     found = find_columns(source, list(names), ["query", "positive", "negative", "score"], columns)
     # a score beside query and positive may say anything: it counts if --columns names it, or beside two sentences
-    asked = {item.split("=")[0] for item in columns}
-    if "score" not in asked and not {"sentence1", "sentence2"} <= asked | names.keys():
+    kinds_asked = {item.split("=")[0] for item in columns}
+    if "score" not in kinds_asked and not {"sentence1", "sentence2"} <= kinds_asked | names.keys():
         found["score"] = []
     unused = [name for name in names if name not in sum(found.values(), [])]
     for name in unused:
@@ -327,7 +327,7 @@ def load_pairs(source, columns=(), split="train"):
 
 def text_rows(source, streaming=False, columns=()):
     """ --train_text, see read_rows -> yields {"text": a document}, none blank """
-    columns = ["text=query", "text=positive"] if source == "docs" else columns
+    columns = ["text=query", "text=positive"] if source == "docs" else columns   # a document is both of its texts
     first = next(read_rows(source, streaming=True), {})
     names = find_columns(source, list(first), ["text"], columns)["text"]
     def as_document(row):
@@ -335,13 +335,13 @@ def text_rows(source, streaming=False, columns=()):
         return text and {"text": text}
     return read_rows(source, as_document, streaming=streaming)
 
-# ---- tokenising ------------------------------------------------------------------------------------------------------
+# ---- tokenising --------------------------------------------------------------
 def train_wordpiece(texts, vocab_size):
     """ an iterable of texts -> transformers tokenizer: lower-casing WordPiece like BERT's, but it keeps accents and
     vowel signs, without which words of many languages become the same """
     from transformers import BertTokenizer   # here, because it takes a second or two
-    # The trainer numbers letters in the order of a hash table and breaks ties by number. With the letters in a fixed
-    # order, and its pieces sorted afterwards, the same texts always give the same vocabulary.
+    # The trainer numbers letters in the order of a hash table and breaks ties by number. Given as special tokens they
+    # have fixed numbers, so the same texts always give the same pieces, which are sorted in the end.
     letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     blank = BertTokenizer(strip_accents=False)
@@ -373,12 +373,12 @@ def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
     tokens = [token for text in ids for token in text]
     unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
     different, left = len({text.lower() for text in texts}), len(set(map(tuple, ids)))
-    found = (f"{source}: {unknown:.0%} of the tokens are {tokenizer.unk_token}, and {different:,} different texts have "
-             f"{left:,} different token sequences; does this tokenizer know their language?")
+    message = (f"{source}: {unknown:.0%} of the tokens are {tokenizer.unk_token}, and {different:,} different texts "
+               f"have {left:,} different token sequences; does this tokenizer know their language?")
     if unknown > 0.8:
-        raise ValueError(found)
+        raise ValueError(message)
     if unknown > 0.05 or left < 0.95 * different:
-        print(f"warning: {found}", file=sys.stderr)
+        print(f"warning: {message}", file=sys.stderr)
     if max_length:
         room = max_length - len(to_ids([prompt], tokenizer)[0])   # less [CLS], prompt, [SEP]
         longer = sum(len(text) > room for text in ids)
@@ -388,8 +388,7 @@ def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
             print(f"{source}: {longer:,} of {len(ids):,} texts are longer than {max_length} tokens and are cut")
 
 def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_length, config):
-    """ table of load_pairs, config with the prompts that go before each text -> Pairs, where every string is its ids,
-    [CLS] ... [SEP] """
+    """ table of load_pairs, config with the prompts -> Pairs, where every string is its ids, [CLS] ... [SEP] """
     first = pairs[:1000]
     check_texts(f"{source}, first queries", first["query"], tokenizer, query_max_length, config.query_prompt)
     check_texts(f"{source}, first passages", [texts[0] for texts in first["positive"]], tokenizer, passage_max_length,
@@ -402,14 +401,14 @@ def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_lengt
             passages = iter(to_ids(passages, tokenizer, truncation=True, max_length=passage_max_length))
             ids[kind] = [[next(passages) for _ in row] for row in batch[kind]]
         return ids
-    text = List(Value("int32"))
-    features = Features({**pairs.features, "query": text, "positive": List(text), "negative": List(text)})
+    ids = List(Value("int32"))
+    features = Features({**pairs.features, "query": ids, "positive": List(ids), "negative": List(ids)})
     table = pairs.map(encode, batched=True, features=features)
     rows, batches = {}, table.select_columns("query").iter(1000)
     for number, query in enumerate(query for batch in batches for query in as_arrays(batch["query"])):
         rows.setdefault(query.tobytes(), []).append(number)
-    repeats = {query: numbers for query, numbers in rows.items() if len(numbers) > 1}
-    return Pairs(table, repeats, len(to_ids([config.passage_prompt], tokenizer)[0]) - 1)   # less [SEP]
+    repeated = {query: numbers for query, numbers in rows.items() if len(numbers) > 1}
+    return Pairs(table, repeated, len(to_ids([config.passage_prompt], tokenizer)[0]) - 1)   # less [SEP]
 
 def tokenize_text(source, tokenizer, streaming=False, rank=0, world_size=1, columns=()):
     """ --train_text -> Dataset, or with streaming IterableDataset, with the column ids: a document a row, without [CLS]
@@ -427,8 +426,8 @@ def tokenize_text(source, tokenizer, streaming=False, rank=0, world_size=1, colu
 
 def content_hash(table):
     """ changes when a token, a score or the order of the rows does, but not with path or date """
-    found = 0
+    crc = 0
     for chunk in table.with_format("arrow").iter(10_000):
         for batch in chunk.combine_chunks().to_batches():
-            found = zlib.crc32(batch.serialize(), found)
-    return f"{found:08x}"
+            crc = zlib.crc32(batch.serialize(), crc)
+    return f"{crc:08x}"

@@ -5,9 +5,9 @@ How good is each size of a model, and what does it cost? One pass over the texts
     python evaluate.py out/srl --sts stsb sts12 my_pairs.jsonl --retrieval scifact my_beir_folder:dev
     python evaluate.py sentence-transformers/all-MiniLM-L6-v2 --sts stsb --grid     # any BERT, layers x dims
 
-Prints a table and writes its values to --out, or to MODEL/eval.json if that is a folder with sizes of its own. STS:
-Spearman's rank correlation of the cosine. Retrieval: exact search in shards, so of the corpus only the ids stay in
-memory. Letters for shapes: see model.py; here P passages of a shard, K documents kept for a query.
+Prints a table and writes its values to --out, or to MODEL/eval.json if that folder has sizes of its own. STS is
+Spearman's correlation of the cosine; retrieval is exact, shard by shard. Letters for shapes: see model.py, and K
+documents kept for a query; P are the passages of a shard.
 """
 import argparse, functools, json, subprocess, sys, time
 from collections import Counter
@@ -23,7 +23,7 @@ from data import FILE, as_score, as_texts, check_texts, docs_folder, load_pairs,
 from model import (POOLINGS, SIMILARITIES, SIZES, HelpFormatter, check_sizes, load_model, pack, parse_sizes,
                    read_json, run_script, score, shorten, size_name)
 
-# ---- embeddings ------------------------------------------------------------------------------------------------------
+# ---- embeddings --------------------------------------------------------------
 BATCH_TOKENS = 8192
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def embed_texts(model, tokenizer, texts, layers, dtype="float32", prompt=""):
     texts = [prompt + text for text in texts]
     return embed_ids(model, tokenize(texts, tokenizer, tokenizer.model_max_length), layers, dtype)
 
-# ---- metrics ---------------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------
 def spearman(x, y):
     """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank; 0 where all of x or all of y are equal """
     return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
@@ -83,7 +83,7 @@ def record(task, metric, size, value, n):
     """ one value as it stands in eval.json: of a task with n queries or pairs """
     return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
 
-# ---- similarity of sentences: STS ------------------------------------------------------------------------------------
+# ---- similarity of sentences: STS --------------------------------------------
 STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
 STS |= {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
 
@@ -117,7 +117,7 @@ def sts(model, tokenizer, pairs, sizes, dtype):
         per_item[size_name((layer, dim))] = {"Spearman": cosine.tolist()}
     return records, per_item
 
-# ---- retrieval: Collection -> search_corpus -> best_documents -> METRICS -> records ----------------------------------
+# ---- retrieval: Collection -> search_corpus -> best_documents -> METRICS -> records ----
 SHARD = 25_000   # documents in memory at a time
 
 class Collection:
@@ -135,7 +135,7 @@ class Collection:
             files = [folder / file for file in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
             corpus, queries, judgements = (str(file) if file.exists() else f"{file}.gz" for file in files)
         else:   # the hub has the judgements in a set of their own, and calls dev validation
-            corpus, queries = f"BeIR/{name}:corpus:corpus", f"BeIR/{name}:queries:queries"
+            corpus, queries = f"BeIR/{name}:corpus:corpus", f"BeIR/{name}:queries:queries"   # NAME:CONFIG:SPLIT
             judgements = f"BeIR/{name}-qrels::{'validation' if split == 'dev' else split}"
         def as_document(row):
             title, text = (" ".join(as_texts(cell)) for cell in (row.get("title"), row["text"]))
@@ -165,7 +165,7 @@ def read_qrels(source, queries, documents):
     that is not there counts as one that is not found. """
     def as_judgement(row):
         return str(row["query-id"]), str(row["corpus-id"]), as_score(row["score"])
-    qrels, odd = {}, Counter()
+    qrels, odd = {}, Counter()   # odd {kind: how often}; True counts as 1
     for query, document, grade in read_rows(source, as_judgement):
         grades = qrels.setdefault(query, {})
         if grades.get(document, grade) != grade:
@@ -187,8 +187,8 @@ def retrieval(model, tokenizer, collection, sizes, dtype):
     """ a Collection -> records, per-item values, of every size """
     records, per_item = [], {"ids": list(collection.queries)}
     for size, rankings in search_corpus(model, tokenizer, collection, sizes, dtype).items():
-        found, per_item[size_name(size)] = measure(collection, size, rankings)
-        records += found
+        size_records, per_item[size_name(size)] = measure(collection, size, rankings)
+        records += size_records
     return records, per_item
 
 def measure(collection, size, rankings):
@@ -228,11 +228,11 @@ def search_corpus(model, tokenizer, collection, sizes, dtype):
 def best_documents(scores, docs, doc_ids):
     """ scores (Q, K), docs (Q, K), which are numbers of doc_ids -> [[(score, document id), best first] of each query]:
     the 100 best but for scores of -inf, which are no document; equal scores by descending id, as in trec_eval """
-    hits = ([(value, doc_ids[i]) for value, i in zip(values, numbers) if value > -np.inf]
-            for values, numbers in zip(scores.tolist(), docs.tolist()))
-    return [sorted(found, reverse=True)[:100] for found in hits]   # by score, then by id
+    hits_of_queries = ([(value, doc_ids[i]) for value, i in zip(values, numbers) if value > -np.inf]
+                       for values, numbers in zip(scores.tolist(), docs.tolist()))
+    return [sorted(hits, reverse=True)[:100] for hits in hits_of_queries]   # by score, then by id
 
-# ---- cost ------------------------------------------------------------------------------------------------------------
+# ---- cost --------------------------------------------------------------------
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks' matrices (2 FLOP an entry) """
     def count(module):
@@ -243,7 +243,7 @@ def cost(model, sizes):
             ("parameters", embeddings + count(model.blocks[:layer])), ("bytes", 4 * dim),
             ("MFLOP/token", 2 * matrices * layer / 1e6))]
 
-# ---- all tests at all sizes ------------------------------------------------------------------------------------------
+# ---- all tests at all sizes --------------------------------------------------
 def main(args):
     """ tests, model, sizes, values, table. The values go to a file:
       "results": [{"task": "docs", "metric": "MRR@10", "layer": 1, "dim": 8, "value": 0.135, "n": 1000}, ...]
@@ -300,7 +300,7 @@ def table(results, sizes):
     frame = frame.rename_axis(index=None, columns=[None, None])
     return frame.to_string(na_rep="", float_format=lambda v: f"{v:.4f}" if v < 2 else f"{v:,.1f}".removesuffix(".0"))
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

@@ -25,7 +25,7 @@ from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, 
                    fast_dtype, load_model, load_run, log, new_config, open_run, pack, parse_sizes, ranks, restore,
                    run_script, save_run, score, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
-# ---- the method ------------------------------------------------------------------------------------------------------
+# ---- the method --------------------------------------------------------------
 def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_right, teacher_scores=None, gold=None):
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
@@ -39,14 +39,14 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_
     if teacher_scores is None:
         with torch.no_grad():   # the full size must not move towards the others
             teacher_scores = score(queries[full_layer], passages[full_layer], full_dim, similarity) / temperature
-    teacher = teacher_scores.masked_fill(also_right, -1e9).softmax(-1)   # (Q, P); -inf would make the KL NaN
-    positive = torch.arange(len(teacher), device=teacher.device)         # (Q,) passage i is query i's positive
+    teacher_probs = teacher_scores.masked_fill(also_right, -1e9).softmax(-1)   # (Q, P); -inf would make the KL NaN
+    positive = torch.arange(len(teacher_probs), device=teacher_probs.device)   # (Q,) passage i is query i's positive
     loss, terms = 0, {}
     for layer, dim in sizes:
         scores = score(queries[layer], passages[layer], dim, similarity) / temperature   # (Q, P)
         log_probs = scores.masked_fill(also_right, -1e9).log_softmax(-1)                 # (Q, P)
         nce = F.nll_loss(log_probs, positive) if gold is None else cosent(scores.diagonal(), gold)
-        kl = F.kl_div(log_probs, teacher, reduction="batchmean")   # KL(teacher || size), 0 at the full size
+        kl = F.kl_div(log_probs, teacher_probs, reduction="batchmean")   # KL(teacher || size), 0 at the full size
         loss = loss + (nce + kl_weight * kl) / len(sizes)
         terms |= {f"nce {layer}:{dim}": nce.detach(), f"kl {layer}:{dim}": kl.detach()}
     return loss, terms
@@ -95,18 +95,18 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1):
 
 def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
     """ B texts, (T,) ids -> {layer: (B, C)}, what encoder.encode gives, but in pieces, for a batch that is too large
-    for the memory, or for several ranks, whose gradients sum_and_clip sums. The loss is that of the whole batch, as
-    texts depend on each other only through their embeddings (gradient caching, arXiv 2101.06983). With several pieces
-    a rank, backward embeds each again, so that memory holds the activations of one at a time. """
+    for the memory, or for several ranks. Every rank computes the loss of the whole batch, but only the rows that it
+    embedded itself carry a gradient, so the ranks' gradients, which sum_and_clip sums, give the exact one. With several
+    pieces a rank, backward embeds each again, so that memory holds the activations of one (arXiv 2101.06983). """
     def embed(piece):   # a list of texts -> {layer: (texts, C)}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            filler = [np.zeros(1, int)] * (-sum(map(len, piece)) % 128)   # N a multiple of 128: few shapes, faster
-            vectors = encoder.encode(pack(piece + filler, args.device), layers)
-        return {layer: vectors[layer][:len(piece)] for layer in layers}
+            filler = [np.zeros(1, int)] * (-sum(map(len, piece)) % 128)   # texts of one token: N is a multiple of 128,
+            vectors = encoder.encode(pack(piece + filler, args.device), layers)   # and few shapes are faster
+        return {layer: vectors[layer][:len(piece)] for layer in layers}   # without the filler
     rank, world_size = ranks()
     mine, embeddings = range(rank, pieces, world_size), {}
-    for k in mine:                                                # piece k is texts[k::pieces]
-        torch.manual_seed(hash((args.seed, step, k)))             # dropout by seed, step, piece, so runs can resume
+    for k in mine:                                      # piece k is texts[k::pieces], queries and passages alike
+        torch.manual_seed(hash((args.seed, step, k)))   # of dropout, the same after --resume and on every rank
         several = len(mine) > 1
         embedded = checkpoint(embed, texts[k::pieces], use_reentrant=False) if several else embed(texts[k::pieces])
         for layer, vectors in embedded.items():
@@ -115,11 +115,11 @@ def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
     if world_size > 1:
         for layer, own in embeddings.items():
             everyone = own.detach().clone()
-            dist.all_reduce(everyone)                             # a gather: a row is 0 on all ranks but one
-            embeddings[layer] = own + (everyone - own.detach())   # the value of everyone, the gradient of own
+            dist.all_reduce(everyone)                             # a row is 0 on all ranks but the one that embedded it
+            embeddings[layer] = own + (everyone - own.detach())   # own rows with gradient, the others as constants
     return embeddings
 
-# ---- model -----------------------------------------------------------------------------------------------------------
+# ---- model -------------------------------------------------------------------
 def build_model(args, tables):
     """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer; --teacher, a frozen Bert, or None.
     tables: for a new vocabulary """
@@ -137,8 +137,8 @@ def build_model(args, tables):
     else:
         model, tokenizer = load_model(args.init_from, **fields)
     config = model.config
-    if args.init_from == "scratch" and config.pooling == "mean":   # the full size ranks better with 5/6 of the channels
-        config.sizes = *config.sizes[:-1], (args.num_layers, round(5 / 6 * args.hidden_size))   # see results/README.md
+    if args.init_from == "scratch" and config.pooling == "mean":   # all sizes rank better if the full one has 5/6 of
+        config.sizes = config.sizes[:-1] + ((args.num_layers, round(5 / 6 * args.hidden_size)),)   # the channels
     config.sizes = check_sizes(args.sizes or config.sizes, config)
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
@@ -163,7 +163,7 @@ def plan(args, sources):
     pieces = max(world_size, math.ceil(batch_size / (args.micro_batch or batch_size)))
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------
 def main(args):
     """ data, model, optimizer, loop, evaluation """
     start_ranks(args)
@@ -171,22 +171,22 @@ def main(args):
     saved = load_run(args)
     torch.manual_seed(args.seed)
 
-    # data and model: all input is read before anything is written; --retrieval to see mistakes early
+    # data and model: all input is read before anything is written
     if args.retrieval:
-        evaluate.Collection(args.retrieval)
+        evaluate.Collection(args.retrieval)   # is not used: a mistake in it shows now and not after the training
     dev = evaluate.Collection(args.retrieval, "dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns) for source in args.train_pairs]
     model, tokenizer, teacher = build_model(args, tables)
-    sizes, longest = model.config.sizes, tokenizer.model_max_length   # steps cut windows out of passages
+    sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts a window out of a long passage
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
                                    model.config) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources)
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)
-    about = {"--train_pairs": [data.content_hash(source.table) for source in sources], "pieces": pieces}
+    must_match = {"--train_pairs": [data.content_hash(source.table) for source in sources], "pieces": pieces}
     if saved:
-        restore(saved, about, model, optimizer)
+        restore(saved, must_match, model, optimizer)
     if args.compile:
         for block in model.blocks:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -214,11 +214,11 @@ def main(args):
                 ["step", "loss", f"nce {names[0]}", f"nce {names[-1]}", "lr", "norm", "ms", "minutes left"])
             clock, records = time.time(), []
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
-            save_run(args, done, model, tokenizer, model, optimizer, about)
-        if dev and (done % args.eval_interval == 0 or done == max_steps):
+            save_run(args, done, model, optimizer, must_match, model, tokenizer)
+        if dev and (done % args.eval_interval == 0 or done == max_steps):   # on every rank, so that none has to wait
             start = time.time()
-            records_of_dev, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
-            values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in records_of_dev if r["metric"] == "MRR@10"}
+            dev_records, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
+            values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in dev_records if r["metric"] == "MRR@10"}
             log(log_file, {"step": done} | values, ["step", *values])
             clock += time.time() - start
     if dist.is_initialized():
@@ -229,7 +229,7 @@ def main(args):
                                                "--dtype", args.dtype]))
         Path(args.out_dir, STATE).unlink()   # three times the model, and the run is finished
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

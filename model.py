@@ -4,7 +4,7 @@ BERT that can be read at any layer, for texts packed into one row of tokens.
 Starbucks (arXiv 2410.13230) uses one BERT encoder (arXiv 1810.04805) at several sizes. A size is a pair (layer, dim):
 run the first `layer` blocks, pool the tokens of each text into one vector, keep the first `dim` coordinates. BERT
 normalises the output of every block, so each block's output (a "tap") can serve as an embedding without an extra head.
-Layers count from 1; layer 0 is the output of the embedding layer.
+Layers count from 1; layer 0 is the embedding layer. Below: Hugging Face's files, what both training scripts share.
 
 Letters for shapes, the same in all files: B texts, T tokens of one text, N tokens of all texts of a batch, G texts of
 equal length, C channels (768), H heads, D dims that a size keeps (the first D of the C), Q queries, P passages,
@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ---- sizes: (layer, dim) pairs ---------------------------------------------------------------------------------------
+# ---- sizes: (layer, dim) pairs -----------------------------------------------
 # name, share of the model's layers, share of its channels: 2:32 ... 12:768 for BERT-base
 SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
@@ -44,7 +44,7 @@ def check_sizes(sizes, config):
         raise ValueError(f"--sizes {','.join(map(size_name, sizes))}: this model has {layers} layers and {dims} dims")
     return tuple(sorted(set(sizes)))
 
-# ---- the batch without padding, the vector of a text, the score of a pair --------------------------------------------
+# ---- the batch without padding, the vector of a text, the score of a pair ----
 class Pack(NamedTuple):
     """ B texts in one row of N tokens, short texts first, in place of (B, T) ids and a mask for padding. Linear
     layers, LayerNorm and GELU treat every token alone, so they run on the row; attention views each group of G equally
@@ -90,16 +90,16 @@ def score(queries, passages, dim, similarity):
     """ (Q, C), (P, C) -> (Q, P). The product (Q, D) x (D, P) never builds a (Q, P, C) tensor. """
     return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
-# ---- the encoder -----------------------------------------------------------------------------------------------------
-# Dropout is where BERT has it: after the embeddings' LayerNorm, on the attention's weights, before both sums of a block
+# ---- the encoder -------------------------------------------------------------
 class Dropout(nn.Dropout):
-    """ (...) -> (...). On a CPU a 64-bit random number serves 8 entries, which saves a tenth of a step. 0.1: 26/256 """
+    """ (...) -> (...). On a CPU an entry is kept if its random byte is below `keep`, and one random int64 gives eight
+    bytes: up to a third of a step faster than nn.Dropout. p becomes a multiple of 1/256 (0.1: 26/256). """
     def forward(self, x):
         if not (x.is_cpu and self.training and self.p):
             return super().forward(x)
         keep = 256 - round(256 * self.p)
-        bits = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)
-        return x * (bits[:x.numel()].view(x.shape) < keep).to(x.dtype).mul_(256 / keep)
+        dice = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)
+        return x * (dice[:x.numel()].view(x.shape) < keep).to(x.dtype).mul_(256 / keep)
 
 class Block(nn.Module):
     """ Post-LayerNorm, as in BERT: the output of a block is normalised, so every tap can be used as it is. """
@@ -118,16 +118,16 @@ class Block(nn.Module):
         """ (N, C) -> (N, C) """
         return self.after_attention(x, self.attend(self.query(x), self.key(x), self.value(x), groups))
 
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)   # on a CPU bfloat16 makes the backward 8 times slower
     def attend(self, q, k, v, groups):
         """ softmax(q k^T / sqrt(C / H)) v within each text, H heads: (N, C) each -> (N, C) """
-        if q.is_cpu:   # there bfloat16 makes the backward 8 times slower
+        if q.is_cpu:
             q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         p = self.attention_dropout.p if self.training else 0.0
         mixed, rows = [], [G * T for G, T in groups]
-        for (G, T), *qkv in zip(groups, q.split(rows), k.split(rows), v.split(rows)):       # (G * T, C): no padding
-            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in qkv)           # (G, H, T, C / H) each
-            if p and q.is_cpu:
+        for (G, T), *group in zip(groups, q.split(rows), k.split(rows), v.split(rows)):     # (G * T, C): no padding
+            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in group)         # (G, H, T, C / H) each
+            if p and q.is_cpu:                                                              # with our faster dropout
                 weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)                   # (G, H, T, T)
                 y = self.attention_dropout(weights) @ v
             else:                                                                           # the same, in one kernel
@@ -181,7 +181,7 @@ class Bert(nn.Module):
         """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts """
         return {n: pool(tap, batch, self.config.pooling) for n, tap in self(batch, layers).items()}
 
-# ---- Hugging Face folders --------------------------------------------------------------------------------------------
+# ---- Hugging Face folders ----------------------------------------------------
 # our name of a part -> theirs: blocks.3.up.weight is encoder.layer.3.intermediate.dense.weight
 HF_NAMES = {
     "word": "embeddings.word_embeddings", "position": "embeddings.position_embeddings",
@@ -249,14 +249,14 @@ def read_modules(name):
         raise ValueError(f"modules.json asks for {', '.join(unknown)}, which is not supported")
     bert = parts.get("Transformer", folder)
     pooling = read_json(parts.get("Pooling", folder / "1_Pooling") / "config.json")
-    # newer files name the mode, older ones have a switch for each: pooling_mode_mean_tokens
-    modes = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
-    about = read_json(folder / "config_sentence_transformers.json")
-    prompts = about.get("prompts", {})
+    switches = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}   # newer files name the mode
+    modes = [switches.get(key, key) for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
+    encoding = read_json(folder / "config_sentence_transformers.json")
+    prompts = encoding.get("prompts", {})
     if prompts and not pooling.get("include_prompt", True):
         raise ValueError("its pooling leaves the tokens of prompts out, which is not supported")
     usage = {"pooling": pooling.get("pooling_mode") or "+".join(modes),
-             "similarity": "cosine" if "Normalize" in parts else about.get("similarity_fn_name") or "cosine",
+             "similarity": "cosine" if "Normalize" in parts else encoding.get("similarity_fn_name") or "cosine",
              "query_prompt": prompts.get("query") or "",
              "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}
     return bert, usage, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
@@ -267,12 +267,12 @@ def read_weights(folder):
     state, key = {}, hf_name("word.weight")
     for file in sorted(folder.glob("model[.-]*safetensors")) or sorted(folder.glob("pytorch_model[.-]*bin")):
         state |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    starts = [name.removesuffix(key) for name in state if name.endswith(key)]   # "", "bert.", "module.bert.", ...
-    if len(starts) != 1:
-        raise ValueError(f"its weights hold {len(starts)} BERTs")
-    outer = starts[0].removesuffix("bert.")   # the MLM head stands beside "bert."; gamma, beta: names of 2018
+    prefixes = [name.removesuffix(key) for name in state if name.endswith(key)]   # "", "bert.", "module.bert.", ...
+    if len(prefixes) != 1:
+        raise ValueError(f"its weights hold {len(prefixes)} BERTs")
+    outer = prefixes[0].removesuffix("bert.")   # "module.", which the MLM head has, too; it stands beside "bert."
     return {name.removeprefix(outer).removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
-            for name, tensor in state.items()}
+            for name, tensor in state.items()}   # gamma, beta: names of 2018
 
 def load_weights(module, state):
     """ what read_weights gives -> the weights of Bert or MLMHead. Raises KeyError for a name that is not there. """
@@ -310,13 +310,13 @@ def save_pretrained(model, tokenizer, folder, head=None):
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
-# ---- what both training scripts share --------------------------------------------------------------------------------
+# ---- what both training scripts share ----------------------------------------
 def fast_dtype():
     """ "bfloat16" where that is faster than "float32": on a GPU, and on a CPU with AMX """
     return "bfloat16" if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16") else "float32"
 
 def configure_optimizer(named_parameters, args):
-    """ AdamW. Matrices decay; biases and LayerNorms do not. scale: see set_learning_rate """
+    """ AdamW. Matrices decay; biases and LayerNorms do not. Embeddings may learn faster, by their group's scale. """
     embeddings, matrices, vectors = [], [], []
     for name, parameter in named_parameters:
         is_embedding = any(part in name for part in ("word.", "position.", "token_type."))
@@ -399,10 +399,10 @@ def load_run(args):
                          "on with new ones, give --init_from the folder")
     return saved
 
-def restore(saved, about, model, optimizer):
+def restore(saved, must_match, model, optimizer):
     """ what load_run read -> the weights of model and optimizer. Raises ValueError for other data or ranks. """
-    if saved["about"] != about:
-        raise ValueError(f"--resume: data and ranks were {saved['about']}, now they are {about}")
+    if saved["must_match"] != must_match:
+        raise ValueError(f"--resume: data and ranks were {saved['must_match']}, they are {must_match}")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
 
@@ -412,11 +412,11 @@ def open_run(args):
     Path(args.out_dir, "args.json").write_text(json.dumps(vars(args) | {"torch": torch.__version__}, indent=2) + "\n")
     return open(Path(args.out_dir, "log.jsonl"), "a" if args.resume else "w", encoding="utf-8")
 
-def save_run(args, step, bert, tokenizer, model, optimizer, about, head=None):
-    """ the model in Hugging Face's files, and all that --resume needs in STATE; no file is ever half written """
+def save_run(args, step, model, optimizer, must_match, bert, tokenizer, head=None):
+    """ all that --resume needs in STATE, and of model its bert in Hugging Face's files; none is ever half written """
     out_dir, part = Path(args.out_dir), Path(args.out_dir, "saving.part")
     save_pretrained(bert, tokenizer, part, head)
-    torch.save({"step": step, "args": vars(args), "about": about, "model": model.state_dict(),
+    torch.save({"step": step, "args": vars(args), "must_match": must_match, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict()}, part / STATE)
     (out_dir / "1_Pooling").mkdir(exist_ok=True)
     for file in sorted(filter(Path.is_file, part.rglob("*")), key=lambda file: file.name == STATE):   # STATE last
@@ -427,7 +427,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """ keep the docstring's line breaks and print every default """
 
 def run_script(main, parse_args):
-    """ main(parse_args()); one line and exit status 2 for what the user can mend """
+    """ main(parse_args()); for what the user can mend one line and exit status 2, with python -X dev a traceback """
     sys.stdout.reconfigure(errors="replace")   # a terminal may lack the letters of a text
     try:
         args = parse_args()
@@ -435,6 +435,6 @@ def run_script(main, parse_args):
             if isinstance(value, int | float) and not value >= 0:   # NaN is not
                 raise ValueError(f"--{name} {value}: a number from 0 on is needed")
         main(args)
-    except () if sys.flags.dev_mode else (ValueError, OSError, ImportError, FloatingPointError) as error:   # -X dev
+    except () if sys.flags.dev_mode else (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -21,7 +21,7 @@ from model import (Bert, HelpFormatter, average, check_sizes, configure_optimize
                    load_weights, log, new_config, open_run, pack, parse_sizes, ranks, read_modules, read_weights,
                    restore, run_script, save_run, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
-# ---- the method ------------------------------------------------------------------------------------------------------
+# ---- the method --------------------------------------------------------------
 class MLMHead(nn.Module):
     """ BERT's masked-language-model head. Its output matrix is the word embeddings, so only the bias is here. """
     def __init__(self, config):
@@ -58,7 +58,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     batch, masked: Pack with the true ids and Masked of the same texts. All sizes share the head and the decoder.
     -> loss, {"mlm 1:8": CE, "mae 1:8": CE, ...} for the log """
     encoder_ids, encoder_at, decoder_ids, decoder_at = (                               # (N,), (M,), (N,), (M',)
-        torch.from_numpy(array).to(batch.input_ids.device) for array in masked[1:])
+        torch.from_numpy(array).to(batch.input_ids.device) for array in masked[1:])    # all but its texts
     taps = model.bert(batch._replace(input_ids=encoder_ids), [layer for layer, _ in sizes])   # {layer: (N, C)}
     if objective == "smae":
         tokens = model.bert.embed(batch._replace(input_ids=decoder_ids))               # (N, C), the decoder's
@@ -82,8 +82,8 @@ def decode(decoder, tokens, bottleneck, batch, positions):
     return decoder.after_attention(x[positions], mixed[positions])   # the rest only where there is a word to guess
 
 def vocabulary_loss(model, hidden, labels):
-    """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. In training
-    the logits, (M, V), never exist as a whole, and in bfloat16 the value has 2 to 3 digits. """
+    """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. It is
+    F.cross_entropy(F.linear(hidden, E, bias), labels), in training 1,024 positions at a time: (M, V) is large. """
     hidden, E, bias = model.head(hidden), model.bert.word.weight, model.head.word_bias   # (M, C), (V, C), (V,)
     if torch.is_autocast_enabled(hidden.device.type):   # autocast skips linear_cross_entropy
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -102,7 +102,7 @@ def batch_loss(model, documents, tokenizer, sizes, args, seed):
         loss, terms = smae_loss(model, pack(masked.texts, args.device), masked, sizes, args.objective)
     return loss, {"loss": loss.detach()} | terms
 
-# ---- model and text --------------------------------------------------------------------------------------------------
+# ---- model and text ----------------------------------------------------------
 HELD_OUT = 500   # documents that are never trained on: the validation loss
 
 def build_model(args):
@@ -127,6 +127,8 @@ def build_model(args):
         config.sizes = sizes = check_sizes(args.sizes or config.sizes, config)
     else:   # the sizes of the model stay those that it had
         sizes = check_sizes(args.sizes or [(config.num_hidden_layers, config.hidden_size)], config)
+    if args.max_length > config.max_position_embeddings:
+        raise ValueError(f"--max_length {args.max_length}: this model has {config.max_position_embeddings} positions")
     bert.gradient_checkpointing = args.gradient_checkpointing
     tokenizer.model_max_length = args.max_length
     return model.to(args.device).train(), tokenizer, sizes
@@ -138,9 +140,7 @@ def read_text(args, text, micro_batch, read_before):
         stream = (np.array(row["ids"], np.int32) for row in text)
         held_out = list(itertools.islice(stream, HELD_OUT))
         stream = itertools.islice(stream, read_before, None)
-        return held_out, args.max_steps, lambda step, piece: list(itertools.islice(stream, micro_batch))
-    def documents(rows):
-        return data.as_arrays(text[rows]["ids"])
+        return held_out, args.max_steps, lambda step, piece: list(itertools.islice(stream, micro_batch))   # the next
     n_held_out = min(HELD_OUT, (len(text) + 9) // 10)   # of few documents a tenth
     held_out, train = np.split(np.random.default_rng(0).permutation(len(text)), [n_held_out])
     steps_an_epoch = len(train) // args.batch_size
@@ -150,8 +150,9 @@ def read_text(args, text, micro_batch, read_before):
     def piece_of_batch(step, piece):
         epoch, i = divmod(step, steps_an_epoch)
         first = i * args.batch_size + piece * micro_batch
-        return documents(train[data.epoch_order(len(train), args.seed, epoch)[first:first + micro_batch]])
-    return documents(held_out), max_steps, piece_of_batch
+        rows = train[data.epoch_order(len(train), args.seed, epoch)[first:first + micro_batch]]
+        return data.as_arrays(text[rows]["ids"])
+    return data.as_arrays(text[held_out]["ids"]), max_steps, piece_of_batch
 
 def validate(model, held_out, tokenizer, sizes, args):
     """ -> {"val loss", "val mlm 1:8", ...} on the held-out documents, with the same windows and masks every time """
@@ -162,7 +163,7 @@ def validate(model, held_out, tokenizer, sizes, args):
     model.train()
     return {f"val {name}": value for name, value in average(records).items()}   # of batches; the last may be smaller
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------
 def main(args):
     """ model, text, optimizer, loop """
     start_ranks(args)
@@ -179,14 +180,14 @@ def main(args):
     mine = range(rank, pieces, world_size)
     model, tokenizer, sizes = build_model(args)
     text = data.tokenize_text(args.train_text, tokenizer, args.streaming, rank, world_size, args.columns)
-    held_out, max_steps, documents = read_text(args, text, micro_batch, first_step * len(mine) * micro_batch)
+    held_out, max_steps, piece_of_batch = read_text(args, text, micro_batch, first_step * len(mine) * micro_batch)
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)   # with mlm the decoder has no gradient
     seen = next(data.text_rows(args.train_text, True, args.columns)) if args.streaming else data.content_hash(text)
-    about = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
+    must_match = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
     if saved:
-        restore(saved, about, model, optimizer)
+        restore(saved, must_match, model, optimizer)
     if args.compile:
         for block in [*model.bert.blocks, model.decoder]:   # not attention: its groups differ in every batch
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
@@ -198,16 +199,16 @@ def main(args):
     for step in range(first_step, max_steps):
         lr = set_learning_rate(optimizer, step, max_steps, args, "cosine")   # as in the paper's run
         optimizer.zero_grad()
-        found = []   # terms of the pieces
+        piece_terms = []
         for piece in mine:
-            batch = documents(step, piece)
+            batch = piece_of_batch(step, piece)
             if len(batch) < micro_batch:
                 raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             loss, terms = batch_loss(model, batch, tokenizer, sizes, args, [args.seed, step, piece])
             (loss / pieces).backward()   # the mean over pieces; their number changes the masks, unlike in SRL
-            found.append(terms)
-        losses = {name: sum(terms[name] for terms in found) / len(found) for name in found[0]}
+            piece_terms.append(terms)
+        losses = {name: sum(terms[name] for terms in piece_terms) / len(mine) for name in terms}
         norm = sum_and_clip(model.parameters(), step, losses)
         optimizer.step()
 
@@ -225,9 +226,9 @@ def main(args):
             log(log_file, {"step": done} | values, ["step", *values])
             clock += time.time() - start
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
-            save_run(args, done, model.bert, tokenizer, model, optimizer, about, model.head)
+            save_run(args, done, model, optimizer, must_match, model.bert, tokenizer, model.head)
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -256,7 +257,7 @@ def parse_args(argv=None):
     add("--warmup", type=float, default=0.05, help="share of the steps; then the rate falls to 0")
     add("--weight_decay", type=float, default=0.001, help="of the matrices alone")
     add("--epochs", type=float, default=6, help="passes over the data")
-    add("--max_steps", type=int, default=0, help="steps in place of --epochs; 0 goes by --epochs")
+    add("--max_steps", type=int, help="by default what --epochs says")
     add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")
     add = parser.add_argument_group("system").add_argument
     add("--out_dir", default="out/smae", help="where the model and the log go")

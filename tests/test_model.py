@@ -113,7 +113,7 @@ def test_sizes():
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 MODES, SIMILARITY = "1_Pooling/config.json", "config_sentence_transformers.json"
 LENGTH = "sentence_bert_config.json"
-MEAN, CLS, LAST = (f"pooling_mode_{mode}" for mode in ("mean_tokens", "cls_token", "lasttoken"))
+MEAN, CLS, ROOT = (f"pooling_mode_{mode}" for mode in ("mean_tokens", "cls_token", "mean_sqrt_len_tokens"))
 
 def write_files(folder, files):
     """ {name: text or JSON; None deletes; of configs the changes; of WEIGHTS a function that gives {file: weights}} """
@@ -227,7 +227,7 @@ DOT = {"similarity_fn_name": "dot"}
     ({SIMILARITY: DOT, "modules.json": modules("Transformer", "Normalize")}, {}, ("mean", "cosine")),
     ({SIMILARITY: {"similarity_fn_name": None}, MODES: {CLS: True, MEAN: False}}, {}, ("cls", "cosine")),
     ({MODES: {"pooling_mode": "cls"}}, {}, ("cls", "cosine")),
-    ({MODES: {LAST: True}}, {"pooling": "cls"}, ("cls", "cosine"))])
+    ({MODES: {ROOT: True}}, {"pooling": "cls"}, ("cls", "cosine"))])
 def test_pooling_and_similarity_of_foreign_folders(plain, capsys, files, overrides, want):
     """ Both are those of sentence-transformers' files, or the overrides; if no file says it, we do. """
     write_files(plain, files)
@@ -266,7 +266,7 @@ UP, WORD = hf_name("blocks.2.up.weight"), hf_name("word.weight")
     ({"tokenizer.json": None, TOKENIZER: None}, "5 words in the tokenizer, .* copy its own"),
     ({CONFIG: {"vocab_size": 99}, WEIGHTS: lambda state: {WEIGHTS: state | {WORD: state[WORD][:99].clone()}}},
      "words in the tokenizer, 99 in the model: .*resize_token_embeddings"),
-    ({MODES: {LAST: True, MEAN: False}}, "pooling lasttoken .* unknown"),
+    ({MODES: {ROOT: True, MEAN: False}}, f"pooling {ROOT} .* unknown"),
     ({MODES: {"pooling_mode": "weightedmean"}}, "weightedmean"), ({MODES: {CLS: True, MEAN: True}}, r"cls\+mean"),
     ({SIMILARITY: {"similarity_fn_name": "l2"}}, "similarity l2")])
 def test_what_is_refused(plain, files, message):

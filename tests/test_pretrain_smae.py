@@ -252,9 +252,10 @@ def test_which_sizes_a_run_trains_and_saves(text_file, tmp_path, objective, kind
 @pytest.mark.parametrize("flags, message", [
     (["--batch_size", "500"], "--batch_size 500: there are 28 documents to train on"),
     (["--micro_batch", "3"], "--batch_size 8: no multiple of 1 x --micro_batch 3"),
-    (["--sizes", "9:8"], "--sizes 9:8: this model has 2 layers")])
-def test_refused(text_file, tmp_path, flags, message):
+    (["--sizes", "9:8"], "--sizes 9:8: this model has 2 layers"),
+    (["--init_from", "bert", "--max_length", "65"], "--max_length 65: this model has 64 positions")])
+def test_refused(text_file, bert_folder, tmp_path, flags, message):
     """ What cannot be trained is refused before anything is written, and the reason is said. """
     with pytest.raises(ValueError, match=message):
-        train(text_file, tmp_path / "a", *flags)
+        train(text_file, tmp_path / "a", *[bert_folder if flag == "bert" else flag for flag in flags])
     assert not (tmp_path / "a").exists()

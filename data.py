@@ -230,8 +230,8 @@ def as_texts(cell):
     """ None, a text, a number, a passage {"title", "text"}, or a list of them -> list of strings, none blank """
     if isinstance(cell, list):
         return [text for item in cell for text in as_texts(item)]
-    if isinstance(cell, dict) and "text" in cell:
-        cell = f"{cell.get('title') or ''} {cell['text'] or ''}".strip()
+    if isinstance(cell, dict) and "text" in cell:   # of SQuAD a list of texts
+        return [" ".join([*as_texts(cell.get("title")), text]) for text in as_texts(cell["text"])]
     if cell is None or cell != cell:   # NaN, an empty cell of pandas
         return []
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):

@@ -85,18 +85,18 @@ def test_a_column_that_comes_late(tmp_path):
 QP, SCORED = {"query": "q", "positive": "p"}, {"sentence1": "q", "sentence2": "p", "score": "2"}
 @pytest.mark.parametrize("row, columns, found", [
     ({"question": "q", "answer": "p"}, "", ("q", ["p"], [])),
+    ({"question": "q", "answers": {"text": ["p", "r"], "answer_start": [0, 9]}}, "", ("q", ["p", "r"], [])),   # SQuAD
     ({"Anchor": "q", "Positive": "p", "Neg": ["n"], "id": 1}, "", ("q", ["p"], ["n"])),
     ({"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "title": "t", "text": "p"}],
       "negative_passages": [{"title": "", "text": "n"}, {"text": "m"}]}, "", ("q", ["t p"], ["n", "m"])),
     (QP | {"positive": None, "positive_1": "p", "positive_2": "r", "negative_1": "n"}, "", ("q", ["p", "r"], ["n"])),
     (QP | {"query": "x", "anchor": "q"}, "query=anchor", ("q", ["p"], [])),   # in place of query
     (QP | {"hard": "a", "harder": "b", "negative": "x"}, "negative=hard negative=harder", ("q", ["p"], ["a", "b"])),
-    (QP | {"score": "2"}, "score=score", ("q", ["p"], [], 2.0)),
+    (QP | {"score": 2}, "score=score", ("q", ["p"], [], 2.0)), (QP | {"label": 2}, "score=label", ("q", ["p"], [], 2.0)),
     ({"sentence1": "q", "sentence2": "p", "Score": "2"}, "", ("q", ["p"], [], 2.0)),
     (SCORED, "", ("q", ["p"], [], 2.0)), (SCORED | {"score": "1", "label": "1"}, "", ("q", ["p"], [], 1.0)),
     ({"a": "q", "b": "p", "label": "2"}, "sentence1=a sentence2=b score=label", ("q", ["p"], [], 2.0)),
-    ({"a": "q", "b": "p", "score": -2.5}, "sentence1=a sentence2=b", ("q", ["p"], [], -2.5)),
-    (QP | {"label": "1"}, "score=label", ("q", ["p"], [], 1.0))])
+    ({"a": "q", "b": "p", "score": -2.5}, "sentence1=a sentence2=b", ("q", ["p"], [], -2.5))])
 def test_columns(tmp_path, row, columns, found):
     """ Columns go by usual names, also numbered, or by --columns, which may name columns of another source, too; a
     score counts beside sentences or by name. """

@@ -92,7 +92,7 @@ QP, SCORED = {"query": "q", "positive": "p"}, {"sentence1": "q", "sentence2": "p
     (QP | {"positive": None, "positive_1": "p", "positive_2": "r", "negative_1": "n"}, "", ("q", ["p", "r"], ["n"])),
     (QP | {"query": "x", "anchor": "q"}, "query=anchor", ("q", ["p"], [])),   # in place of query
     (QP | {"hard": "a", "harder": "b", "negative": "x"}, "negative=hard negative=harder", ("q", ["p"], ["a", "b"])),
-    (QP | {"score": 2}, "score=score", ("q", ["p"], [], 2.0)), (QP | {"label": 2}, "score=label", ("q", ["p"], [], 2.0)),
+    (QP | {"score": 2}, "score=score", ("q", ["p"], [], 2)), (QP | {"label": 2}, "score=label", ("q", ["p"], [], 2)),
     ({"sentence1": "q", "sentence2": "p", "Score": "2"}, "", ("q", ["p"], [], 2.0)),
     (SCORED, "", ("q", ["p"], [], 2.0)), (SCORED | {"score": "1", "label": "1"}, "", ("q", ["p"], [], 1.0)),
     ({"a": "q", "b": "p", "label": "2"}, "sentence1=a sentence2=b score=label", ("q", ["p"], [], 2.0)),

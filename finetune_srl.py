@@ -33,7 +33,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_
     positive of query i; all other passages are its negatives, except where also_right (Q, P) is True.
     sizes: (layer, dim) pairs; the last, the full size, is the teacher.
     teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
-    CoSENT then replaces InfoNCE. Call it outside autocast: bfloat16 scores would be wrong in the third digit.
+    CoSENT then replaces InfoNCE, the KL stays. Call it outside autocast: bfloat16 scores are wrong in the third digit.
     -> loss, {"nce 1:8": InfoNCE or CoSENT, "kl 1:8": KL, ...} for the log """
     full_layer, full_dim = sizes[-1]
     if teacher_scores is None:
@@ -56,7 +56,7 @@ def cosent(scores, gold):
     gold_i > gold_j): every pair should score above those that are less similar. (CoSENT, kexue.fm/archives/8847) """
     difference = scores[None, :] - scores[:, None]      # (Q, Q), s_j - s_i
     wrong = difference[gold[:, None] > gold[None, :]]   # (pairs of pairs,)
-    return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)
+    return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(0)   # exp(0) is the 1
 
 def step_sizes(method, sizes, seed, step):
     """ The sizes that one step trains, the full size last. The methods differ in nothing else here.
@@ -98,25 +98,25 @@ def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
     for the memory, or for several ranks. Every rank computes the loss of the whole batch, but only the rows that it
     embedded itself carry a gradient, so the ranks' gradients, which sum_and_clip sums, give the exact one. With several
     pieces a rank, backward embeds each again, so that memory holds the activations of one (arXiv 2101.06983). """
-    def embed(piece):   # a list of texts -> {layer: (texts, C)}
+    def encode_piece(piece):   # a list of texts -> {layer: (texts, C)}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            filler = [np.zeros(1, int)] * (-sum(map(len, piece)) % 128)   # texts of one token: N is a multiple of 128,
-            vectors = encoder.encode(pack(piece + filler, args.device), layers)   # and few shapes are faster
-        return {layer: vectors[layer][:len(piece)] for layer in layers}   # without the filler
+            filler = [np.zeros(1, int)] * (-sum(map(len, piece)) % 128)   # N a multiple of 128: few shapes, faster
+            vectors = encoder.encode(pack(piece + filler, args.device), layers)
+        return {layer: vectors[layer][:len(piece)] for layer in layers}
     rank, world_size = ranks()
     mine, embeddings = range(rank, pieces, world_size), {}
-    for k in mine:                                      # piece k is texts[k::pieces], queries and passages alike
-        torch.manual_seed(hash((args.seed, step, k)))   # of dropout, the same after --resume and on every rank
-        several = len(mine) > 1
-        embedded = checkpoint(embed, texts[k::pieces], use_reentrant=False) if several else embed(texts[k::pieces])
-        for layer, vectors in embedded.items():
+    for k in mine:
+        torch.manual_seed(hash((args.seed, step, k)))   # piece k's dropout, the same after --resume and on any rank
+        piece = texts[k::pieces]                        # queries and passages
+        encoded = checkpoint(encode_piece, piece, use_reentrant=False) if len(mine) > 1 else encode_piece(piece)
+        for layer, vectors in encoded.items():
             whole = embeddings.setdefault(layer, vectors.new_zeros(len(texts), vectors.shape[1]))   # (B, C)
             whole[k::pieces] = vectors
     if world_size > 1:
         for layer, own in embeddings.items():
             everyone = own.detach().clone()
             dist.all_reduce(everyone)                             # a row is 0 on all ranks but the one that embedded it
-            embeddings[layer] = own + (everyone - own.detach())   # own rows with gradient, the others as constants
+            embeddings[layer] = own + (everyone - own.detach())   # the value is everyone, the gradient goes to own
     return embeddings
 
 # ---- model -------------------------------------------------------------------
@@ -134,11 +134,11 @@ def build_model(args, tables):
         model = Bert(new_config(vocab_size=len(tokenizer), max_position_embeddings=args.max_length,
                                 num_hidden_layers=args.num_layers, hidden_size=args.hidden_size,
                                 initializer_range=0.01, **fields))   # half of BERT's: AdamW's steps weigh more
+        if model.config.pooling == "mean":   # measured: all sizes rank better if the full one has 5/6 of the channels
+            model.config.sizes = *model.config.sizes[:-1], (args.num_layers, round(5 / 6 * args.hidden_size))
     else:
         model, tokenizer = load_model(args.init_from, **fields)
     config = model.config
-    if args.init_from == "scratch" and config.pooling == "mean":   # all sizes rank better if the full one has 5/6 of
-        config.sizes = config.sizes[:-1] + ((args.num_layers, round(5 / 6 * args.hidden_size)),)   # the channels
     config.sizes = check_sizes(args.sizes or config.sizes, config)
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
     if config.sizes[-1] != full:
@@ -146,7 +146,7 @@ def build_model(args, tables):
     if args.method == "2dmse" and (full[0] == 1 or len({dim for _, dim in config.sizes}) == 1):
         raise ValueError(f"--method 2dmse draws a layer and a dim below {size_name(full)}; add smaller --sizes")
     config.num_hidden_layers = full[0]
-    del model.blocks[full[0]:]   # layers that no size uses are not saved
+    del model.blocks[full[0]:]   # layers that no size uses
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     teacher, its_tokenizer = load_model(args.teacher, args.device) if args.teacher else (None, tokenizer)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -154,7 +154,7 @@ def build_model(args, tables):
     return model.to(args.device).train(), tokenizer, teacher
 
 def plan(args, sources):
-    """ list of Pairs -> queries of a batch, pieces of a batch, steps of the training """
+    """ list of Pairs -> queries of a batch; pieces in which it is embedded, one or more a rank; steps """
     _, world_size = ranks()
     counts = [len(source.table) for source in sources]
     batch_size = min(args.batch_size, *counts)   # a batch is of one source, maybe of the smallest
@@ -214,7 +214,7 @@ def main(args):
                 ["step", "loss", f"nce {names[0]}", f"nce {names[-1]}", "lr", "norm", "ms", "minutes left"])
             clock, records = time.time(), []
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
-            save_run(args, done, model, optimizer, must_match, model, tokenizer)
+            save_run(args, done, model, optimizer, must_match, bert=model, tokenizer=tokenizer)
         if dev and (done % args.eval_interval == 0 or done == max_steps):   # on every rank, so that none has to wait
             start = time.time()
             dev_records, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)

@@ -98,7 +98,7 @@ class Dropout(nn.Dropout):
         if not (x.is_cpu and self.training and self.p):
             return super().forward(x)
         keep = 256 - round(256 * self.p)
-        dice = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)
+        dice = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)   # any int64
         return x * (dice[:x.numel()].view(x.shape) < keep).to(x.dtype).mul_(256 / keep)
 
 class Block(nn.Module):
@@ -124,14 +124,14 @@ class Block(nn.Module):
         if q.is_cpu:
             q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         p = self.attention_dropout.p if self.training else 0.0
-        mixed, rows = [], [G * T for G, T in groups]
-        for (G, T), *group in zip(groups, q.split(rows), k.split(rows), v.split(rows)):     # (G * T, C): no padding
-            q, k, v = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in group)         # (G, H, T, C / H) each
-            if p and q.is_cpu:                                                              # with our faster dropout
-                weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)                   # (G, H, T, T)
-                y = self.attention_dropout(weights) @ v
+        mixed, tokens = [], [G * T for G, T in groups]
+        for (G, T), *group in zip(groups, q.split(tokens), k.split(tokens), v.split(tokens)):   # (G * T, C): no padding
+            qs, ks, vs = (x.view(G, T, self.heads, -1).transpose(1, 2) for x in group)      # (G, H, T, C / H) each
+            if p and q.is_cpu:                                                              # with our fast Dropout
+                weights = (qs @ ks.mT / math.sqrt(qs.shape[-1])).softmax(-1)                # (G, H, T, T)
+                y = self.attention_dropout(weights) @ vs
             else:                                                                           # the same, in one kernel
-                y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+                y = F.scaled_dot_product_attention(qs, ks, vs, dropout_p=p)
             mixed.append(y.transpose(1, 2).reshape(G * T, -1))                              # (G * T, C)
         return torch.cat(mixed)
 
@@ -207,8 +207,8 @@ def new_config(**fields):
     return config
 
 def load_model(name, device="cpu", max_length=None, **overrides):
-    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity, prompts and length.
-    overrides: fields of its config; None leaves the model's own. Raises ValueError if it cannot be read. """
+    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity, prompts and length:
+    those of `overrides`, else of config.json, else of the files of sentence-transformers. ValueError if unreadable. """
     from transformers import AutoTokenizer
     try:
         folder, usage, length = read_modules(name)
@@ -262,7 +262,7 @@ def read_modules(name):
     return bert, usage, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
 
 def read_weights(folder):
-    """ -> {Hugging Face's name: tensor}, of one file or of several shards, without prefixes such as "bert." """
+    """ one file or several shards -> {name: tensor}; module.bert.encoder.X becomes encoder.X, module.cls.Y cls.Y """
     from safetensors.torch import load_file
     state, key = {}, hf_name("word.weight")
     for file in sorted(folder.glob("model[.-]*safetensors")) or sorted(folder.glob("pytorch_model[.-]*bin")):
@@ -270,7 +270,7 @@ def read_weights(folder):
     prefixes = [name.removesuffix(key) for name in state if name.endswith(key)]   # "", "bert.", "module.bert.", ...
     if len(prefixes) != 1:
         raise ValueError(f"its weights hold {len(prefixes)} BERTs")
-    outer = prefixes[0].removesuffix("bert.")   # "module.", which the MLM head has, too; it stands beside "bert."
+    outer = prefixes[0].removesuffix("bert.")
     return {name.removeprefix(outer).removeprefix("bert.").replace("gamma", "weight").replace("beta", "bias"): tensor
             for name, tensor in state.items()}   # gamma, beta: names of 2018
 
@@ -362,7 +362,7 @@ def sum_and_clip(parameters, step, terms):
         broken = [name for name, value in terms.items() if not value.isfinite()]
         raise FloatingPointError(f"step {step + 1}: not finite: {', '.join(broken) or 'the gradient'}; lower "
                                  "--learning_rate, raise --temperature, or use --dtype float32")
-    if step == 0 and min(norm, terms["loss"]) < 1e-6:
+    if step == 0 and (norm < 1e-6 or terms["loss"] < 1e-6):
         print(f"warning: step 1 has nothing to learn from (loss {terms['loss']:.2g}, gradient {norm:.2g}): are all "
               "queries, all passages or all scores of a batch the same, or the texts too short?", file=sys.stderr)
     return norm
@@ -387,7 +387,7 @@ FREE = {"out_dir", "resume", "log_interval", "save_interval", "eval_interval", "
         "train_pairs", "train_text", "columns"}   # may change with --resume; the content of the data may not
 
 def load_run(args):
-    """ -> with --resume what save_run left in --out_dir, else None. Raises ValueError if a run would be lost. """
+    """ with --resume -> what save_run left in --out_dir; else None, or ValueError if a model is there already """
     if not args.resume:
         if Path(args.out_dir, "config.json").exists():
             raise ValueError(f"--out_dir {args.out_dir} holds a model; delete it, choose another folder, or --resume")

@@ -4,12 +4,11 @@ Pre-train one BERT encoder so that every size can sum up a text: SMAE, Starbucks
     python pretrain_smae.py                   # from scratch, on the docs of this machine; about 25 minutes on 2 cores
     python pretrain_smae.py --objective mlm --out_dir out/mlm               # the control: MLM on the same tokens
     python pretrain_smae.py --train_text my_text.txt.gz --out_dir out/mine  # a line is a document
-    torchrun --nproc_per_node 8 pretrain_smae.py --init_from bert-base-uncased ...  # the paper's run: runs/paper.sh
 
 Writes to OUT_DIR a Hugging Face BertForMaskedLM for finetune_srl.py --init_from, args.json, log.jsonl, and for --resume
 training_state.pt, which has the decoder. Paper: arXiv 2410.13230; smae_loss is its loss.
 """
-import argparse, copy, itertools, time
+import argparse, copy, functools, itertools, time
 
 import numpy as np
 import torch
@@ -57,11 +56,12 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
     input is hidden (--decoder_mask). So it can only do well if dim numbers say what the text is about.
     batch, masked: Pack with the true ids and Masked of the same texts. All sizes share the head and the decoder.
     -> loss, {"mlm 1:8": CE, "mae 1:8": CE, ...} for the log """
-    encoder_ids, encoder_at, decoder_ids, decoder_at = (                               # (N,), (M,), (N,), (M',)
-        torch.from_numpy(array).to(batch.input_ids.device) for array in masked[1:])    # all but its texts
-    taps = model.bert(batch._replace(input_ids=encoder_ids), [layer for layer, _ in sizes])   # {layer: (N, C)}
+    tensor = functools.partial(torch.as_tensor, device=batch.input_ids.device)
+    encoder_at, decoder_at = tensor(masked.encoder_positions), tensor(masked.decoder_positions)   # (M,), (M',)
+    encoder_sees = batch._replace(input_ids=tensor(masked.encoder_ids))
+    taps = model.bert(encoder_sees, [layer for layer, _ in sizes])                     # {layer: (N, C)}
     if objective == "smae":
-        tokens = model.bert.embed(batch._replace(input_ids=decoder_ids))               # (N, C), the decoder's
+        tokens = model.bert.embed(batch._replace(input_ids=tensor(masked.decoder_ids)))   # (N, C), the decoder's
     loss, terms = 0, {}
     for layer, dim in sizes:
         h = taps[layer][:, :dim]                                                       # (N, D)
@@ -83,14 +83,14 @@ def decode(decoder, tokens, bottleneck, batch, positions):
 
 def vocabulary_loss(model, hidden, labels):
     """ (M, D), true ids (M,) -> CE(E head(hidden) + bias, labels); 0 if texts are too short to hide a word. It is
-    F.cross_entropy(F.linear(hidden, E, bias), labels), in training 1,024 positions at a time: (M, V) is large. """
-    hidden, E, bias = model.head(hidden), model.bert.word.weight, model.head.word_bias   # (M, C), (V, C), (V,)
-    if torch.is_autocast_enabled(hidden.device.type):   # autocast skips linear_cross_entropy
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, E, bias = hidden.to(dtype), E.to(dtype), bias.to(dtype)
+    F.cross_entropy(F.linear(x, E, bias), labels), in training 1,024 positions at a time: (M, V) is large. """
+    x, E, bias = model.head(hidden), model.bert.word.weight, model.head.word_bias   # (M, C), (V, C), (V,)
+    if torch.is_autocast_enabled(x.device.type):   # autocast skips linear_cross_entropy
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, E, bias = x.to(dtype), E.to(dtype), bias.to(dtype)
     chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy="balanced")   # "auto" is slower
     options = chunks if torch.is_grad_enabled() else None
-    total = F.linear_cross_entropy(hidden, E, labels, linear_bias=bias, options=options, reduction="sum")
+    total = F.linear_cross_entropy(x, E, labels, linear_bias=bias, options=options, reduction="sum")
     return total.to(model.head.word_bias.dtype) / max(1, len(labels))
 
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
@@ -133,26 +133,26 @@ def build_model(args):
     tokenizer.model_max_length = args.max_length
     return model.to(args.device).train(), tokenizer, sizes
 
-def read_text(args, text, micro_batch, read_before):
+def read_text(args, text, micro_batch, skip):
     """ a table or stream of documents -> those held out, max_steps, and a function of (step, piece of its batch) -> the
-    micro_batch documents to train on. A stream gives the next ones, after the read_before of a run that stopped. """
+    micro_batch documents to train on. A stream gives the next ones, after the first `skip` of a run that stopped. """
     if args.streaming:
         stream = (np.array(row["ids"], np.int32) for row in text)
         held_out = list(itertools.islice(stream, HELD_OUT))
-        stream = itertools.islice(stream, read_before, None)
+        stream = itertools.islice(stream, skip, None)
         return held_out, args.max_steps, lambda step, piece: list(itertools.islice(stream, micro_batch))   # the next
     n_held_out = min(HELD_OUT, (len(text) + 9) // 10)   # of few documents a tenth
-    held_out, train = np.split(np.random.default_rng(0).permutation(len(text)), [n_held_out])
-    steps_an_epoch = len(train) // args.batch_size
+    held_out, train_rows = np.split(np.random.default_rng(0).permutation(len(text)), [n_held_out])
+    steps_an_epoch = len(train_rows) // args.batch_size
     if steps_an_epoch == 0:
-        raise ValueError(f"--batch_size {args.batch_size}: there are {len(train)} documents to train on")
+        raise ValueError(f"--batch_size {args.batch_size}: there are {len(train_rows)} documents to train on")
     max_steps = args.max_steps or max(1, round(args.epochs * steps_an_epoch))
-    def piece_of_batch(step, piece):
+    def get_piece(step, piece):
         epoch, i = divmod(step, steps_an_epoch)
         first = i * args.batch_size + piece * micro_batch
-        rows = train[data.epoch_order(len(train), args.seed, epoch)[first:first + micro_batch]]
-        return data.as_arrays(text[rows]["ids"])
-    return data.as_arrays(text[held_out]["ids"]), max_steps, piece_of_batch
+        order = data.epoch_order(len(train_rows), args.seed, epoch)   # indices into train_rows
+        return data.as_arrays(text[train_rows[order[first:first + micro_batch]]]["ids"])
+    return data.as_arrays(text[held_out]["ids"]), max_steps, get_piece
 
 def validate(model, held_out, tokenizer, sizes, args):
     """ -> {"val loss", "val mlm 1:8", ...} on the held-out documents, with the same windows and masks every time """
@@ -180,12 +180,12 @@ def main(args):
     mine = range(rank, pieces, world_size)
     model, tokenizer, sizes = build_model(args)
     text = data.tokenize_text(args.train_text, tokenizer, args.streaming, rank, world_size, args.columns)
-    held_out, max_steps, piece_of_batch = read_text(args, text, micro_batch, first_step * len(mine) * micro_batch)
+    held_out, max_steps, get_piece = read_text(args, text, micro_batch, skip=first_step * len(mine) * micro_batch)
 
     # optimizer, and the run to resume
     optimizer = configure_optimizer(model.named_parameters(), args)   # with mlm the decoder has no gradient
-    seen = next(data.text_rows(args.train_text, True, args.columns)) if args.streaming else data.content_hash(text)
-    must_match = {"--train_text": seen, "pieces": pieces, "ranks": world_size}
+    content = next(data.text_rows(args.train_text, True, args.columns)) if args.streaming else data.content_hash(text)
+    must_match = {"--train_text": content, "pieces": pieces, "ranks": world_size}
     if saved:
         restore(saved, must_match, model, optimizer)
     if args.compile:
@@ -201,14 +201,14 @@ def main(args):
         optimizer.zero_grad()
         piece_terms = []
         for piece in mine:
-            batch = piece_of_batch(step, piece)
+            batch = get_piece(step, piece)
             if len(batch) < micro_batch:
                 raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             loss, terms = batch_loss(model, batch, tokenizer, sizes, args, [args.seed, step, piece])
             (loss / pieces).backward()   # the mean over pieces; their number changes the masks, unlike in SRL
             piece_terms.append(terms)
-        losses = {name: sum(terms[name] for terms in piece_terms) / len(mine) for name in terms}
+        losses = {name: sum(terms[name] for terms in piece_terms) / len(mine) for name in piece_terms[0]}
         norm = sum_and_clip(model.parameters(), step, losses)
         optimizer.step()
 

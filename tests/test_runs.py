@@ -33,8 +33,8 @@ def run(script, flags, out, *more):
 
 def stopped(script, flags, out, *more, after=4):
     """ a run that ends, as if it had been killed, once the checkpoint of this step is saved """
-    def saved(args, done, *rest):
-        save_run(args, done, *rest)
+    def saved(args, done, *rest, **more):
+        save_run(args, done, *rest, **more)
         if done == after:
             raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -51,7 +51,7 @@ def find_also_right(queries, passages, answers=()):
     negative: it is the query's own text, the positive of an equal query in this batch, or (query, passage) is in
     answers. The pair (i, i), the positive itself, is False. """
     right = {}   # {query: its answers}
-    for query, passage in [*zip(queries, passages), *answers]:
+    for query, passage in [*zip(queries, passages), *answers]:   # zip leaves the hard negatives out
         right.setdefault(query.tobytes(), {query.tobytes()}).add(passage.tobytes())
     # Queries A B A with positives x y z: A has the answers x and z, so (0, 2) and (2, 0) are True.
     texts = [passage.tobytes() for passage in passages]
@@ -126,7 +126,7 @@ def whole_word_mask(begins, rates, rng):
     word = np.cumsum(begins) - 1                                   # (T,) number of each token's word
     length = np.bincount(word)                                     # (words,) tokens of each word
     key = rng.random(len(length))                                  # (words,) words are sorted by it
-    key[[0, -1]] = 2                                               # [CLS] and [SEP]
+    key[[0, -1]] = 2                                               # [CLS] and [SEP] come last
     order = key.argsort()
     middle = np.empty(len(length))
     middle[order] = np.cumsum(length[order]) - length[order] / 2   # (words,) in the shuffled row of words
@@ -183,14 +183,14 @@ def docs_folder():
 def read_rows(source, convert=dict, split="train", streaming=False):
     """ docs, a file (see FILE), or NAME[:CONFIG][:SPLIT] of the hub or of a folder with the same layout -> yields
     convert(row) of each row {column: cell}, unless it is empty. ValueError names source and row. """
-    done = 0
+    number = 0
     try:
-        for done, row in enumerate(open_source(source, split, streaming), start=1):
+        for number, row in enumerate(open_source(source, split, streaming), start=1):
             if converted := convert(row):
                 yield converted
     except Exception as error:   # csv, json, gzip, datasets, pyarrow and the hub have a dozen kinds
         reason = f"{type(error).__name__}: {error!s:.300}"
-        raise ValueError(f"{source} cannot be read, row {done} or the next ({reason})") from error
+        raise ValueError(f"{source} cannot be read, row {number} or the next ({reason})") from error
 
 def open_source(source, split, streaming):
     """ what read_rows reads -> an iterator over its rows """
@@ -200,8 +200,8 @@ def open_source(source, split, streaming):
         return datasets.load_dataset("parquet", data_files=path, split="train", streaming=streaming)
     if kind:
         return read_file(path, kind)
-    parts = [source] if Path(source).exists() else source.split(":")   # C:\data is a folder and no NAME:CONFIG
-    name, config, named_split, *_ = [*parts, "", ""]
+    parts = [source] if Path(source).exists() else source.split(":", 2)   # C:\data is a folder and no NAME:CONFIG
+    name, config, named_split = [*parts, "", ""][:3]   # the split may be train[:1000]
     return datasets.load_dataset(name, config or None, split=named_split or split, streaming=streaming)
 
 def read_file(path, kind):
@@ -245,15 +245,15 @@ def as_score(cell):
     return score
 
 def make_table(source, rows, features, settings=None, split="train"):
-    """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, which is reused
-    until the source (of a file path, date and size count), the settings of `rows`, data.py or evaluate.py change """
+    """ rows(), an iterator over rows with these features -> datasets.Dataset in a memory-mapped file, found again until
+    the source (of a file path, date and size), the settings or the code of `rows` change """
     path = Path(docs_folder() / "train.jsonl" if source == "docs" else source)
     if FILE.search(path.name):
-        content = str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size
+        version = str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size
     else:
-        content = open_source(source, split, streaming=False)._fingerprint
-    program = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("data.py", "evaluate.py")]
-    key = f"{zlib.crc32(repr((content, sorted(features), settings, program)).encode()):08x}"
+        version = open_source(source, split, streaming=False)._fingerprint
+    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("data.py", "evaluate.py")]
+    key = f"{zlib.crc32(repr((version, sorted(features), settings, code)).encode()):08x}"
     try:
         return datasets.Dataset.from_generator(rows, features=Features(features), fingerprint=key)
     except datasets.exceptions.DatasetGenerationError as error:   # around the error that `rows` raised
@@ -270,8 +270,8 @@ LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scor
 SENTENCES = {"sentence1": "query", "sentence2": "positive"}   # what --columns may call them, too
 
 def find_columns(source, present, kinds, columns):
-    """ -> {kind: the columns, of those present, that hold it}: those that --columns names, as ["query=question"], else
-    those of COLUMNS. Only a negative or a score may have none, and only passages may have several. """
+    """ -> {"query": ["question"], "positive": ["answer_1", "answer_2"], "negative": [], "score": []}, of those present:
+    what --columns names, as ["query=question"], else the names of COLUMNS. Only passages may have several. """
     has = f"{source} has the columns {', '.join(present)}"
     asked = [(SENTENCES.get(kind, kind), column) for kind, _, column in (item.partition("=") for item in columns)]
     if unknown := {kind for kind, _ in asked} - set(kinds):
@@ -279,12 +279,12 @@ def find_columns(source, present, kinds, columns):
     found = {}
     for kind in kinds:
         named = [column for its_kind, column in asked if its_kind == kind]   # several, if sources differ
-        known = [column for column in present if re.fullmatch(rf"({COLUMNS[kind]})(_\d+)?", column.lower())]
-        found[kind] = [column for column in present if column in named] if named else known
-        stems = {re.sub(r"_\d+$", "", column) for column in known}
+        by_name = [column for column in present if re.fullmatch(rf"({COLUMNS[kind]})(_\d+)?", column.lower())]
+        found[kind] = [column for column in present if column in named] if named else by_name
         missing = not found[kind] and (named or kind not in ("negative", "score"))
         several = len(found[kind]) > 1 and kind in ("query", "score")
-        mixed = not named and len(stems) > 1   # positive and answer; positive_1 and positive_2 have one stem
+        # positive and answer are two, positive_1 and positive_2 are one
+        mixed = not named and len({re.sub(r"_\d+$", "", column) for column in by_name}) > 1
         if missing or several or mixed:
             flag = f"--columns {kind}={','.join(named)}: " if named else ""
             raise ValueError(f"{flag}{has}; --columns {kind}=COLUMN says which is the {kind}")
@@ -299,7 +299,8 @@ def load_pairs(source, columns=(), split="train"):
     found = find_columns(source, list(names), ["query", "positive", "negative", "score"], columns)
     # a score beside query and positive may say anything: it counts if --columns names it, or beside two sentences
     kinds_asked = {item.split("=")[0] for item in columns}
-    if "score" not in kinds_asked and not {"sentence1", "sentence2"} <= kinds_asked | names.keys():
+    two_sentences = {"sentence1", "sentence2"} <= {*names, *kinds_asked}
+    if "score" not in kinds_asked and not two_sentences:
         found["score"] = []
     unused = [name for name in names if name not in sum(found.values(), [])]
     for name in unused:
@@ -366,13 +367,12 @@ def tokenize(texts, tokenizer, max_length):
     return as_arrays(to_ids(texts, tokenizer, truncation=True, max_length=max_length))
 
 def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
-    """ Does the tokenizer know the language of these texts? A warning if more than one token in twenty is [UNK] or
-    different texts become the same ids; ValueError if nearly all are [UNK]. Do they fit in max_length tokens, with the
-    prompt before them? Prints how many do not; ValueError if the prompt alone does not. """
+    """ A warning if more than one token in twenty is [UNK] or different texts become the same ids: does the tokenizer
+    know the language? Prints how many texts are cut. ValueError if nearly all is, or a prompt leaves no room """
     ids = to_ids(texts, tokenizer, add_special_tokens=False, verbose=False)
     tokens = [token for text in ids for token in text]
     unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
-    different, left = len({text.lower() for text in texts}), len(set(map(tuple, ids)))
+    different, left = len({text.lower() for text in texts}), len(set(map(tuple, ids)))   # texts, token sequences
     message = (f"{source}: {unknown:.0%} of the tokens are {tokenizer.unk_token}, and {different:,} different texts "
                f"have {left:,} different token sequences; does this tokenizer know their language?")
     if unknown > 0.8:
@@ -398,17 +398,17 @@ def tokenize_pairs(source, pairs, tokenizer, query_max_length, passage_max_lengt
         ids = {"query": to_ids(queries, tokenizer, truncation=True, max_length=query_max_length)}
         for kind in ("positive", "negative"):
             passages = [config.passage_prompt + text for row in batch[kind] for text in row]
-            passages = iter(to_ids(passages, tokenizer, truncation=True, max_length=passage_max_length))
-            ids[kind] = [[next(passages) for _ in row] for row in batch[kind]]
+            all_ids = iter(to_ids(passages, tokenizer, truncation=True, max_length=passage_max_length))
+            ids[kind] = [[next(all_ids) for _ in row] for row in batch[kind]]
         return ids
     ids = List(Value("int32"))
     features = Features({**pairs.features, "query": ids, "positive": List(ids), "negative": List(ids)})
     table = pairs.map(encode, batched=True, features=features)
-    rows, batches = {}, table.select_columns("query").iter(1000)
+    rows_of, batches = {}, table.select_columns("query").iter(1000)
     for number, query in enumerate(query for batch in batches for query in as_arrays(batch["query"])):
-        rows.setdefault(query.tobytes(), []).append(number)
-    repeated = {query: numbers for query, numbers in rows.items() if len(numbers) > 1}
-    return Pairs(table, repeated, len(to_ids([config.passage_prompt], tokenizer)[0]) - 1)   # less [SEP]
+        rows_of.setdefault(query.tobytes(), []).append(number)
+    repeated = {query: numbers for query, numbers in rows_of.items() if len(numbers) > 1}
+    return Pairs(table, repeated, prefix=len(to_ids([config.passage_prompt], tokenizer)[0]) - 1)   # less [SEP]
 
 def tokenize_text(source, tokenizer, streaming=False, rank=0, world_size=1, columns=()):
     """ --train_text -> Dataset, or with streaming IterableDataset, with the column ids: a document a row, without [CLS]

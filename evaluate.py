@@ -15,8 +15,10 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas
 import scipy   # its parts load when they are first used: scipy.stats alone takes most of a second
 import torch
+from datasets import Value
 from tqdm import tqdm
 
 from data import FILE, as_score, as_texts, check_texts, docs_folder, load_pairs, make_table, read_rows, tokenize
@@ -126,7 +128,6 @@ class Collection:
     "text"}, qrels/SPLIT.tsv with the header query-id, corpus-id, score; each maybe .gz.
     task; queries {id: text} and qrels {query id: {document id: grade}} of the judged queries; shards(). """
     def __init__(self, name, split=None):   # split: in place of the one in the name
-        from datasets import Value
         self.task, is_folder = task_name(name), Path(name).is_dir()   # C:\data is a folder and no NAME:SPLIT
         name, _, named = (name, "", "") if is_folder else name.partition(":")
         split = split or named or "test"
@@ -148,7 +149,7 @@ class Collection:
             if len(different) < count:
                 raise ValueError(f"{file}: two rows have one _id")
         self.qrels = read_qrels(judgements, texts, documents)
-        self.queries = {query: texts[query] for query in self.qrels}
+        self.queries = {query: texts[query] for query in self.qrels}   # in the order of qrels, which measure needs
 
     def shards(self):
         """ yields ([id], [title + text], own) of SHARD documents at a time. own {row of a query: column of a document}:
@@ -168,7 +169,7 @@ def read_qrels(source, queries, documents):
     qrels, odd = {}, Counter()   # odd {kind: how often}; True counts as 1
     for query, document, grade in read_rows(source, as_judgement):
         grades = qrels.setdefault(query, {})
-        if grades.get(document, grade) != grade:
+        if document in grades and grades[document] != grade:
             raise ValueError(f"{source}: query {query}, document {document} have two grades")
         odd.update({"of unknown queries (left out)": query not in queries, "there twice": document in grades,
                     "of unknown documents (not found)": document not in documents})
@@ -204,7 +205,7 @@ def search_corpus(model, tokenizer, collection, sizes, dtype):
     Q, layers = len(collection.queries), sorted({layer for layer, _ in sizes})
     queries = embed_texts(model, tokenizer, list(collection.queries.values()), layers, dtype,
                           model.config.query_prompt)
-    best_scores = {size: torch.full((Q, K), -np.inf) for size in sizes}
+    best_scores = {size: torch.full((Q, K), -np.inf) for size in sizes}         # -inf: no document yet
     best_docs = {size: torch.zeros(Q, K, dtype=torch.long) for size in sizes}   # numbers of doc_ids
     doc_ids, dropped = [], 0
     for ids, texts, own in collection.shards():
@@ -292,7 +293,6 @@ def main(args):
 def table(results, sizes):
     """ records, the sizes of the model, which have names if they are six -> a line for each size, a column for each
     task and metric """
-    import pandas
     names = dict(zip(sizes, (name for name, *_ in SIZES))) if len(sizes) == len(SIZES) else {}
     frame = pandas.DataFrame(results, dtype=object)
     frame["size"] = [f"{names.get(size, ''):7} {size_name(size)}".strip() for size in zip(frame["layer"], frame["dim"])]

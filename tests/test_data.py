@@ -140,7 +140,7 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
             card += f"  - split: {split}\n    path: {config}/{split}*\n"
     (tmp_path / "a" / "set" / "README.md").write_text(card + "---\n")
     for name, split, config, found in (("triplet", "train", "triplet", "train"), ("pair", "dev", "pair", "dev"),
-                                       ("pair:dev", "train", "pair", "dev")):
+                                   ("pair:dev", "train", "pair", "dev"), ("pair:train[:1]", "dev", "pair", "train")):
         assert pairs_of(f"a/set:{name}", split=split) == [(config, [found], [])]
 
 @pytest.mark.parametrize("kind", ["p.jsonl", "p.parquet", "folder/train.parquet"])

@@ -6,7 +6,7 @@ A batch is a pure function of (data, seed, step), so resuming a run needs no sta
   smae_batch   running text masked twice, for pretrain_smae.py
 Below: rows of files and of the hub, the tables that `datasets` makes of them, tokenising. Letters: see model.py.
 """
-import csv, functools, gzip, importlib.metadata, itertools, json, math, os, re, string, subprocess, sys, zlib
+import csv, functools, gzip, importlib.metadata, itertools, json, os, re, string, subprocess, sys, unicodedata, zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Features, List, Value
 from datasets.distributed import split_dataset_by_node
 
-# ---- batches of pairs, for SRL -----------------------------------------------
+# ---- batches of pairs, for SRL ------------------------------------------
 class Pairs(NamedTuple):
     """ what tokenize_pairs makes of a source """
     table: datasets.Dataset   # query: ids; positive, negative: lists of ids; score, if the pairs have one
@@ -92,7 +92,7 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
                for answer in as_arrays(texts)]
     return Batch(queries, windows, find_also_right(queries, passages, answers), None)
 
-# ---- batches of masked text, for SMAE ----------------------------------------
+# ---- batches of masked text, for SMAE -----------------------------------
 class Masked(NamedTuple):
     """ B texts masked twice, sorted by length as in model.pack. Positions are indices into the row of N tokens. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
@@ -164,7 +164,7 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     decoder_ids = corrupt(row, for_decoder, tokenizer.mask_token_id, len(tokenizer), rng)   # draws of its own
     return Masked(texts, encoder_ids, np.flatnonzero(for_encoder), decoder_ids, np.flatnonzero(for_decoder))
 
-# ---- rows: docs, local files, the Hugging Face hub ---------------------------
+# ---- rows: docs, local files, the Hugging Face hub ----------------------
 FILE = re.compile(r"\.(csv|tsv|jsonl?|txt|md|parquet)(\.gz)?$", re.IGNORECASE)
 CACHE = Path(__file__).parent / "out"   # the docs corpus; git-ignored, made again when missing
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are said once, by us
@@ -240,7 +240,7 @@ def as_texts(cell):
 
 def as_score(cell):
     """ a number, or a string of one -> finite float """
-    if isinstance(cell, bool) or not math.isfinite(score := float(cell)):
+    if isinstance(cell, bool) or not np.isfinite(score := float(cell)):
         raise ValueError(f"{cell!r:.60} is no finite number")
     return score
 
@@ -261,12 +261,13 @@ def make_table(source, rows, features, settings=None, split="train"):
     except ValueError:   # no row at all
         raise ValueError(f"{source}: not a single row with a text in each column that is needed") from None
 
-# ---- columns -----------------------------------------------------------------
+# ---- columns ------------------------------------------------------------
 # what columns are called in people's files: any one of the names will do, also with _1, _2, ... behind it
 COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": "score",
            "positive": "pos|positives?|positive_passages|answers?|context|document|passage|response|sentence2",
            "negative": "neg|negatives?|negative_passages"}
 LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scores?|similarity"   # may say: no pair
+YES_OR_NO = {"0", "1"}, {"0.0", "1.0"}, {"False", "True"}   # and so may a column of these
 SENTENCES = {"sentence1": "query", "sentence2": "positive"}   # what --columns may call them, too
 
 def find_columns(source, present, kinds, columns):
@@ -293,18 +294,19 @@ def find_columns(source, present, kinds, columns):
 def load_pairs(source, columns=(), split="train"):
     """ a source of --train_pairs, see read_rows -> table with the columns query (a string), positive, negative (lists
     of strings) and, of scored pairs, score; without the rows that have no query or no positive. Prints its columns. """
-    names, count = {}, 0
+    names, count = {}, 0   # {column: up to three different cells}
     for count, row in enumerate(read_rows(source, split=split), start=1):   # all: in JSON a column may come late
-        names |= dict.fromkeys(row)
+        for name, cell in row.items():
+            if len(names.setdefault(name, set())) < 3:
+                names[name].add(str(cell))
     found = find_columns(source, list(names), ["query", "positive", "negative", "score"], columns)
-    # a score beside query and positive may say anything: it counts if --columns names it, or beside two sentences
     kinds_asked = {item.split("=")[0] for item in columns}
     two_sentences = {"sentence1", "sentence2"} <= {*names, *kinds_asked}
     if "score" not in kinds_asked and not two_sentences:
-        found["score"] = []
+        found["score"] = []   # which may say anything beside a query
     unused = [name for name in names if name not in sum(found.values(), [])]
     for name in unused:
-        if not found["score"] and re.fullmatch(LABELS, name.lower()):
+        if not found["score"] and (re.fullmatch(LABELS, name.lower()) or names[name] in YES_OR_NO):
             raise ValueError(f"{source}: {name} may say which rows are no pairs. Copy those that are to a file without "
                              f"this column, or train on it as a similarity: --columns score={name}")
 
@@ -336,13 +338,14 @@ def text_rows(source, streaming=False, columns=()):
         return text and {"text": text}
     return read_rows(source, as_document, streaming=streaming)
 
-# ---- tokenising --------------------------------------------------------------
+# ---- tokenising ---------------------------------------------------------
 def train_wordpiece(texts, vocab_size):
     """ an iterable of texts -> transformers tokenizer: lower-casing WordPiece like BERT's, but it keeps accents and
     vowel signs, without which words of many languages become the same """
     from transformers import BertTokenizer   # here, because it takes a second or two
     # The trainer numbers letters in the order of a hash table and breaks ties by number. Given as special tokens they
     # have fixed numbers, so the same texts always give the same pieces, which are sorted in the end.
+    texts = (unicodedata.normalize("NFC", text) for text in texts)   # as to_ids does
     letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     blank = BertTokenizer(strip_accents=False)
@@ -351,9 +354,10 @@ def train_wordpiece(texts, vocab_size):
     return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, strip_accents=False)
 
 def to_ids(texts, tokenizer, **flags):
-    """ list of strings -> list of lists of ids """
+    """ list of strings -> list of lists of ids, [CLS] ... [SEP] """
     if not texts:
         return []
+    texts = [unicodedata.normalize("NFC", text) for text in texts]   # macOS and PDFs write an accent after its letter
     ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **flags)["input_ids"]
     tokenizer.backend_tokenizer.no_truncation()   # else the truncation of this call would be saved with the tokenizer
     return ids
@@ -362,17 +366,14 @@ def as_arrays(texts):
     """ list of lists of ids -> list of (T,) arrays """
     return [np.array(ids, np.int32) for ids in texts]
 
-def tokenize(texts, tokenizer, max_length):
-    """ list of B texts -> list of B (T,) ids, [CLS] ... [SEP], T <= max_length """
-    return as_arrays(to_ids(texts, tokenizer, truncation=True, max_length=max_length))
-
 def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
     """ A warning if more than one token in twenty is [UNK] or different texts become the same ids: does the tokenizer
     know the language? Prints how many texts are cut. ValueError if nearly all is, or a prompt leaves no room """
     ids = to_ids(texts, tokenizer, add_special_tokens=False, verbose=False)
     tokens = [token for text in ids for token in text]
     unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))
-    different, left = len({text.lower() for text in texts}), len(set(map(tuple, ids)))   # texts, token sequences
+    different = len({" ".join(text.lower().split()) for text in texts})
+    left = len(set(map(tuple, ids)))
     message = (f"{source}: {unknown:.0%} of the tokens are {tokenizer.unk_token}, and {different:,} different texts "
                f"have {left:,} different token sequences; does this tokenizer know their language?")
     if unknown > 0.8:

@@ -21,20 +21,19 @@ import torch
 from datasets import Value
 from tqdm import tqdm
 
-from data import FILE, as_score, as_texts, check_texts, docs_folder, load_pairs, make_table, read_rows, tokenize
+from data import FILE, as_score, as_texts, check_texts, docs_folder, load_pairs, make_table, read_rows, to_ids
 from model import (POOLINGS, SIMILARITIES, SIZES, HelpFormatter, check_sizes, load_model, pack, parse_sizes,
                    read_json, run_script, score, shorten, size_name)
 
-# ---- embeddings --------------------------------------------------------------
+# ---- embeddings ---------------------------------------------------------
 BATCH_TOKENS = 8192
 
 @torch.no_grad()
 def embed_ids(model, token_ids, layers, dtype="float32"):
-    """ list of B (T,) arrays of token ids -> {layer: (B, C) float32 on the CPU} """
+    """ list of B (T,) token ids -> {layer: (B, C) float32 on the CPU} """
     B, device, training = len(token_ids), next(model.parameters()).device, model.training
     model.eval()   # no dropout, also in the middle of a training
     embeddings = {layer: torch.empty(B, model.config.hidden_size) for layer in layers}
-    # around all batches: so autocast casts each weight only once
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         for rows in tqdm(batches_by_length(token_ids), "encoding", leave=False, disable=None):
             batch = pack([token_ids[i] for i in rows], device)   # rows: numbers of texts
@@ -54,10 +53,10 @@ def batches_by_length(token_ids):
 
 def embed_texts(model, tokenizer, texts, layers, dtype="float32", prompt=""):
     """ list of B strings, what goes before each -> {layer: (B, C) float32 on the CPU} """
-    texts = [prompt + text for text in texts]
-    return embed_ids(model, tokenize(texts, tokenizer, tokenizer.model_max_length), layers, dtype)
+    ids = to_ids([prompt + text for text in texts], tokenizer, truncation=True, max_length=tokenizer.model_max_length)
+    return embed_ids(model, ids, layers, dtype)
 
-# ---- metrics -----------------------------------------------------------------
+# ---- metrics ------------------------------------------------------------
 def spearman(x, y):
     """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank; 0 where all of x or all of y are equal """
     return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
@@ -85,7 +84,7 @@ def record(task, metric, size, value, n):
     """ one value as it stands in eval.json: of a task with n queries or pairs """
     return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
 
-# ---- similarity of sentences: STS --------------------------------------------
+# ---- similarity of sentences: STS ---------------------------------------
 STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
 STS |= {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
 
@@ -233,7 +232,7 @@ def best_documents(scores, docs, doc_ids):
                        for values, numbers in zip(scores.tolist(), docs.tolist()))
     return [sorted(hits, reverse=True)[:100] for hits in hits_of_queries]   # by score, then by id
 
-# ---- cost --------------------------------------------------------------------
+# ---- cost ---------------------------------------------------------------
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks' matrices (2 FLOP an entry) """
     def count(module):
@@ -244,7 +243,7 @@ def cost(model, sizes):
             ("parameters", embeddings + count(model.blocks[:layer])), ("bytes", 4 * dim),
             ("MFLOP/token", 2 * matrices * layer / 1e6))]
 
-# ---- all tests at all sizes --------------------------------------------------
+# ---- all tests at all sizes ---------------------------------------------
 def main(args):
     """ tests, model, sizes, values, table. The values go to a file:
       "results": [{"task": "docs", "metric": "MRR@10", "layer": 1, "dim": 8, "value": 0.135, "n": 1000}, ...]
@@ -300,7 +299,7 @@ def table(results, sizes):
     frame = frame.rename_axis(index=None, columns=[None, None])
     return frame.to_string(na_rep="", float_format=lambda v: f"{v:.4f}" if v < 2 else f"{v:,.1f}".removesuffix(".0"))
 
-# ---- flags -------------------------------------------------------------------
+# ---- flags --------------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

@@ -25,7 +25,7 @@ from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, 
                    fast_dtype, load_model, load_run, log, new_config, open_run, pack, parse_sizes, ranks, restore,
                    run_script, save_run, score, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
-# ---- the method --------------------------------------------------------------
+# ---- the method ---------------------------------------------------------
 def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_right, teacher_scores=None, gold=None):
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
@@ -119,7 +119,7 @@ def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
             embeddings[layer] = own + (everyone - own.detach())   # the value is everyone, the gradient goes to own
     return embeddings
 
-# ---- model -------------------------------------------------------------------
+# ---- model --------------------------------------------------------------
 def build_model(args, tables):
     """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer; --teacher, a frozen Bert, or None.
     tables: for a new vocabulary """
@@ -163,7 +163,7 @@ def plan(args, sources):
     pieces = max(world_size, math.ceil(batch_size / (args.micro_batch or batch_size)))
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
-# ---- training ----------------------------------------------------------------
+# ---- training -----------------------------------------------------------
 def main(args):
     """ data, model, optimizer, loop, evaluation """
     start_ranks(args)
@@ -229,7 +229,7 @@ def main(args):
                                                "--dtype", args.dtype]))
         Path(args.out_dir, STATE).unlink()   # three times the model, and the run is finished
 
-# ---- flags -------------------------------------------------------------------
+# ---- flags --------------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

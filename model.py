@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ---- sizes: (layer, dim) pairs -----------------------------------------------
+# ---- sizes: (layer, dim) pairs ------------------------------------------
 # name, share of the model's layers, share of its channels: 2:32 ... 12:768 for BERT-base
 SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
@@ -58,7 +58,7 @@ class Pack(NamedTuple):
     groups: list                 # [(G, T), ...] in the order of the row
 
 def pack(token_ids, device="cpu"):
-    """ list of B (T,) integer arrays of token ids, none empty -> Pack """
+    """ list of B (T,) token ids, none empty -> Pack """
     lengths = np.array([len(text) for text in token_ids])
     order = np.argsort(lengths, kind="stable")                    # (B,) short texts first
     starts = np.empty_like(lengths)                               # (B,)
@@ -90,7 +90,7 @@ def score(queries, passages, dim, similarity):
     """ (Q, C), (P, C) -> (Q, P). The product (Q, D) x (D, P) never builds a (Q, P, C) tensor. """
     return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
-# ---- the encoder -------------------------------------------------------------
+# ---- the encoder --------------------------------------------------------
 class Dropout(nn.Dropout):
     """ (...) -> (...). On a CPU an entry is kept if its random byte is below `keep`, and one random int64 gives eight
     bytes: up to a third of a step faster than nn.Dropout. p becomes a multiple of 1/256 (0.1: 26/256). """
@@ -181,7 +181,7 @@ class Bert(nn.Module):
         """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts """
         return {n: pool(tap, batch, self.config.pooling) for n, tap in self(batch, layers).items()}
 
-# ---- Hugging Face folders ----------------------------------------------------
+# ---- Hugging Face folders -----------------------------------------------
 # our name of a part -> theirs: blocks.3.up.weight is encoder.layer.3.intermediate.dense.weight
 HF_NAMES = {
     "word": "embeddings.word_embeddings", "position": "embeddings.position_embeddings",
@@ -310,7 +310,7 @@ def save_pretrained(model, tokenizer, folder, head=None):
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
-# ---- what both training scripts share ----------------------------------------
+# ---- what both training scripts share -----------------------------------
 def fast_dtype():
     """ "bfloat16" where that is faster than "float32": on a GPU, and on a CPU with AMX """
     return "bfloat16" if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16") else "float32"

@@ -20,7 +20,7 @@ from model import (Bert, HelpFormatter, average, check_sizes, configure_optimize
                    load_weights, log, new_config, open_run, pack, parse_sizes, ranks, read_modules, read_weights,
                    restore, run_script, save_run, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
-# ---- the method --------------------------------------------------------------
+# ---- the method ---------------------------------------------------------
 class MLMHead(nn.Module):
     """ BERT's masked-language-model head. Its output matrix is the word embeddings, so only the bias is here. """
     def __init__(self, config):
@@ -102,7 +102,7 @@ def batch_loss(model, documents, tokenizer, sizes, args, seed):
         loss, terms = smae_loss(model, pack(masked.texts, args.device), masked, sizes, args.objective)
     return loss, {"loss": loss.detach()} | terms
 
-# ---- model and text ----------------------------------------------------------
+# ---- model and text -----------------------------------------------------
 HELD_OUT = 500   # documents that are never trained on: the validation loss
 
 def build_model(args):
@@ -163,7 +163,7 @@ def validate(model, held_out, tokenizer, sizes, args):
     model.train()
     return {f"val {name}": value for name, value in average(records).items()}   # of batches; the last may be smaller
 
-# ---- training ----------------------------------------------------------------
+# ---- training -----------------------------------------------------------
 def main(args):
     """ model, text, optimizer, loop """
     start_ranks(args)
@@ -228,7 +228,7 @@ def main(args):
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
             save_run(args, done, model, optimizer, must_match, model.bert, tokenizer, model.head)
 
-# ---- flags -------------------------------------------------------------------
+# ---- flags --------------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

@@ -108,6 +108,7 @@ def test_columns(tmp_path, row, columns, found):
     ([{"query": "q", "body": "p"}], "", "has the columns query, body; --columns positive=COLUMN says"),
     ([QP | {"anchor": "a"}], "", "has the columns query, positive, anchor; --columns query=COLUMN"),
     ([QP | {"answer": "a"}], "", "--columns positive=C"), ([QP | {"neg": "a", "negative": "b"}], "", "negative=C"),
+    ([QP | {"target": f"{i % 2}"} for i in range(9)], "", "target may say which rows are no pairs"),
     *(([QP | {name: 1}], "", f"{name} may say which rows are no pairs") for name in
       "label Labels gold_label is_duplicate relevance relevant entailment class score Score".split()),
     *(([{"sentence1": "q", "sentence2": "p", name: 2}], "", f"--columns score={name}") for name in
@@ -282,7 +283,8 @@ def test_tokenised_tables(tmp_path, pairs_file, tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True) == want
     tables = first, prompted, table(tokenizer, 6), table(other, 5), first.select(range(63, -1, -1))
     assert len(set(map(data.content_hash, tables))) == 5
-    assert len(data.tokenize([text], tokenizer, 5)[0]) == 5 and not tokenizer.backend_tokenizer.truncation
+    cut, = data.to_ids([text], tokenizer, truncation=True, max_length=5)
+    assert len(cut) == 5 and not tokenizer.backend_tokenizer.truncation
 
 def test_check_texts(tmp_path, tokenizer, capsys):
     """ Text of another language is refused, streamed or not, and so is a prompt that fills the window; some unknown
@@ -304,11 +306,14 @@ def test_check_texts(tmp_path, tokenizer, capsys):
             data.check_texts("here", ["apple"], tokenizer, window, prompt)
 
 def test_train_wordpiece():
-    """ The same texts give the same vocabulary every time; words that differ in an accent stay different. """
+    """ The same texts give the same vocabulary every time; words that differ in an accent stay different, however that
+    is encoded. """
     texts = [f"where is the {a}dge {b}ine pêche peche Ärger" for a in ("bri", "led") for b in ("eng", "mar")] * 3
     tokenizers = [data.train_wordpiece(iter(texts), 120) for _ in range(6)]
     assert len({json.dumps(tokenizer.get_vocab(), sort_keys=True) for tokenizer in tokenizers}) == 1
     assert tokenizers[0].tokenize("pêche PECHE ärger") == ["pêche", "peche", "ärger"]
+    one, other = data.to_ids(["p\u00eache", "pe\u0302che"], tokenizers[0])
+    assert one == other and tokenizers[0].unk_token_id not in one
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("pieces, continue_a_word", [(["a", "##a", "#"], ["##a"]), (["▁a", "b", "▁"], ["b"]),

@@ -83,13 +83,6 @@ def test_embed_ids_ignores_batches_order_and_dropout(model, texts, monkeypatch):
     with pytest.raises(FloatingPointError, match="layer 2 gave embeddings that are not finite; try --dtype float32"):
         embed(texts, 8192)
 
-def test_batches_are_of_cumulated_tokens(monkeypatch):
-    """ Texts go from short to long; a batch ends where the sum passes the next multiple of BATCH_TOKENS. """
-    lengths = [7, 3, 20, 7, 5, 7, 3, 5]
-    for room, want in ((10, [[1, 6], [4, 7], [0], [3, 5], [2]]), (99, [[1, 6, 4, 7, 0, 3, 5, 2]])):
-        monkeypatch.setattr(evaluate, "BATCH_TOKENS", room)
-        assert [batch.tolist() for batch in evaluate.batches_by_length([np.ones(n) for n in lengths])] == want
-
 def test_flags_are_fields_of_the_model(saved, beir, monkeypatch, capsys):
     """ Pooling, similarity, length, type and the prompts before queries and before documents, empty ones too, are those
     of the flags, else the model's own; each changes the scores. Texts that the length cuts are counted. """

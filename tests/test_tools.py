@@ -201,6 +201,8 @@ def test_search_in_a_folder(trained, notes, monkeypatch, capsys):
     run(search, folder, "--texts", notes, "--sizes", "1:8,3:48")
     found = re.findall("(\\d.*): encoding .* ms, search in 4 passages", capsys.readouterr().out)
     assert found == ["1:8", "3:48", "1:8, then 3:48"] * 2
+    with pytest.raises(ValueError, match="the question: 100% of the tokens are"):
+        run(search, folder, "ቡና", "--texts", notes)
 
 def test_passages_are_embedded_again_if_they_must(trained, notes, capsys):
     """ Embeddings are found again until a layer, a weight, a prompt, a text or the length is another. Texts that the

@@ -116,7 +116,8 @@ def export(model, tokenizer, args):
     smaller, its_tokenizer = model, tokenizer
     if args.vocab_size:
         texts = [text for _, text in load_passages(args.texts)]
-        counts = np.bincount(np.concatenate(data.tokenize(texts, tokenizer, 10**6)), minlength=model.config.vocab_size)
+        ids = np.concatenate(data.to_ids(texts, tokenizer, verbose=False))
+        counts = np.bincount(ids, minlength=model.config.vocab_size)
         smaller, its_tokenizer = cut_vocabulary(model, tokenizer, counts, args.vocab_size)
         some = texts[::max(1, len(texts) // 1000)]   # a thousand texts show the cost
     for (layer, dim), folder in zip(sizes, folders):

@@ -83,6 +83,7 @@ def main(args):
     if len(sizes) > 1:
         ways.append((sizes[0], sizes[-1]))                                                    # the funnel
     for question in [args.question] if args.question else ask():
+        data.check_texts("the question", [question], tokenizer)
         for way in ways:
             start = time.perf_counter()
             layers = [layer for layer, _ in way]
@@ -104,4 +105,4 @@ parser.add_argument("--texts", default="docs", metavar="PATH", help="docs, or a 
 parser.add_argument("--sizes", type=parse_sizes, help="LAYER:DIM,... by default the largest")
 
 if __name__ == "__main__":
-    run_script(main, parser.parse_args)
+    run_script(main, parser.parse_intermixed_args)   # the question may stand behind the flags

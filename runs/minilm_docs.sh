@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A search model that beats word matching: all-MiniLM-L6-v2, trained on docs for 200 steps, three seeds, SRL and 2D Matryoshka;
-# beside them MiniLM cut to fewer layers, and its first dims with all layers. A run takes 9 minutes on two cores with AMX, all
-# together an hour. Settings were chosen on dev (runs/docs_heldout.sh). What is done is skipped.
+# beside them MiniLM cut to fewer layers, and its first dims with all layers. A run takes 12 minutes on two cores with AMX, all
+# together 80. Settings were chosen on dev (runs/docs_heldout.sh). What is done is skipped.
 #   runs/minilm_docs.sh MODEL
 # MODEL: sentence-transformers/all-MiniLM-L6-v2 or its folder. Writes results/minilm-docs.json and prints its table.
 set -euo pipefail

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Features, List, Value
 from datasets.distributed import split_dataset_by_node
 
-# ---- batches of pairs, for SRL ------------------------------------------
+# ---- batches of pairs, for SRL -------------------------------------
 class Pairs(NamedTuple):
     """ what tokenize_pairs makes of a source """
     table: datasets.Dataset   # query: ids; positive, negative: lists of ids; score, if the pairs have one
@@ -29,8 +29,7 @@ class Batch(NamedTuple):
     also_right: np.ndarray   # (Q, P) bool: passages that are no negatives of a query, see find_also_right
     gold: np.ndarray         # (Q,) gold scores, or None
 
-# The last number of a seed in SRL, so that windows, sources and sizes are drawn independently
-TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3   # not 0: [seed, step, 0] draws as [seed, step] does
+TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3   # end the seeds of SRL, so that what is drawn is independent
 
 @functools.lru_cache(maxsize=64)   # every step asks for it; sources take turns
 def epoch_order(rows, seed, epoch):
@@ -46,14 +45,13 @@ def window(text, length, rng, prefix=1):
     start = prefix if rng.random() < 0.5 else rng.integers(prefix, last + 1)
     return np.concatenate([text[:prefix], text[start:start + length - prefix - 1], text[-1:]])
 
-def find_also_right(queries, passages, answers=()):
-    """ Q queries, P passages, (T,) ids -> (Q, P) bool. True: passage j answers query i, too, and must not count as a
-    negative: it is the query's own text, the positive of an equal query in this batch, or (query, passage) is in
-    answers. The pair (i, i), the positive itself, is False. """
+def find_also_right(queries, passages, answers):
+    """ Q queries, P passages, pairs (query, answer) of all queries, each text (T,) ids -> (Q, P) bool. True: passage j
+    is an answer of query i, too, or the query itself, and must not count as a negative. (i, i), the positive, is False.
+    Queries A B A with positives x y z: A has the answers x and z, so (0, 2) and (2, 0) are True. """
     right = {}   # {query: its answers}
-    for query, passage in [*zip(queries, passages), *answers]:   # zip leaves the hard negatives out
-        right.setdefault(query.tobytes(), {query.tobytes()}).add(passage.tobytes())
-    # Queries A B A with positives x y z: A has the answers x and z, so (0, 2) and (2, 0) are True.
+    for query, answer in answers:
+        right.setdefault(query.tobytes(), {query.tobytes()}).add(answer.tobytes())
     texts = [passage.tobytes() for passage in passages]
     also_right = np.zeros((len(queries), len(passages)), dtype=bool)
     for i, query in enumerate(queries):
@@ -84,15 +82,15 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
     if "score" in table:   # no passage is right or wrong: pairs are more or less similar
         nothing = np.zeros((len(queries), len(passages)), dtype=bool)
         return Batch(queries, windows, nothing, np.array(table["score"], np.float32))
-    # No answer that the file gives to a query is its negative: not those of its row that were not drawn, nor those of
-    # other rows with this query. Whole texts are compared, because windows of copies differ.
+    # Answers of a query are no negatives: neither those of its row that were not drawn nor those of its other rows.
+    # Whole texts are compared, because windows of copies differ.
     more_rows = [row for query in queries for row in pairs.rows_of_repeated.get(query.tobytes(), ())]
     given = pairs.table[[*rows, *more_rows]]
     answers = [(query, answer) for query, texts in zip(as_arrays(given["query"]), given["positive"])
                for answer in as_arrays(texts)]
     return Batch(queries, windows, find_also_right(queries, passages, answers), None)
 
-# ---- batches of masked text, for SMAE -----------------------------------
+# ---- batches of masked text, for SMAE ------------------------------
 class Masked(NamedTuple):
     """ B texts masked twice, sorted by length as in model.pack. Positions are indices into the row of N tokens. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
@@ -164,7 +162,7 @@ def smae_batch(documents, max_length, rates, tokenizer, seed):
     decoder_ids = corrupt(row, for_decoder, tokenizer.mask_token_id, len(tokenizer), rng)   # draws of its own
     return Masked(texts, encoder_ids, np.flatnonzero(for_encoder), decoder_ids, np.flatnonzero(for_decoder))
 
-# ---- rows: docs, local files, the Hugging Face hub ----------------------
+# ---- rows: docs, local files, the Hugging Face hub -----------------
 FILE = re.compile(r"\.(csv|tsv|jsonl?|txt|md|parquet)(\.gz)?$", re.IGNORECASE)
 CACHE = Path(__file__).parent / "out"   # the docs corpus; git-ignored, made again when missing
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)   # errors are said once, by us
@@ -261,7 +259,7 @@ def make_table(source, rows, features, settings=None, split="train"):
     except ValueError:   # no row at all
         raise ValueError(f"{source}: not a single row with a text in each column that is needed") from None
 
-# ---- columns ------------------------------------------------------------
+# ---- columns -------------------------------------------------------
 # what columns are called in people's files: any one of the names will do, also with _1, _2, ... behind it
 COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": "score",
            "positive": "pos|positives?|positive_passages|answers?|context|document|passage|response|sentence2",
@@ -284,8 +282,7 @@ def find_columns(source, present, kinds, columns):
         found[kind] = [column for column in present if column in named] if named else by_name
         missing = not found[kind] and (named or kind not in ("negative", "score"))
         several = len(found[kind]) > 1 and kind in ("query", "score")
-        # positive and answer are two, positive_1 and positive_2 are one
-        mixed = not named and len({re.sub(r"_\d+$", "", column) for column in by_name}) > 1
+        mixed = not named and len({re.sub(r"_\d+$", "", column) for column in by_name}) > 1   # positive and answer
         if missing or several or mixed:
             flag = f"--columns {kind}={','.join(named)}: " if named else ""
             raise ValueError(f"{flag}{has}; --columns {kind}=COLUMN says which is the {kind}")
@@ -303,7 +300,7 @@ def load_pairs(source, columns=(), split="train"):
     kinds_asked = {item.split("=")[0] for item in columns}
     two_sentences = {"sentence1", "sentence2"} <= {*names, *kinds_asked}
     if "score" not in kinds_asked and not two_sentences:
-        found["score"] = []   # which may say anything beside a query
+        found["score"] = []   # it may say anything
     unused = [name for name in names if name not in sum(found.values(), [])]
     for name in unused:
         if not found["score"] and (re.fullmatch(LABELS, name.lower()) or names[name] in YES_OR_NO):
@@ -338,13 +335,13 @@ def text_rows(source, streaming=False, columns=()):
         return text and {"text": text}
     return read_rows(source, as_document, streaming=streaming)
 
-# ---- tokenising ---------------------------------------------------------
+# ---- tokenising ----------------------------------------------------
 def train_wordpiece(texts, vocab_size):
     """ an iterable of texts -> transformers tokenizer: lower-casing WordPiece like BERT's, but it keeps accents and
-    vowel signs, without which words of many languages become the same """
+    vowel signs, without which words of many languages become the same. English texts always give the same one. """
     from transformers import BertTokenizer   # here, because it takes a second or two
     # The trainer numbers letters in the order of a hash table and breaks ties by number. Given as special tokens they
-    # have fixed numbers, so the same texts always give the same pieces, which are sorted in the end.
+    # have fixed numbers, so the pieces are the same every time; they are sorted in the end.
     texts = (unicodedata.normalize("NFC", text) for text in texts)   # as to_ids does
     letters = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -357,7 +354,7 @@ def to_ids(texts, tokenizer, **flags):
     """ list of strings -> list of lists of ids, [CLS] ... [SEP] """
     if not texts:
         return []
-    texts = [unicodedata.normalize("NFC", text) for text in texts]   # macOS and PDFs write an accent after its letter
+    texts = [unicodedata.normalize("NFC", text) for text in texts]   # PDFs write an accent behind its letter
     ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **flags)["input_ids"]
     tokenizer.backend_tokenizer.no_truncation()   # else the truncation of this call would be saved with the tokenizer
     return ids

@@ -25,7 +25,7 @@ from data import FILE, as_score, as_texts, check_texts, docs_folder, load_pairs,
 from model import (POOLINGS, SIMILARITIES, SIZES, HelpFormatter, check_sizes, load_model, pack, parse_sizes,
                    read_json, run_script, score, shorten, size_name)
 
-# ---- embeddings ---------------------------------------------------------
+# ---- embeddings ----------------------------------------------------
 BATCH_TOKENS = 8192
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def embed_texts(model, tokenizer, texts, layers, dtype="float32", prompt=""):
     ids = to_ids([prompt + text for text in texts], tokenizer, truncation=True, max_length=tokenizer.model_max_length)
     return embed_ids(model, ids, layers, dtype)
 
-# ---- metrics ------------------------------------------------------------
+# ---- metrics -------------------------------------------------------
 def spearman(x, y):
     """ (n,), (n,) -> Spearman's rank correlation, ties at their mean rank; 0 where all of x or all of y are equal """
     return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
@@ -84,7 +84,7 @@ def record(task, metric, size, value, n):
     """ one value as it stands in eval.json: of a task with n queries or pairs """
     return {"task": task, "metric": metric, "layer": size[0], "dim": size[1], "value": value, "n": n}
 
-# ---- similarity of sentences: STS ---------------------------------------
+# ---- similarity of sentences: STS ----------------------------------
 STS = {f"sts{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
 STS |= {"stsb": "sentence-transformers/stsb", "sickr": "mteb/sickr-sts"}
 
@@ -120,6 +120,7 @@ def sts(model, tokenizer, pairs, sizes, dtype):
 
 # ---- retrieval: Collection -> search_corpus -> best_documents -> METRICS -> records ----
 SHARD = 25_000   # documents in memory at a time
+K = 200   # documents kept for a query: the metrics look at 100, the others are room for equal scores
 
 class Collection:
     """ NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact,
@@ -181,8 +182,6 @@ def read_qrels(source, queries, documents):
         raise ValueError(f"{source}: no relevant document of a query that is there")
     return qrels
 
-K = 200   # documents kept for a query: the metrics look at 100, the others are room for equal scores
-
 def retrieval(model, tokenizer, collection, sizes, dtype):
     """ a Collection -> records, per-item values, of every size """
     records, per_item = [], {"ids": list(collection.queries)}
@@ -232,7 +231,7 @@ def best_documents(scores, docs, doc_ids):
                        for values, numbers in zip(scores.tolist(), docs.tolist()))
     return [sorted(hits, reverse=True)[:100] for hits in hits_of_queries]   # by score, then by id
 
-# ---- cost ---------------------------------------------------------------
+# ---- cost ----------------------------------------------------------
 def cost(model, sizes):
     """ -> records: parameters, bytes of a float32 vector, arithmetic of the blocks' matrices (2 FLOP an entry) """
     def count(module):
@@ -243,7 +242,7 @@ def cost(model, sizes):
             ("parameters", embeddings + count(model.blocks[:layer])), ("bytes", 4 * dim),
             ("MFLOP/token", 2 * matrices * layer / 1e6))]
 
-# ---- all tests at all sizes ---------------------------------------------
+# ---- all tests at all sizes ----------------------------------------
 def main(args):
     """ tests, model, sizes, values, table. The values go to a file:
       "results": [{"task": "docs", "metric": "MRR@10", "layer": 1, "dim": 8, "value": 0.135, "n": 1000}, ...]
@@ -299,7 +298,7 @@ def table(results, sizes):
     frame = frame.rename_axis(index=None, columns=[None, None])
     return frame.to_string(na_rep="", float_format=lambda v: f"{v:.4f}" if v < 2 else f"{v:,.1f}".removesuffix(".0"))
 
-# ---- flags --------------------------------------------------------------
+# ---- flags ---------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

@@ -25,7 +25,7 @@ from model import (POOLINGS, SIMILARITIES, STATE, Bert, HelpFormatter, average, 
                    fast_dtype, load_model, load_run, log, new_config, open_run, pack, parse_sizes, ranks, restore,
                    run_script, save_run, score, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
-# ---- the method ---------------------------------------------------------
+# ---- the method ----------------------------------------------------
 def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_right, teacher_scores=None, gold=None):
     """ L = mean over sizes of [ InfoNCE(s) + kl_weight * KL(softmax(s_full) || softmax(s)) ]
     with the scores s = sim(q, p) / temperature.
@@ -106,7 +106,7 @@ def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
     rank, world_size = ranks()
     mine, embeddings = range(rank, pieces, world_size), {}
     for k in mine:
-        torch.manual_seed(hash((args.seed, step, k)))   # piece k's dropout, the same after --resume and on any rank
+        torch.manual_seed(hash((args.seed, step, k)))   # of dropout: the same after --resume and on any rank
         piece = texts[k::pieces]                        # queries and passages
         encoded = checkpoint(encode_piece, piece, use_reentrant=False) if len(mine) > 1 else encode_piece(piece)
         for layer, vectors in encoded.items():
@@ -119,14 +119,15 @@ def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
             embeddings[layer] = own + (everyone - own.detach())   # the value is everyone, the gradient goes to own
     return embeddings
 
-# ---- model --------------------------------------------------------------
+# ---- model ---------------------------------------------------------
 def build_model(args, tables):
     """ -> Bert with sizes, pooling, similarity and prompts in its config; tokenizer; --teacher, a frozen Bert, or None.
     tables: for a new vocabulary """
     fields = {"pooling": args.pooling, "similarity": args.similarity, "query_prompt": args.query_prompt,
               "passage_prompt": args.passage_prompt, "hidden_dropout_prob": args.dropout,
               "attention_probs_dropout_prob": args.dropout}
-    if args.init_from == "scratch":
+    init_from = args.out_dir if args.resume else args.init_from   # a vocabulary is trained only once
+    if init_from == "scratch":
         prompts = [args.query_prompt or "", args.passage_prompt or ""]
         texts = (text for table in tables for row in table
                  for text in [*prompts, row["query"], *row["positive"], *row["negative"]])
@@ -137,7 +138,7 @@ def build_model(args, tables):
         if model.config.pooling == "mean":   # measured: all sizes rank better if the full one has 5/6 of the channels
             model.config.sizes = *model.config.sizes[:-1], (args.num_layers, round(5 / 6 * args.hidden_size))
     else:
-        model, tokenizer = load_model(args.init_from, **fields)
+        model, tokenizer = load_model(init_from, **fields)
     config = model.config
     config.sizes = check_sizes(args.sizes or config.sizes, config)
     full = max(layer for layer, _ in config.sizes), max(dim for _, dim in config.sizes)
@@ -149,8 +150,10 @@ def build_model(args, tables):
     del model.blocks[full[0]:]   # layers that no size uses
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     teacher, its_tokenizer = load_model(args.teacher, args.device) if args.teacher else (None, tokenizer)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--teacher {args.teacher} has another vocabulary than the model to train")
+    theirs = teacher.config if teacher else config
+    same_prompts = {theirs.query_prompt, theirs.passage_prompt} <= {"", config.query_prompt, config.passage_prompt}
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab() or not same_prompts:
+        raise ValueError(f"--teacher {args.teacher} has another vocabulary, or other prompts, than the model to train")
     return model.to(args.device).train(), tokenizer, teacher
 
 def plan(args, sources):
@@ -163,7 +166,7 @@ def plan(args, sources):
     pieces = max(world_size, math.ceil(batch_size / (args.micro_batch or batch_size)))
     return batch_size, pieces, args.max_steps or max(1, round(args.epochs * sum(n // batch_size for n in counts)))
 
-# ---- training -----------------------------------------------------------
+# ---- training ------------------------------------------------------
 def main(args):
     """ data, model, optimizer, loop, evaluation """
     start_ranks(args)
@@ -229,7 +232,7 @@ def main(args):
                                                "--dtype", args.dtype]))
         Path(args.out_dir, STATE).unlink()   # three times the model, and the run is finished
 
-# ---- flags --------------------------------------------------------------
+# ---- flags ---------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ---- sizes: (layer, dim) pairs ------------------------------------------
+# ---- sizes: (layer, dim) pairs -------------------------------------
 # name, share of the model's layers, share of its channels: 2:32 ... 12:768 for BERT-base
 SIZES = [("Demi", 1/6, 1/24), ("Short", 1/3, 1/12), ("Tall", 1/2, 1/6),
          ("Grande", 2/3, 1/3), ("Venti", 5/6, 2/3), ("Trenta", 1, 1)]
@@ -90,7 +90,7 @@ def score(queries, passages, dim, similarity):
     """ (Q, C), (P, C) -> (Q, P). The product (Q, D) x (D, P) never builds a (Q, P, C) tensor. """
     return shorten(queries, dim, similarity) @ shorten(passages, dim, similarity).T
 
-# ---- the encoder --------------------------------------------------------
+# ---- the encoder ---------------------------------------------------
 class Dropout(nn.Dropout):
     """ (...) -> (...). On a CPU an entry is kept if its random byte is below `keep`, and one random int64 gives eight
     bytes: a step is a tenth faster than with nn.Dropout. p becomes a multiple of 1/256 (0.1: 26/256). """
@@ -181,7 +181,7 @@ class Bert(nn.Module):
         """ Pack, list of layers -> {layer: (B, C) embeddings}, in the order in which pack() was given the texts """
         return {n: pool(tap, batch, self.config.pooling) for n, tap in self(batch, layers).items()}
 
-# ---- Hugging Face folders -----------------------------------------------
+# ---- Hugging Face folders ------------------------------------------
 # our name of a part -> theirs: blocks.3.up.weight is encoder.layer.3.intermediate.dense.weight
 HF_NAMES = {
     "word": "embeddings.word_embeddings", "position": "embeddings.position_embeddings",
@@ -211,7 +211,7 @@ def load_model(name, device="cpu", max_length=None, **overrides):
     those of `overrides`, else of config.json, else of the files of sentence-transformers. ValueError if unreadable. """
     from transformers import AutoTokenizer
     try:
-        folder, usage, length = read_modules(name)
+        folder, usage, transformer = read_modules(name)
         config = read_json(folder / "config.json")
         kind, positions = config.get("model_type"), config.get("position_embedding_type", "absolute")
         adapter = (folder / "adapter_config.json").exists()
@@ -225,13 +225,15 @@ def load_model(name, device="cpu", max_length=None, **overrides):
             raise ValueError(f"pooling {config.pooling} or similarity {config.similarity} is unknown here")
         model, tokenizer = Bert(config), AutoTokenizer.from_pretrained(folder)
         load_weights(model, read_weights(folder))
-        # a folder without tokenizer files gives a tokenizer of five words, and every text becomes [UNK]
+        if transformer.get("do_lower_case") and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
+            raise ValueError("do_lower_case in sentence_bert_config.json, but a tokenizer that does not lower-case")
         if not config.vocab_size / 4 < len(tokenizer) <= config.vocab_size:
             raise ValueError(f"{len(tokenizer)} words in the tokenizer, {config.vocab_size} in the model: copy its own "
                              "files there or, if words were added, call resize_token_embeddings of transformers")
     except Exception as error:   # transformers, safetensors, json and the hub have a dozen errors
         raise ValueError(f"{name}: no BERT that can be read ({type(error).__name__}: {error!s:.300})") from error
-    tokenizer.model_max_length = min(max_length or length or tokenizer.model_max_length, config.max_position_embeddings)
+    length = max_length or transformer.get("max_seq_length") or tokenizer.model_max_length
+    tokenizer.model_max_length = min(length, config.max_position_embeddings)
     return model.eval().to(device), tokenizer
 
 def read_json(path):
@@ -240,7 +242,7 @@ def read_json(path):
 
 def read_modules(name):
     """ a local folder, or a name on the hub -> what its files of sentence-transformers say: the folder of the BERT;
-    pooling, similarity and prompts; longest text or None """
+    pooling, similarity and prompts; sentence_bert_config.json """
     from huggingface_hub import snapshot_download
     files = ["*.json", "*.txt", "*model*.safetensors", "*pytorch_model*.bin"]
     folder = Path(name) if Path(name).exists() else Path(snapshot_download(name, allow_patterns=files))
@@ -259,7 +261,7 @@ def read_modules(name):
              "similarity": "cosine" if "Normalize" in parts else encoding.get("similarity_fn_name") or "cosine",
              "query_prompt": prompts.get("query") or "",
              "passage_prompt": prompts.get("passage") or prompts.get("document") or ""}
-    return bert, usage, read_json(bert / "sentence_bert_config.json").get("max_seq_length")
+    return bert, usage, read_json(bert / "sentence_bert_config.json")
 
 def read_weights(folder):
     """ one file or several shards -> {name: tensor}; module.bert.encoder.X becomes encoder.X, module.cls.Y cls.Y """
@@ -303,14 +305,13 @@ def save_pretrained(model, tokenizer, folder, head=None):
     files = {"modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
                               for i, (kind, path) in enumerate(modules.items())],
              "1_Pooling/config.json": {"word_embedding_dimension": C, "pooling_mode": config.pooling},
-             "config_sentence_transformers.json": {
-                 "similarity_fn_name": config.similarity, "truncate_dim": dim,
+             "config_sentence_transformers.json": {"similarity_fn_name": config.similarity, "truncate_dim": dim,
                  "prompts": {"query": config.query_prompt, "document": config.passage_prompt}},
              "sentence_bert_config.json": {"max_seq_length": tokenizer.model_max_length}}
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
 
-# ---- what both training scripts share -----------------------------------
+# ---- what both training scripts share ------------------------------
 def fast_dtype():
     """ "bfloat16" where that is faster than "float32": on a GPU, and on a CPU with AMX """
     return "bfloat16" if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16") else "float32"
@@ -321,10 +322,9 @@ def configure_optimizer(named_parameters, args):
     for name, parameter in named_parameters:
         is_embedding = any(part in name for part in ("word.", "position.", "token_type."))
         (embeddings if is_embedding else matrices if parameter.dim() == 2 else vectors).append(parameter)
-    return torch.optim.AdamW([{"params": embeddings, "scale": args.embedding_lr_scale},
-                              {"params": matrices, "scale": 1.0},
-                              {"params": vectors, "scale": 1.0, "weight_decay": 0.0}],
-                             weight_decay=args.weight_decay, fused=True)   # fused: all tensors in one kernel
+    groups = [{"params": embeddings, "scale": args.embedding_lr_scale}, {"params": matrices, "scale": 1.0},
+              {"params": vectors, "scale": 1.0, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)   # fused: all tensors in one kernel
 
 def set_learning_rate(optimizer, step, max_steps, args, decay):
     """ linear warm-up, then a "linear" or "cosine" decay to 0 -> the learning rate of the step """
@@ -413,7 +413,7 @@ def open_run(args):
     return open(Path(args.out_dir, "log.jsonl"), "a" if args.resume else "w", encoding="utf-8")
 
 def save_run(args, step, model, optimizer, must_match, bert, tokenizer, head=None):
-    """ all that --resume needs in STATE, and of model its bert in Hugging Face's files; none is ever half written """
+    """ all that --resume needs in STATE, and bert in Hugging Face's files; none is ever half written """
     out_dir, part = Path(args.out_dir), Path(args.out_dir, "saving.part")
     save_pretrained(bert, tokenizer, part, head)
     torch.save({"step": step, "args": vars(args), "must_match": must_match, "model": model.state_dict(),

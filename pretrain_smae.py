@@ -20,7 +20,7 @@ from model import (Bert, HelpFormatter, average, check_sizes, configure_optimize
                    load_weights, log, new_config, open_run, pack, parse_sizes, ranks, read_modules, read_weights,
                    restore, run_script, save_run, set_learning_rate, size_name, start_ranks, sum_and_clip)
 
-# ---- the method ---------------------------------------------------------
+# ---- the method ----------------------------------------------------
 class MLMHead(nn.Module):
     """ BERT's masked-language-model head. Its output matrix is the word embeddings, so only the bias is here. """
     def __init__(self, config):
@@ -102,26 +102,27 @@ def batch_loss(model, documents, tokenizer, sizes, args, seed):
         loss, terms = smae_loss(model, pack(masked.texts, args.device), masked, sizes, args.objective)
     return loss, {"loss": loss.detach()} | terms
 
-# ---- model and text -----------------------------------------------------
+# ---- model and text ------------------------------------------------
 HELD_OUT = 500   # documents that are never trained on: the validation loss
 
 def build_model(args):
     """ -> SMAE, tokenizer, sizes to train """
     dropout = {"hidden_dropout_prob": args.dropout, "attention_probs_dropout_prob": args.dropout}
-    if args.init_from == "scratch":
+    init_from = args.out_dir if args.resume else args.init_from   # a vocabulary is trained only once
+    if init_from == "scratch":
         texts = itertools.islice(data.text_rows(args.train_text, args.streaming, args.columns), 200_000)
         tokenizer = data.train_wordpiece((row["text"] for row in texts), args.vocab_size)
         bert = Bert(new_config(vocab_size=len(tokenizer), hidden_size=args.hidden_size,
                                max_position_embeddings=max(512, args.max_length),   # room for longer texts later
                                num_hidden_layers=args.num_layers, **dropout))
     else:
-        bert, tokenizer = load_model(args.init_from, **dropout)
+        bert, tokenizer = load_model(init_from, **dropout)
     model, config = SMAE(bert, MLMHead(bert.config)), bert.config
-    if args.init_from != "scratch":
+    if init_from != "scratch":
         try:
-            load_weights(model.head, read_weights(read_modules(args.init_from)[0]))
+            load_weights(model.head, read_weights(read_modules(init_from)[0]))
         except KeyError:
-            print(f"{args.init_from} has no whole MLM head, so a new one is trained")
+            print(f"{init_from} has no whole MLM head, so a new one is trained")
     if args.objective == "smae":
         config.pooling = "cls"   # the vector that SMAE trains
         config.sizes = sizes = check_sizes(args.sizes or config.sizes, config)
@@ -163,7 +164,7 @@ def validate(model, held_out, tokenizer, sizes, args):
     model.train()
     return {f"val {name}": value for name, value in average(records).items()}   # of batches; the last may be smaller
 
-# ---- training -----------------------------------------------------------
+# ---- training ------------------------------------------------------
 def main(args):
     """ model, text, optimizer, loop """
     start_ranks(args)
@@ -228,7 +229,7 @@ def main(args):
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
             save_run(args, done, model, optimizer, must_match, model.bert, tokenizer, model.head)
 
-# ---- flags --------------------------------------------------------------
+# ---- flags ---------------------------------------------------------
 def parse_args(argv=None):
     """ command line -> args """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)

@@ -389,7 +389,6 @@ def test_windows_of_documents(words):
     at = [1 in data.smae_batch([document], 22, (0.2, 0.4), words, [seed]).decoder_positions for seed in range(500)]
     assert np.mean(at) == pytest.approx(0.4, abs=0.08)
 
-# ---- docs ------------------------------------------------------------------------------------------------------------
 PROSE = "This passage, number {0}, goes on for at least fifteen words; its own number, as said above, is {0}"
 HELD_OUT = [("Sort an array in place.", PROSE.format(0)), ("Reverse the given list.", PROSE.format(1))]
 OWN = ("A query of its own", PROSE.format(2))

@@ -69,7 +69,6 @@ def test_loss_is_the_literal_loop(model, texts, similarity, temperature, frozen)
     assert len(wanted) == 5 + 4 * 15 and max(gradient.abs().max() for gradient in wanted) > 0.01
     assert (terms["kl 4:48"] > 0.1) == frozen                       # by itself the full size teaches the others alone
 
-# ---- the method: its parts -------------------------------------------------------------------------------------------
 def test_cosent_by_hand():
     """ Three pairs with gold 3, 1, 2: the wrong orders are 1 over 0, 2 over 0 and 1 over 2. """
     scores, gold = torch.tensor([0.5, 1.0, 0.2]), torch.tensor([3.0, 1.0, 2.0])
@@ -77,7 +76,6 @@ def test_cosent_by_hand():
     assert cosent(scores, gold).item() == pytest.approx(want, abs=1e-6)
     assert cosent(scores, torch.ones(3)).item() == 0   # equal gold asks for nothing
 
-# ---- one step --------------------------------------------------------------------------------------------------------
 ARGS = SimpleNamespace(device="cpu", dtype="float32", seed=1, temperature=0.1, kl_weight=1.0, sizes=SIZES)
 
 @pytest.mark.parametrize("case, changed", [
@@ -281,12 +279,15 @@ def test_a_teacher_scores_in_its_own_way(bert_folder, pairs_file, tmp_path):
     ours, its = torch.nn.functional.normalize(bert.encode(texts, [3])[3]), teacher.encode(texts, [2])[2][:, :20]
     ours, its = ((rows[:16] @ rows[16:].T / 2).log_softmax(-1) for rows in (ours, its))
     assert record["kl 3:48"] == pytest.approx((its.exp() * (its - ours)).sum(-1).mean().item(), rel=1e-4)
+    folder = variant(bert_folder, tmp_path / "other", query_prompt="query: ")
+    with pytest.raises(ValueError, match="other has another vocabulary, or other prompts, than the model"):
+        run(pairs_file, tmp_path / "b", "--init_from", bert_folder, "--teacher", folder, "--sizes", "3:48")
 
 @pytest.mark.parametrize("flags, message", [
     (["--sizes", "9:8"], "--sizes 9:8: this model has 3 layers and 64 dims"),
     (["--sizes", "2:64,3:8"], "none is deepest and widest, to teach the others; add 3:64"),
     (["--batch_size", "1"], "a batch of 1 pairs: the others of a batch are the negatives"),
-    (["--teacher", "BERT"], "--teacher .* has another vocabulary than the model to train"),
+    (["--teacher", "BERT"], "--teacher .* has another vocabulary"),
     (["--query_prompt", " ".join(NOUNS)], "first queries: the prompt 'apple .* leaves no room in the 32 tokens")])
 def test_refused(bert_folder, pairs_file, tmp_path, flags, message):
     """ What cannot be trained is refused before anything is written, and the reason is said. """

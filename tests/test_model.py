@@ -266,6 +266,7 @@ UP, WORD = hf_name("blocks.2.up.weight"), hf_name("word.weight")
     ({"tokenizer.json": None, TOKENIZER: None}, "5 words in the tokenizer, .* copy its own"),
     ({CONFIG: {"vocab_size": 99}, WEIGHTS: lambda state: {WEIGHTS: state | {WORD: state[WORD][:99].clone()}}},
      "words in the tokenizer, 99 in the model: .*resize_token_embeddings"),
+    ({TOKENIZER: {"do_lower_case": False}, LENGTH: {"do_lower_case": True}}, "do_lower_case"),
     ({MODES: {ROOT: True, MEAN: False}}, f"pooling {ROOT} .* unknown"),
     ({MODES: {"pooling_mode": "weightedmean"}}, "weightedmean"), ({MODES: {CLS: True, MEAN: True}}, r"cls\+mean"),
     ({SIMILARITY: {"similarity_fn_name": "l2"}}, "similarity l2")])

@@ -8,10 +8,8 @@ import torch
 import evaluate
 from conftest import NOUNS, needs, write_jsonl
 from model import load_model
+from test_tools import run
 from tools import export
-
-def run(*flags):
-    export.main(export.parser.parse_args(list(map(str, flags))))
 
 @needs("onnxscript")
 @needs("onnxruntime")
@@ -21,7 +19,7 @@ def test_onnx(bert_folder, tmp_path, capsys, monkeypatch):
     import onnxruntime
     sts = [{"sentence1": a, "sentence2": f"the {b}", "score": len(a) + len(b)} for a, b in zip(NOUNS, NOUNS[3:])]
     sts_file, (model, tokenizer) = write_jsonl(tmp_path / "sts.jsonl", sts), load_model(bert_folder)
-    run(bert_folder, "2:16", tmp_path / "out", "--onnx", "--sts", sts_file)
+    run(export, bert_folder, "2:16", tmp_path / "out", "--onnx", "--sts", sts_file)
     want = evaluate.sts(model, tokenizer, evaluate.load_sts(sts_file), [(2, 16)], "float32")[0][0]["value"]
     assert capsys.readouterr().out.count(f"Spearman {want:.4f}\n") >= 2   # of PyTorch and of ONNX
     texts, folder = [*NOUNS, "where is the bridge"], tmp_path / "out/onnx"
@@ -38,4 +36,4 @@ def test_onnx(bert_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **flags: SimpleNamespace(
         save=functools.partial(shutil.copy, folder / "model.onnx")))
     with pytest.raises(ValueError, match="model.onnx: its embeddings are off by"):
-        run(bert_folder, "2:15", tmp_path / "wrong", "--onnx")
+        run(export, bert_folder, "2:15", tmp_path / "wrong", "--onnx")

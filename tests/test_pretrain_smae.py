@@ -84,7 +84,6 @@ def test_frozen_figures(smae, batch, objective):
     loss.backward()
     assert_frozen(objective, loss, smae)
 
-# ---- the method: its parts -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype, digits", [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 2 ** -7)])
 def test_vocabulary_loss_is_cross_entropy(smae, dtype, digits):
     """ vocabulary_loss equals F.cross_entropy of plain logits in float64, in value and gradients, to the digits of its

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import finetune_srl
-import pretrain_smae
+import data, finetune_srl, pretrain_smae
 from conftest import NOUNS, ROOT, write_jsonl
 from model import STATE, load_model, sum_and_clip
 
@@ -121,11 +120,12 @@ def test_a_kill_while_it_saves_loses_nothing(script, broken_at, flags, whole, tm
 
 @pytest.mark.parametrize("script, more", [
     (finetune_srl, ["--micro_batch", "3", "--method", "2dmse", "--sizes", "1:8,2:16,3:48", "--dtype", "bfloat16"]),
+    (finetune_srl, ["--init_from", "scratch", "--num_layers", "3", "--vocab_size", "200"]),
     (finetune_srl, ["--teacher", "BERT", "--kl_weight", "3", "--train_pairs", "PAIRS", "SCORED"]),
     (pretrain_smae, ["--streaming", "--micro_batch", "2", "--max_steps", "6", "--dtype", "bfloat16"])])
 def test_every_way_of_training_goes_on_exactly(script, more, flags, pairs_file, bert_folder, tmp_path, monkeypatch):
-    """ Pieces, 2DMSE, bfloat16, a teacher, several sources and a stream that two ranks share: a resumed run ends
-    with the same bits. """
+    """ Pieces, 2DMSE, bfloat16, a teacher, several sources, a vocabulary of its own, which is not trained again, and a
+    stream that two ranks share: a resumed run ends with the same bits. """
     monkeypatch.setattr(pretrain_smae, "HELD_OUT", 4)
     monkeypatch.setattr(pretrain_smae, "ranks", lambda: (0, 2))   # the first of two
     scored = write_jsonl(tmp_path / "scored.jsonl", [{"sentence1": f"{noun} a", "sentence2": f"{noun} b", "score": i}
@@ -134,6 +134,7 @@ def test_every_way_of_training_goes_on_exactly(script, more, flags, pairs_file, 
     more = [names.get(flag, flag) for flag in more]
     run(script, flags[script], tmp_path / "whole", *more)
     stopped(script, flags[script], tmp_path / "out", *more)
+    monkeypatch.setattr(data, "train_wordpiece", None)
     run(script, flags[script], tmp_path / "out", *more, "--resume")
     assert same(tmp_path / "out", tmp_path / "whole")
 

@@ -132,21 +132,22 @@ def test_other_programs(trained, tmp_path, monkeypatch, caplog, capfd, pooling, 
 def test_vocabulary_of_an_export(trained, tmp_path, capsys):
     """ Words of the texts, and added ones, keep their embeddings, and a text of such words its vector bit by bit;
     special tokens stay, other words are spelled by single characters, and the printed cost is that of the size. """
-    (tmp_path / "words.txt").write_text("The apple stands\n\nbeside the bridge garden the\n")
+    (tmp_path / "words.txt").write_text("The apple stands\n\nbeside the bridge garden apple\n")
     (model, tokenizer), added = load_model(folder := trained()), ["applegarden"]
     model.config.vocab_size += tokenizer.add_tokens(added)
     model.word = torch.nn.Embedding.from_pretrained(torch.cat([model.word.weight, torch.randn(1, 48)]))
     save_pretrained(model, tokenizer, folder)
     ids, special = tokenizer.get_vocab(), tokenizer.all_special_tokens
     must = {piece for piece in ids if piece in special + added or len(piece.removeprefix("##")) == 1}
-    texts = ["The apple stands", "beside the bridge garden the"]
+    texts = ["The apple stands", "beside the bridge garden apple"]
+    must |= {"where", "is", "the"}   # the prompts
     kept = must | set(tokenizer.tokenize(" ".join(texts)))
     for name, n in (("out", len(kept)), ("less", len(must) + 1)):
         run(export, folder, "2:16", tmp_path / name, "--texts", tmp_path / "words.txt", "--vocab_size", n)
         before, after = (ours(path, (2, 16), "passage_prompt", texts) for path in (folder, tmp_path / name))
         cosine, said = (before * after).sum(-1).mean(), capsys.readouterr().out
         assert f"{n} of {len(ids)} vocabulary" in said and f"before is {cosine:.3f}" in said
-    assert cosine < 0.999 and set(load_model(tmp_path / "less")[1].get_vocab()) - must == {"the"}   # the most frequent
+    assert cosine < 0.999 and set(load_model(tmp_path / "less")[1].get_vocab()) - must == {"apple"}
     (small, cut), texts = load_model(tmp_path / "out"), ["beside the apple bridge", *added]
     assert set(cut.get_vocab()) == kept and len(kept) == small.config.vocab_size and cut.all_special_tokens == special
     assert all(torch.equal(small.word.weight[i], model.word.weight[ids[piece]]) for piece, i in cut.get_vocab().items())

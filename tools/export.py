@@ -41,6 +41,7 @@ def cut_vocabulary(model, tokenizer, counts, vocab_size):
     if state["model"]["type"] != "WordPiece":
         raise ValueError(f"--vocab_size is for WordPiece; this tokenizer is {state['model']['type']}")
     must = {piece for piece in ids if piece in added or len(piece.removeprefix("##")) == 1}
+    must |= {*tokenizer.tokenize(model.config.query_prompt), *tokenizer.tokenize(model.config.passage_prompt)}
     if not len(must) <= vocab_size <= len(ids):
         raise ValueError(f"--vocab_size {vocab_size}: {len(must)} special tokens and single characters must stay, and "
                          f"there are {len(ids)} entries; give a number between")
@@ -146,6 +147,7 @@ Similarity: {similarity}. Sizes (layers:dims): {sizes}.
 ```
 {table}
 ```
+
 ```python
 from sentence_transformers import SentenceTransformer
 

@@ -83,6 +83,7 @@ def main(args):
     if len(sizes) > 1:
         ways.append((sizes[0], sizes[-1]))                                                    # the funnel
     for question in [args.question] if args.question else ask():
+        question = question.encode("utf-8", "replace").decode()   # a terminal may send letters of another encoding
         data.check_texts("the question", [question], tokenizer)
         for way in ways:
             start = time.perf_counter()

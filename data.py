@@ -1,7 +1,7 @@
 """
 Texts in, batches of token ids out.
 
-A batch is a pure function of (data, seed, step), so resuming a run needs no state of a data loader:
+A batch is a pure function of (data, seed, step), but for a stream; no data loader has a state to save:
   srl_batch    queries with their positives and hard negatives, for finetune_srl.py
   smae_batch   running text masked twice, for pretrain_smae.py
 Below: rows of files and of the hub, the tables that `datasets` makes of them, tokenising. Letters: see model.py.
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     also_right: np.ndarray   # (Q, P) bool: passages that are no negatives of a query, see find_also_right
     gold: np.ndarray         # (Q,) gold scores, or None
 
-TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3   # end the seeds of SRL, so that what is drawn is independent
+TEXT_SEED, SOURCE_SEED, SIZE_SEED = 1, 2, 3   # last in a seed of SRL, so that draws are independent
 
 @functools.lru_cache(maxsize=64)   # every step asks for it; sources take turns
 def epoch_order(rows, seed, epoch):
@@ -37,7 +37,7 @@ def epoch_order(rows, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 def window(text, length, rng, prefix=1):
-    """ (T,) ids -> at most `length` ids; [SEP] and the prefix, [CLS] and maybe a prompt, are kept. A longer text is cut
+    """ (T,) ids -> at most `length` ids; the prefix ([CLS], maybe a prompt) and [SEP] are kept. A longer text is cut
     to its beginning (probability 1/2) or to a random window. """
     if len(text) <= length:
         return text
@@ -83,11 +83,10 @@ def srl_batch(sources, batch_size, max_negatives, passage_max_length, seed, step
         nothing = np.zeros((len(queries), len(passages)), dtype=bool)
         return Batch(queries, windows, nothing, np.array(table["score"], np.float32))
     # Answers of a query are no negatives: neither those of its row that were not drawn nor those of its other rows.
-    # Whole texts are compared, because windows of copies differ.
-    more_rows = [row for query in queries for row in pairs.rows_of_repeated.get(query.tobytes(), ())]
-    given = pairs.table[[*rows, *more_rows]]
-    answers = [(query, answer) for query, texts in zip(as_arrays(given["query"]), given["positive"])
-               for answer in as_arrays(texts)]
+    # Whole texts are compared: windows of copies differ.
+    more = pairs.table[[row for query in queries for row in pairs.rows_of_repeated.get(query.tobytes(), ())]]
+    answers = [(query, answer) for part in (table, more)
+               for query, texts in zip(as_arrays(part["query"]), part["positive"]) for answer in as_arrays(texts)]
     return Batch(queries, windows, find_also_right(queries, passages, answers), None)
 
 # ---- batches of masked text, for SMAE ------------------------------
@@ -95,9 +94,9 @@ class Masked(NamedTuple):
     """ B texts masked twice, sorted by length as in model.pack. Positions are indices into the row of N tokens. """
     texts: list                     # B (T,) the true ids, [CLS] ... [SEP]
     encoder_ids: np.ndarray         # (N,) what the encoder sees
-    encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: about 20 %
+    encoder_positions: np.ndarray   # (M,) positions in the row that the encoder must guess: 20 %
     decoder_ids: np.ndarray         # (N,) what the decoder sees
-    decoder_positions: np.ndarray   # (M',) those that the decoder must guess: about 40 %, the encoder's among them
+    decoder_positions: np.ndarray   # (M',) those that the decoder must guess: 40 %, the encoder's among them
 
 @functools.lru_cache(maxsize=4)
 def word_begins(tokenizer):
@@ -108,7 +107,7 @@ def word_begins(tokenizer):
         return np.array([not piece.startswith("##") for piece in pieces])
     begins = np.array([piece.startswith(("\u2581", "\u0120")) for piece in pieces])
     if not begins.any():
-        print("warning: this tokenizer does not mark where words begin, so pieces are masked one by one")
+        print("warning: the tokenizer does not mark where words begin: pieces are masked one by one", file=sys.stderr)
         return np.ones(len(pieces), dtype=bool)
     return begins | np.isin(pieces, tokenizer.all_special_tokens)
 
@@ -199,7 +198,7 @@ def open_source(source, split, streaming):
     if kind:
         return read_file(path, kind)
     parts = [source] if Path(source).exists() else source.split(":", 2)   # C:\data is a folder and no NAME:CONFIG
-    name, config, named_split = [*parts, "", ""][:3]   # the split may be train[:1000]
+    name, config, named_split = [*parts, "", ""][:3]   # maybe train[:1000]
     return datasets.load_dataset(name, config or None, split=named_split or split, streaming=streaming)
 
 def read_file(path, kind):
@@ -254,7 +253,7 @@ def make_table(source, rows, features, settings=None, split="train"):
     key = f"{zlib.crc32(repr((version, sorted(features), settings, code)).encode()):08x}"
     try:
         return datasets.Dataset.from_generator(rows, features=Features(features), fingerprint=key)
-    except datasets.exceptions.DatasetGenerationError as error:   # around the error that `rows` raised
+    except datasets.exceptions.DatasetGenerationError as error:   # around that of `rows`
         raise error.__cause__ from None
     except ValueError:   # no row at all
         raise ValueError(f"{source}: not a single row with a text in each column that is needed") from None
@@ -264,13 +263,13 @@ def make_table(source, rows, features, settings=None, split="train"):
 COLUMNS = {"query": "query|question|anchor|sentence1", "text": "text", "score": "score",
            "positive": "pos|positives?|positive_passages|answers?|context|document|passage|response|sentence2",
            "negative": "neg|negatives?|negative_passages"}
-LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scores?|similarity"   # may say: no pair
-YES_OR_NO = {"0", "1"}, {"0.0", "1.0"}, {"False", "True"}   # and so may a column of these
+LABELS = "(gold_)?labels?|is_duplicate|relevan(ce|t)|entailment|class|(.*_)?scores?|similarity"   # mark non-pairs?
+YES_OR_NO = {"0", "1"}, {"0.0", "1.0"}, {"False", "True"}   # so may these cells alone
 SENTENCES = {"sentence1": "query", "sentence2": "positive"}   # what --columns may call them, too
 
 def find_columns(source, present, kinds, columns):
     """ -> {"query": ["question"], "positive": ["answer_1", "answer_2"], "negative": [], "score": []}, of those present:
-    what --columns names, as ["query=question"], else the names of COLUMNS. Only passages may have several. """
+    what --columns names, as ["query=question"], else the names of COLUMNS. A query and a score are one column. """
     has = f"{source} has the columns {', '.join(present)}"
     asked = [(SENTENCES.get(kind, kind), column) for kind, _, column in (item.partition("=") for item in columns)]
     if unknown := {kind for kind, _ in asked} - set(kinds):
@@ -338,7 +337,7 @@ def text_rows(source, streaming=False, columns=()):
 # ---- tokenising ----------------------------------------------------
 def train_wordpiece(texts, vocab_size):
     """ an iterable of texts -> transformers tokenizer: lower-casing WordPiece like BERT's, but it keeps accents and
-    vowel signs, without which words of many languages become the same. English texts always give the same one. """
+    vowel signs, without which words of many languages become the same. On English texts it is deterministic. """
     from transformers import BertTokenizer   # here, because it takes a second or two
     # The trainer numbers letters in the order of a hash table and breaks ties by number. Given as special tokens they
     # have fixed numbers, so the pieces are the same every time; they are sorted in the end.
@@ -365,7 +364,7 @@ def as_arrays(texts):
 
 def check_texts(source, texts, tokenizer, max_length=None, prompt=""):
     """ A warning if more than one token in twenty is [UNK] or different texts become the same ids: does the tokenizer
-    know the language? Prints how many texts are cut. ValueError if nearly all is, or a prompt leaves no room """
+    know the language? Prints how many texts are cut. ValueError if most are [UNK], or a prompt leaves no room """
     ids = to_ids(texts, tokenizer, add_special_tokens=False, verbose=False)
     tokens = [token for text in ids for token in text]
     unknown = tokens.count(tokenizer.unk_token_id) / max(1, len(tokens))

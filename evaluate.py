@@ -120,7 +120,7 @@ def sts(model, tokenizer, pairs, sizes, dtype):
 
 # ---- retrieval: Collection -> search_corpus -> best_documents -> METRICS -> records ----
 SHARD = 25_000   # documents in memory at a time
-K = 200   # documents kept for a query: the metrics look at 100, the others are room for equal scores
+K = 200   # documents kept for a query: 100 for the metrics, the others are room for equal scores
 
 class Collection:
     """ NAME[:SPLIT], split "test" by default. NAME: docs; a folder in BEIR layout; a BEIR set of the hub (scifact,

@@ -32,7 +32,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_
     queries {layer: (Q, C)}, passages {layer: (P, C)}: embeddings of every layer that has a size. Passage i < Q is the
     positive of query i; all other passages are its negatives, except where also_right (Q, P) is True.
     sizes: (layer, dim) pairs; the last, the full size, is the teacher.
-    teacher_scores (Q, P): a frozen model takes the place of s_full. gold (Q,): how similar query i and passage i are;
+    teacher_scores (Q, P): s of a frozen model, in place of s_full. gold (Q,): how similar query i and passage i are;
     CoSENT then replaces InfoNCE, the KL stays. Call it outside autocast: bfloat16 scores are wrong in the third digit.
     -> loss, {"nce 1:8": InfoNCE or CoSENT, "kl 1:8": KL, ...} for the log """
     full_layer, full_dim = sizes[-1]
@@ -46,7 +46,7 @@ def srl_loss(queries, passages, sizes, similarity, temperature, kl_weight, also_
         scores = score(queries[layer], passages[layer], dim, similarity) / temperature   # (Q, P)
         log_probs = scores.masked_fill(also_right, -1e9).log_softmax(-1)                 # (Q, P)
         nce = F.nll_loss(log_probs, positive) if gold is None else cosent(scores.diagonal(), gold)
-        kl = F.kl_div(log_probs, teacher_probs, reduction="batchmean")   # KL(teacher || size), 0 at the full size
+        kl = F.kl_div(log_probs, teacher_probs, reduction="batchmean")   # KL(teacher || size)
         loss = loss + (nce + kl_weight * kl) / len(sizes)
         terms |= {f"nce {layer}:{dim}": nce.detach(), f"kl {layer}:{dim}": kl.detach()}
     return loss, terms
@@ -94,8 +94,8 @@ def train_step(model, teacher, batch, sizes, args, step, pieces=1):
     return {"loss": loss.detach()} | terms
 
 def embed_in_pieces(encoder, layers, texts, args, step, pieces=1):
-    """ B texts, (T,) ids -> {layer: (B, C)}, what encoder.encode gives, but in pieces, for a batch that is too large
-    for the memory, or for several ranks. Every rank computes the loss of the whole batch, but only the rows that it
+    """ B texts, (T,) ids -> {layer: (B, C)}, as encoder.encode, but in pieces, for a batch that is too large for the
+    memory, or that ranks share. Every rank computes the loss of the whole batch, but only the rows that it
     embedded itself carry a gradient, so the ranks' gradients, which sum_and_clip sums, give the exact one. With several
     pieces a rank, backward embeds each again, so that memory holds the activations of one (arXiv 2101.06983). """
     def encode_piece(piece):   # a list of texts -> {layer: (texts, C)}
@@ -151,8 +151,8 @@ def build_model(args, tables):
     tokenizer.model_max_length = min(args.max_length, config.max_position_embeddings)   # is saved with the model
     teacher, its_tokenizer = load_model(args.teacher, args.device) if args.teacher else (None, tokenizer)
     theirs = teacher.config if teacher else config
-    same_prompts = {theirs.query_prompt, theirs.passage_prompt} <= {"", config.query_prompt, config.passage_prompt}
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab() or not same_prompts:
+    alike = theirs.query_prompt in ("", config.query_prompt) and theirs.passage_prompt in ("", config.passage_prompt)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab() or not alike:
         raise ValueError(f"--teacher {args.teacher} has another vocabulary, or other prompts, than the model to train")
     return model.to(args.device).train(), tokenizer, teacher
 
@@ -180,7 +180,8 @@ def main(args):
     dev = evaluate.Collection(args.retrieval, "dev") if args.retrieval and args.eval_interval else None
     tables = [data.load_pairs(source, args.columns) for source in args.train_pairs]
     model, tokenizer, teacher = build_model(args, tables)
-    sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts a window out of a long passage
+    sizes, longest = model.config.sizes, tokenizer.model_max_length   # a step cuts windows out of passages
+    data.check_texts("--passage_max_length", [], tokenizer, args.passage_max_length, model.config.passage_prompt)
     sources = [data.tokenize_pairs(source, table, tokenizer, min(args.query_max_length, longest), longest,
                                    model.config) for source, table in zip(args.train_pairs, tables)]
     batch_size, pieces, max_steps = plan(args, sources)
@@ -218,7 +219,7 @@ def main(args):
             clock, records = time.time(), []
         if rank == 0 and (done % (args.save_interval or max_steps) == 0 or done == max_steps):
             save_run(args, done, model, optimizer, must_match, bert=model, tokenizer=tokenizer)
-        if dev and (done % args.eval_interval == 0 or done == max_steps):   # on every rank, so that none has to wait
+        if dev and (done % args.eval_interval == 0 or done == max_steps):   # on all ranks, so that none waits
             start = time.time()
             dev_records, _ = evaluate.retrieval(model, tokenizer, dev, sizes, args.dtype)
             values = {f"dev {r['layer']}:{r['dim']}": r["value"] for r in dev_records if r["metric"] == "MRR@10"}
@@ -261,7 +262,7 @@ def parse_args(argv=None):
     add("--teacher", help="a frozen model for all sizes to follow; by default their own full size")
     add = parser.add_argument_group("model").add_argument
     add("--init_from", default="scratch", help="scratch, a folder, or a BERT of the hub")
-    add("--sizes", type=parse_sizes, help="LAYER:DIM,...; by default the model's own, or the paper's")
+    add("--sizes", type=parse_sizes, help="LAYER:DIM,...; by default the model's own, from scratch as the paper's")
     add("--dropout", type=float, default=0.0, help="BERT's own is 0.1")
     add("--num_layers", type=int, default=6, help="from scratch: blocks")
     add("--hidden_size", type=int, default=192, help="from scratch: channels")
@@ -270,7 +271,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=float, default=5e-4, help="peak, of AdamW")
     add("--embedding_lr_scale", type=float, help="times that for the embeddings; by default 8 from scratch, else 1")
     add("--warmup", type=float, default=0.1, help="share of the steps; then the rate falls to 0")
-    add("--weight_decay", type=float, default=0.1, help="of the matrices alone")
+    add("--weight_decay", type=float, default=0.1, help="of all but biases and LayerNorms")
     add("--epochs", type=float, default=1, help="passes over the data, without --max_steps")
     add("--max_steps", type=int, help="by default 200 for docs, else what --epochs says")
     add("--seed", type=int, default=1, help="of weights, order, windows and dropout")

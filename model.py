@@ -207,8 +207,8 @@ def new_config(**fields):
     return config
 
 def load_model(name, device="cpu", max_length=None, **overrides):
-    """ A folder or hub name of any BERT -> model, tokenizer, with its own pooling, similarity, prompts and length:
-    those of `overrides`, else of config.json, else of the files of sentence-transformers. ValueError if unreadable. """
+    """ A folder or hub name of any BERT -> model, tokenizer. Pooling, similarity and prompts are those of `overrides`,
+    else of config.json, else of the files of sentence-transformers. Raises ValueError if it cannot be read. """
     from transformers import AutoTokenizer
     try:
         folder, usage, transformer = read_modules(name)
@@ -317,7 +317,7 @@ def fast_dtype():
     return "bfloat16" if torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_bf16") else "float32"
 
 def configure_optimizer(named_parameters, args):
-    """ AdamW. Matrices decay; biases and LayerNorms do not. Embeddings may learn faster, by their group's scale. """
+    """ AdamW. All but biases and LayerNorms decay. Embeddings may learn faster, by their group's scale. """
     embeddings, matrices, vectors = [], [], []
     for name, parameter in named_parameters:
         is_embedding = any(part in name for part in ("word.", "position.", "token_type."))
@@ -413,7 +413,7 @@ def open_run(args):
     return open(Path(args.out_dir, "log.jsonl"), "a" if args.resume else "w", encoding="utf-8")
 
 def save_run(args, step, model, optimizer, must_match, bert, tokenizer, head=None):
-    """ all that --resume needs in STATE, and bert in Hugging Face's files; none is ever half written """
+    """ what --resume needs to STATE, and bert to Hugging Face's files; none is ever half written """
     out_dir, part = Path(args.out_dir), Path(args.out_dir, "saving.part")
     save_pretrained(bert, tokenizer, part, head)
     torch.save({"step": step, "args": vars(args), "must_match": must_match, "model": model.state_dict(),

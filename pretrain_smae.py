@@ -52,7 +52,7 @@ def smae_loss(model, batch, masked, sizes, objective="smae"):
       x   = layer 0 of the decoder's ids, with x[CLS] replaced by the bottleneck head(h[CLS])
       MAE = CE( E head(decoder(x)) + bias, words hidden from the decoder )
       L   = mean over sizes of (MLM + MAE) / 2;  with objective "mlm" the mean of MLM alone
-    The decoder shares the encoder's layer 0, but of the blocks' output it sees the bottleneck alone, and much of its
+    The decoder shares the encoder's layer 0; all it gets from the blocks is the bottleneck, and much of its
     input is hidden (--decoder_mask). So it can only do well if dim numbers say what the text is about.
     batch, masked: Pack with the true ids and Masked of the same texts. All sizes share the head and the decoder.
     -> loss, {"mlm 1:8": CE, "mae 1:8": CE, ...} for the log """
@@ -96,7 +96,7 @@ def vocabulary_loss(model, hidden, labels):
 def batch_loss(model, documents, tokenizer, sizes, args, seed):
     """ documents -> loss, {"loss", and the terms of smae_loss} """
     masked = data.smae_batch(documents, args.max_length, (args.encoder_mask, args.decoder_mask), tokenizer, seed)
-    # autocast keeps a bfloat16 copy of every weight until it ends: memory that --gradient_checkpointing saves, too
+    # autocast would cache a bfloat16 copy of every weight; --gradient_checkpointing saves that, too
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16",
                         cache_enabled=not args.gradient_checkpointing):
         loss, terms = smae_loss(model, pack(masked.texts, args.device), masked, sizes, args.objective)
@@ -136,7 +136,7 @@ def build_model(args):
 
 def read_text(args, text, micro_batch, skip):
     """ a table or stream of documents -> those held out, max_steps, and a function of (step, piece of its batch) -> the
-    micro_batch documents to train on. A stream gives the next ones, after the first `skip` of a run that stopped. """
+    micro_batch documents to train on. A stream just gives the next ones; --resume skips the first `skip`. """
     if args.streaming:
         stream = (np.array(row["ids"], np.int32) for row in text)
         held_out = list(itertools.islice(stream, HELD_OUT))
@@ -204,10 +204,10 @@ def main(args):
         for piece in mine:
             batch = get_piece(step, piece)
             if len(batch) < micro_batch:
-                raise ValueError(f"--train_text {args.train_text} ended at step {step}; choose fewer --max_steps")
+                raise ValueError(f"--train_text {args.train_text} ended after {step} steps; lower --max_steps")
             torch.manual_seed(hash((args.seed, step, piece)))   # dropout by seed, step and piece, so runs can resume
             loss, terms = batch_loss(model, batch, tokenizer, sizes, args, [args.seed, step, piece])
-            (loss / pieces).backward()   # the mean over pieces; their number changes the masks, unlike in SRL
+            (loss / pieces).backward()   # the mean over pieces; another number of pieces gives other masks
             piece_terms.append(terms)
         losses = {name: sum(terms[name] for terms in piece_terms) / len(mine) for name in piece_terms[0]}
         norm = sum_and_clip(model.parameters(), step, losses)
@@ -256,7 +256,7 @@ def parse_args(argv=None):
     add("--learning_rate", type=float, default=1e-3, help="peak, of AdamW")
     add("--embedding_lr_scale", type=float, help="times that for the embeddings; by default 3 from scratch, else 1")
     add("--warmup", type=float, default=0.05, help="share of the steps; then the rate falls to 0")
-    add("--weight_decay", type=float, default=0.001, help="of the matrices alone")
+    add("--weight_decay", type=float, default=0.001, help="of all but biases and LayerNorms")
     add("--epochs", type=float, default=6, help="passes over the data")
     add("--max_steps", type=int, help="by default what --epochs says")
     add("--seed", type=int, default=1, help="of weights, order, windows, masks and dropout")

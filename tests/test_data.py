@@ -315,7 +315,6 @@ def test_train_wordpiece():
     one, other = data.to_ids(["p\u00eache", "pe\u0302che"], tokenizers[0])
     assert one == other and tokenizers[0].unk_token_id not in one
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("pieces, continue_a_word", [(["a", "##a", "#"], ["##a"]), (["▁a", "b", "▁"], ["b"]),
                                                      (["Ġa", "b"], ["b"]), (["a", "b"], [])])
 def test_word_begins(capsys, pieces, continue_a_word):
@@ -324,7 +323,7 @@ def test_word_begins(capsys, pieces, continue_a_word):
     vocab = {piece: i for i, piece in enumerate([*special.values(), *pieces])}
     begins = data.word_begins(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocab, "[UNK]")), **special))
     assert [piece for piece, begin in zip(vocab, begins, strict=True) if not begin] == continue_a_word
-    assert ("does not mark where words begin" in capsys.readouterr().out) == (not continue_a_word)
+    assert ("does not mark where words begin" in capsys.readouterr().err) == (not continue_a_word)
 
 def test_whole_word_mask():
     """ The docstring's example comes out, as many tokens are masked as the rate says, and long words as often. """

@@ -288,7 +288,8 @@ def test_a_teacher_scores_in_its_own_way(bert_folder, pairs_file, tmp_path):
     (["--sizes", "2:64,3:8"], "none is deepest and widest, to teach the others; add 3:64"),
     (["--batch_size", "1"], "a batch of 1 pairs: the others of a batch are the negatives"),
     (["--teacher", "BERT"], "--teacher .* has another vocabulary"),
-    (["--query_prompt", " ".join(NOUNS)], "first queries: the prompt 'apple .* leaves no room in the 32 tokens")])
+    (["--query_prompt", " ".join(NOUNS)], "first queries: the prompt 'apple .* leaves no room in the 32 tokens"),
+    (["--passage_prompt", " ".join(NOUNS * 3)], "--passage_max_length: the prompt 'apple .* leaves no room in the")])
 def test_refused(bert_folder, pairs_file, tmp_path, flags, message):
     """ What cannot be trained is refused before anything is written, and the reason is said. """
     flags = [flag.replace("BERT", bert_folder) for flag in flags]

@@ -215,7 +215,7 @@ def test_streaming_trains_on_all_that_arrives(text_file, tmp_path, monkeypatch):
     _, tokenizer = load_model(tmp_path / "a")
     want = [row["ids"] for row in data.tokenize_text(text_file, tokenizer)]
     assert [document.tolist() for documents in seen for document in documents] == want[4:28] + want[:4]
-    with pytest.raises(ValueError, match="ended at step 3; choose fewer --max_steps"):
+    with pytest.raises(ValueError, match="ended after 3 steps; lower --max_steps"):
         train(text_file, tmp_path / "b", *flags, "--max_steps", "4")
 
 def test_what_comes_after_pre_training(text_file, tmp_path):
